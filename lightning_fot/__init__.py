@@ -1,0 +1,40 @@
+"""A memory of millions of tokens for Llama-style Hugging Face models (Focused Transformer, arXiv 2307.03170).
+
+Importing this package imports neither torch nor lightning; the names below load when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_fot.backbone import attach_memory as attach_memory
+    from lightning_fot.config import CrossbatchConfig as CrossbatchConfig
+    from lightning_fot.config import EvaluationConfig as EvaluationConfig
+    from lightning_fot.config import MemoryConfig as MemoryConfig
+    from lightning_fot.data.datamodule import CrossbatchDataModule as CrossbatchDataModule
+    from lightning_fot.memory import Memory as Memory
+    from lightning_fot.module import FocusedTransformer as FocusedTransformer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach_memory": "backbone",
+    "CrossbatchConfig": "config",
+    "CrossbatchDataModule": "data.datamodule",
+    "EvaluationConfig": "config",
+    "FocusedTransformer": "module",
+    "Memory": "memory",
+    "MemoryConfig": "config",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

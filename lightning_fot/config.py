@@ -1,0 +1,189 @@
+"""Settings of memory attention, crossbatch training and evaluation: plain dataclasses that import nothing heavy.
+
+Each checks itself when made, so a wrong value fails before a model or a document is read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_fot.errors import SettingError
+
+
+def _at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+            raise SettingError(f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it.")
+
+
+@dataclass
+class MemoryConfig:
+    """Which layers get a memory, and how they read it (the arguments of ``attach_memory``).
+
+    Args:
+        memory_layers: Layers that also attend to the memory; negative numbers count from the end.
+        window: Local context in tokens. Longer input is cut into windows of this size.
+        top_k: Pairs retrieved for each query and KV head.
+        positions: ``first``: local rotary, memory keys as if at position 0 (LongLLaMA); ``none``: no rotary in
+            memory layers (the paper's small models).
+        retriever: Name, ``{"name": ..., **arguments}`` or a factory.
+        overlap: Local tokens that a window shares with the one before.
+        sink_tokens: First tokens of the text that stay in the local context of every layer.
+        skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
+        integration: ``softmax``: one softmax over local and retrieved pairs (FoT); ``gate``: a learned mix per head
+            (Memorizing Transformers).
+        dtype: Stored dtype of keys and values, ``float32`` or ``bfloat16``; None takes the model's.
+        capacity: Tokens kept a row, oldest out; None keeps all.
+        last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    memory_layers: list[int] = field(default_factory=lambda: [-1])
+    window: int = 512
+    top_k: int = 32
+    positions: Literal["first", "none"] = "first"
+    retriever: str | dict[str, Any] | Callable[..., Any] = "exact"
+    overlap: int = 0
+    sink_tokens: int = 0
+    skip_window_start: int = 0
+    integration: Literal["softmax", "gate"] = "softmax"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    capacity: int | None = None
+    last_context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        prefix = "model.memory"
+        _at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length")
+        _at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
+        for name, choices in (
+            ("positions", ("first", "none")),
+            ("integration", ("softmax", "gate")),
+            ("dtype", (None, "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(str(choice) for choice in choices)
+                raise SettingError(f"{prefix}.{name}", getattr(self, name), "is not known", f"Choose one of {allowed}.")
+        if self.overlap + self.sink_tokens >= self.window:
+            raise SettingError(
+                f"{prefix}.overlap",
+                self.overlap,
+                f"with sink_tokens={self.sink_tokens} leaves no room for new tokens in window={self.window}",
+                "Keep overlap + sink_tokens below window.",
+            )
+        if self.skip_window_start >= self.window:
+            raise SettingError(
+                f"{prefix}.skip_window_start",
+                self.skip_window_start,
+                f"would store nothing of a window of {self.window}",
+                "A few tokens (1 to 4) are enough.",
+            )
+        if self.last_context_length is not None and self.last_context_length > self.window:
+            raise SettingError(
+                f"{prefix}.last_context_length",
+                self.last_context_length,
+                f"is more than window={self.window}",
+                "It says how much of the window a prompt may fill.",
+            )
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Memory layers as sorted non-negative numbers.
+
+        Args:
+            num_layers: Layers of the backbone.
+
+        Raises:
+            SettingError: A layer is out of range or named twice.
+        """
+        resolved = []
+        for layer in self.memory_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+                raise SettingError(
+                    "model.memory.memory_layers",
+                    self.memory_layers,
+                    f"layer {layer} is not in a backbone of {num_layers} layers",
+                    f"Use numbers from {-num_layers} to {num_layers - 1}.",
+                )
+            resolved.append(layer % num_layers)
+        if len(set(resolved)) != len(resolved):
+            raise SettingError(
+                "model.memory.memory_layers", self.memory_layers, "names a layer twice", "Name each layer once."
+            )
+        return tuple(sorted(resolved))
+
+
+@dataclass
+class CrossbatchConfig:
+    """Who sees whom in training (fot-semantics: FoT paper section 3.2 and LongLLaMA's released recipe).
+
+    Args:
+        layout: ``packed``: one pass, row i sees rows before it (LongLLaMA); ``paper``: previous windows are embedded
+            in a separate call and row i sees those of rows i ... i+d-1.
+        range: ``packed``: the most rows that a row sees.
+        pack: ``packed``: consecutive rows that are consecutive windows of one stream.
+        stepping: ``packed``: rows early in a pack see fewer rows (the 3B recipe: (0,0), (1,1), (2,1), (3,0) positives
+            and negatives).
+        d: ``paper``: contexts a row sees, one of them its own.
+        w: ``paper``: previous windows of each row.
+        differentiable: Let gradients reach the shown keys and values (FoT); False detaches them (Memorizing
+            Transformers).
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    layout: Literal["packed", "paper"] = "packed"
+    range: int = 3
+    pack: int = 4
+    stepping: bool = True
+    d: int = 2
+    w: int = 1
+    differentiable: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("model.crossbatch", self, 1, "pack", "d", "w")
+        _at_least("model.crossbatch", self, 0, "range")
+        if self.layout not in ("packed", "paper"):
+            raise SettingError("model.crossbatch.layout", self.layout, "is not known", "Choose packed or paper.")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured after training, always with the configured retriever beside exact search.
+
+    Args:
+        context_tokens: Memory sizes in tokens at which perplexity is measured.
+        target_tokens: Tokens scored in each document, the same ones at every context size.
+        documents: Held-out documents used for perplexity.
+        passkey_tokens: Prompt lengths of the passkey task.
+        passkey_samples: Prompts for each length.
+        retrieval_queries: Real queries for each layer and KV head on which recall and time are measured.
+        retrieval_repeats: Timed calls for each setting.
+        query_grid: Query settings to measure, such as ``[{"ef_search": 64}, {"ef_search": 128}]``; None takes the
+            backend's own grid.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    context_tokens: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
+    target_tokens: int = 1024
+    documents: int = 2
+    passkey_tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    passkey_samples: int = 3
+    retrieval_queries: int = 512
+    retrieval_repeats: int = 5
+    query_grid: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        prefix = "evaluation"
+        _at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
+        _at_least(prefix, self, 0, "passkey_samples")
+        for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64)):
+            for value in getattr(self, name):
+                if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                    raise SettingError(
+                        f"{prefix}.{name}", getattr(self, name), f"{value!r} is below {minimum} tokens", "Correct it."
+                    )

@@ -1,0 +1,53 @@
+"""Errors that users can act on: each names the setting, its value and the fix."""
+
+from __future__ import annotations
+
+
+class SettingError(ValueError):
+    """A setting, argument or input that cannot work.
+
+    The command line prints the message without a traceback and exits with code 2.
+
+    Args:
+        setting: Name as the user would write it, such as ``model.memory.window``.
+        value: What was given.
+        problem: What is wrong with it, a clause without a full stop.
+        fix: What to do instead, a sentence.
+
+    Example:
+        >>> print(SettingError("model.memory.top_k", 0, "must be at least 1", "Try 32."))
+        model.memory.top_k=0: must be at least 1. Try 32.
+    """
+
+    def __init__(self, setting: str, value: object, problem: str, fix: str) -> None:
+        super().__init__(f"{setting}={value!r}: {problem}. {fix}")
+        self.setting = setting
+        self.value = value
+        self.problem = problem
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default rebuilds from the message alone, which breaks errors that cross a process (DDP, loader workers).
+        return (type(self), (self.setting, self.value, self.problem, self.fix))
+
+
+class MissingLibraryError(ImportError):
+    """An optional library that is needed but cannot be imported.
+
+    Args:
+        library: Import name, such as ``scann``.
+        install: The command that installs it.
+        needed_for: What asked for it, such as ``model.memory.retriever=scann``.
+        reason: Why the import failed, when it is more than absence.
+    """
+
+    def __init__(self, library: str, install: str, needed_for: str, reason: str | None = None) -> None:
+        detail = f" ({reason})" if reason else ""
+        super().__init__(f"{needed_for} needs the library {library!r}, which cannot be imported{detail}. Run: {install}")
+        self.library = library
+        self.install = install
+        self.needed_for = needed_for
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.library, self.install, self.needed_for, self.reason))
