@@ -1,0 +1,205 @@
+"""One softmax over local and outside (key, value) pairs: the formula of the Focused Transformer (paper section 3.1).
+
+    out(q) = sum over (k, v) in A ∪ C≤q of softmax(<q, k> · scale) · v
+
+``C`` is the causal local context, ``A`` the pairs from outside: retrieved ones, a whole memory, or windows shown by crossbatch.
+Pure functions of tensors. B rows, H query heads, G KV heads, R = H/G, T queries, S local keys, K retrieved pairs, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+# Scores held at once. Bounds what a dense read of a large memory takes: 2**26 fp32 scores are 256 MiB.
+MAX_SCORES = 2**26
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Pairs found for each query.
+
+    Args:
+        keys: (B, G, R·T, K, D), as if at position 0.
+        values: (B, G, R·T, K, D).
+        valid: (B, G, R·T, K) bool; False where fewer than K pairs were found.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pairs that every query of a row sees.
+
+    Args:
+        keys: (B, G, M, D), as if at position 0.
+        values: (B, G, M, D).
+        valid: (B, M) bool, or None where all are.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None = None
+
+
+def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, T, D) → (B, G, R·T, D): queries of a group side by side, so that one stream of keys serves them."""
+    batch, heads, length, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
+
+
+def unfold_heads(folded: Tensor, heads: int) -> Tensor:
+    """(B, G, R·T, D) → (B, H, T, D), the inverse of :func:`fold_heads`."""
+    batch, groups, rows, dim = folded.shape
+    return folded.reshape(batch, heads, rows * groups // heads, dim)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(T, S) bool: the last query sees all keys, the one before all but the last, and so on."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outside: Retrieved | Shown | None = None,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    gate: Tensor | None = None,
+    max_scores: int = MAX_SCORES,
+) -> Tensor:
+    """Attention over local and outside pairs in one softmax.
+
+    Args:
+        query: (B, H, T, D), rotated as the local context is.
+        key: (B, G, S, D), local, rotated.
+        value: (B, G, S, D).
+        outside: Pairs beyond the local context, or None.
+        scale: Factor on inner products.
+        mask: (B or 1, H or 1, T, S), bool (True = seen) or additive; None means causal, the last query at the last key.
+        softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
+        gate: (H,) logits; given, the two attentions are normalised apart and mixed by sigmoid(gate) (Memorizing
+            Transformers, arXiv 2203.08913, section 3.2) instead of sharing one softmax.
+        max_scores: Scores held at once; queries are cut in chunks to stay below. Changes no result beyond rounding.
+
+    Returns:
+        (B, H, T, D) in the dtype of ``query``.
+    """
+    batch, heads, length, _ = query.shape
+    if outside is None and gate is None and softcap is None:
+        return _local(query, key, value, scale, mask)
+    groups = key.shape[1]
+    repeats = heads // groups
+    full_mask = _additive(mask, query, key)
+    columns = key.shape[2] + (outside.keys.shape[-2] if outside is not None else 0)
+    step = max(1, min(length, max_scores // max(1, batch * heads * columns)))
+    chunks = []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        part = query[:, :, start:stop].reshape(batch, groups, repeats, stop - start, -1)
+        local = torch.einsum("bgrtd,bgsd->bgrts", part, key) * scale
+        local = _cap(local, softcap) + _group(full_mask[:, :, start:stop], groups)
+        pairs = _slice(outside, repeats, start, stop)
+        far = None if pairs is None else _far_scores(part, pairs, scale, softcap)
+        chunks.append(_combine(local, value, far, pairs, gate))
+    return torch.cat(chunks, dim=2).to(query.dtype)
+
+
+def _local(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    if mask is None and query.shape[2] != key.shape[2]:
+        mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The mask as (B or 1, H or 1, T, S) numbers to add, in fp32."""
+    if mask is None:
+        mask = causal_mask(query.shape[2], key.shape[2], query.device)[None, None]
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return zeros.masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return mask.float()[..., : key.shape[2]]
+
+
+def _group(mask: Tensor, groups: int) -> Tensor:
+    """(B, H or 1, t, S) → (B, G or 1, R or 1, t, S)."""
+    if mask.shape[1] == 1:
+        return mask[:, :, None]
+    return mask.reshape(mask.shape[0], groups, -1, *mask.shape[2:])
+
+
+def _cap(scores: Tensor, softcap: float | None) -> Tensor:
+    # Scores leave in fp32 (fp64 stays): a softmax in half precision would lose what retrieval is measured by.
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _slice(outside: Retrieved | Shown | None, repeats: int, start: int, stop: int) -> Retrieved | Shown | None:
+    """The pairs of queries ``start`` to ``stop``; retrieved ones as (B, G, R, t, K, D)."""
+    if not isinstance(outside, Retrieved):
+        return outside
+
+    def cut(tensor: Tensor) -> Tensor:
+        batch, groups, rows = tensor.shape[:3]
+        return tensor.reshape(batch, groups, repeats, rows // repeats, *tensor.shape[3:])[:, :, :, start:stop]
+
+    return Retrieved(cut(outside.keys), cut(outside.values), cut(outside.valid))
+
+
+def _far_scores(part: Tensor, pairs: Retrieved | Shown, scale: float, softcap: float | None) -> Tensor:
+    """Scores (B, G, R, t, K or M) of queries (B, G, R, t, D); the lowest number where a pair is not there."""
+    if isinstance(pairs, Shown):
+        scores = _cap(torch.einsum("bgrtd,bgmd->bgrtm", part, pairs.keys.to(part.dtype)) * scale, softcap)
+        if pairs.valid is None:
+            return scores
+        hidden = ~pairs.valid[:, None, None, None, :]
+    else:
+        found = torch.matmul(pairs.keys.to(part.dtype), part[..., None])[..., 0]
+        scores = _cap(found * scale, softcap)
+        hidden = ~pairs.valid
+    return scores.masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+def _combine(
+    local: Tensor, value: Tensor, far: Tensor | None, pairs: Retrieved | Shown | None, gate: Tensor | None
+) -> Tensor:
+    """Weights from scores, then the values' sum: (B, H, t, D)."""
+    batch, groups, repeats, length, local_keys = local.shape
+    if far is None or pairs is None:
+        mixed = _sum(local.softmax(-1), value, None)
+    elif gate is None:
+        # Equation of fot-semantics section 1: one softmax over the union.
+        weights = torch.cat([local, far], dim=-1).softmax(-1)
+        mixed = _sum(weights[..., :local_keys], value, None) + _sum(weights[..., local_keys:], pairs.values, pairs)
+    else:
+        far_weights = far.softmax(-1)
+        if pairs.valid is not None:
+            valid = pairs.valid if isinstance(pairs, Retrieved) else pairs.valid[:, None, None, None, :]
+            far_weights = far_weights * valid
+        share = gate.sigmoid().reshape(1, groups, repeats, 1, 1).to(local.dtype)
+        mixed = share * _sum(far_weights, pairs.values, pairs) + (1 - share) * _sum(local.softmax(-1), value, None)
+    return mixed.reshape(batch, groups * repeats, length, -1)
+
+
+def _sum(weights: Tensor, values: Tensor, pairs: Retrieved | Shown | None) -> Tensor:
+    values = values.to(weights.dtype)
+    if isinstance(pairs, Retrieved):
+        return torch.matmul(weights[..., None, :], values)[..., 0, :]
+    return torch.einsum("bgrts,bgsd->bgrtd", weights, values)

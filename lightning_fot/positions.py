@@ -1,0 +1,52 @@
+"""Rotary positions of memory layers: how queries and keys are rotated locally, and how a memory key counts as position 0."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+RotaryFn = Callable[..., tuple[Tensor, Tensor]]
+
+
+def find_rotary(attention: nn.Module) -> RotaryFn | None:
+    """The ``apply_rotary_pos_emb`` of the module file that defines an attention class; None where there is none."""
+    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    return function if callable(function) else None
+
+
+def identity_rotary(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) that rotate nothing, in the shape and dtype of the real ones.
+
+    Passed to a memory layer in place of the real ones, they let queries and keys reach the attention function after biases, norms
+    and fused projections, yet before rotation.
+    """
+    cos, sin = position_embeddings
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def rotate(
+    rotary: RotaryFn, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Rotates queries (B, H, T, D) and keys (B, G, T, D) by (cos, sin), each (B, T, R) with R <= D."""
+    cos, sin = position_embeddings
+    return rotary(query, key, cos, sin)
+
+
+def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys as if at position 0, through the backbone's own rotary function.
+
+    The identity for plain rotary embeddings, bit for bit; a scale for variants that scale cos and sin (YaRN, longrope).
+
+    Args:
+        rotary: The backbone's ``apply_rotary_pos_emb``.
+        key: (B, G, T, D), not rotated.
+        zero_embeddings: (cos, sin) at position 0, each (1, 1, R).
+    """
+    cos, sin = zero_embeddings
+    if bool((cos == 1).all()) and bool((sin == 0).all()):
+        return key
+    shape = (key.shape[0], key.shape[2], cos.shape[-1])
+    return rotary(key, key, cos.to(key).expand(shape), sin.to(key).expand(shape))[1]
