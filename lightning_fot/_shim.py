@@ -1,0 +1,65 @@
+"""The ``lightning`` script: standard library only, so that it costs nothing to those who use another package's.
+
+Other distributions declare a script of this name too (lightning-sdk does; Lightning itself, since 2.5.1, installs none), and
+pip lets the last one installed win. So this one takes only its own command lines and hands over everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+OPT_OUT = "LIGHTNING_FOT_NO_SHIM"
+DISTRIBUTION = "lightning-fot"
+CONFIG_VERBS = frozenset({"run", "fit", "validate", "test", "predict"})
+OTHER_VERBS = frozenset({"bench", "retrievers", "doctor"})
+
+
+def _normalised(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def find_other() -> EntryPoint | None:
+    """The ``lightning`` script of another installed distribution, if there is one."""
+    for entry in entry_points(group="console_scripts", name="lightning"):
+        if entry.dist is not None and _normalised(entry.dist.name) == DISTRIBUTION:
+            continue
+        if not entry.value.startswith("lightning_fot."):
+            return entry
+    return None
+
+
+def claims(arguments: Sequence[str]) -> bool:
+    """Whether a command line is certainly ours, even when another distribution has a ``lightning`` script.
+
+    ``run`` and its siblings are ours when a configuration is named: other tools have verbs of the same name.
+    """
+    if not arguments:
+        return False
+    verb, rest = arguments[0], arguments[1:]
+    if verb in CONFIG_VERBS:
+        return any(word in ("-c", "--config") or word.startswith(("-c=", "--config=")) for word in rest)
+    return verb in OTHER_VERBS
+
+
+def main() -> int | None:
+    """Entry point of the script ``lightning``."""
+    arguments = sys.argv[1:]
+    opted_out = os.environ.get(OPT_OUT, "") not in ("", "0")
+    if opted_out or not claims(arguments):
+        other = find_other()
+        if other is not None:
+            result: int | None = other.load()()
+            return result
+        if opted_out:
+            print(
+                f"lightning: {OPT_OUT} is set and no other installed distribution has a 'lightning' command. "
+                "Unset it, or use lightning-fot.",
+                file=sys.stderr,
+            )
+            return 2
+    from lightning_fot.cli import main as cli_main
+
+    return cli_main(arguments)
