@@ -1,0 +1,299 @@
+"""The retriever interface: which rows of a memory score highest for a query (retrievers.md, section 1)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.scan import pad_rows, topk_rows
+from lightning_fot.retrievers.settings import SETTING, TransformSpec, check_value, resolve_transform
+from lightning_fot.retrievers.stats import RetrieverStats
+from lightning_fot.retrievers.store import KeyStore, checked_banks
+
+
+class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it searches, and exact search is complete
+    """Finds the keys with the largest inner product, separately in each bank. It returns row numbers, never values.
+
+    A bank is one (sequence, KV head) of one memory layer; the query heads of a group are folded into the query
+    dimension. Row numbers count the keys of a bank in the order they were added.
+
+    Subclass :class:`~lightning_fot.retrievers.PerBankRetriever` to bring one index of one bank. A direct subclass
+    overrides ``_search``; without it the search is exact.
+
+    Args:
+        dim: Head size D.
+        banks: Independent key sets.
+        seed: For everything random: sampling, training of cells, graph levels.
+        num_threads: Threads of a search or build; 0 leaves the choice to torch's setting.
+        transform: ``"auto"`` (the backend's default), ``"none"`` or ``{"center", "query_power", "l2_augment"}``.
+        min_index_size: Below this many keys a bank is searched exactly: no index beats a scan there.
+
+    Raises:
+        SettingError: An argument is out of its range.
+    """
+
+    exact: ClassVar[bool] = False
+    query_args: ClassVar[tuple[str, ...]] = ()
+    default_transform: ClassVar[TransformSpec] = TransformSpec()
+
+    def __init__(
+        self,
+        dim: int,
+        banks: int = 1,
+        *,
+        seed: int = 0,
+        num_threads: int = 0,
+        transform: str | dict[str, Any] = "auto",
+        min_index_size: int = 16384,
+    ) -> None:
+        for name, value in (("dim", dim), ("banks", banks)):
+            check_value(name, value, name)
+        for name, value in (("seed", seed), ("num_threads", num_threads), ("min_index_size", min_index_size)):
+            check_value(name, value)
+        self.dim = dim
+        self.banks = banks
+        self.seed = seed
+        self.num_threads = num_threads
+        self.transform = resolve_transform(transform, self.default_transform)
+        self.min_index_size = min_index_size
+        self._store = KeyStore(dim, banks)
+        self._owns_store = True
+        self._stats = RetrieverStats()
+
+    @property
+    def store(self) -> KeyStore:
+        """The key buffer that is searched."""
+        return self._store
+
+    @property
+    def lengths(self) -> Tensor:
+        """Keys of each bank, (banks,) int64."""
+        return self._store.lengths
+
+    @property
+    def indexed(self) -> Tensor:
+        """Keys of each bank that an index covers, (banks,) int64; the others are scanned."""
+        return torch.zeros(self.banks, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this retriever holds itself: its indexes, and its keys unless they belong to a memory."""
+        return self._store.nbytes if self._owns_store else 0
+
+    def use_store(self, store: KeyStore) -> None:
+        """Search a key buffer that somebody else fills; ``add`` then copies nothing.
+
+        Args:
+            store: The caller appends to it before each ``add``.
+
+        Raises:
+            SettingError: Keys were added already, or the store has another shape.
+        """
+        if self._owns_store and max(self._store.lengths_list) > 0:
+            raise SettingError("store", store.lengths_list, "comes after keys were added", "Call use_store first.")
+        if (store.dim, store.banks) != (self.dim, self.banks):
+            raise SettingError(
+                "store",
+                (store.banks, store.dim),
+                f"is not (banks={self.banks}, dim={self.dim})",
+                "Make the store with the retriever's sizes.",
+            )
+        self._store = store
+        self._owns_store = False
+
+    @torch.no_grad()
+    def add(self, keys: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
+        """Take in keys; row numbers go on where each bank ended.
+
+        Args:
+            keys: (banks, n, dim), any floating dtype.
+            lengths: (banks,): bank b takes its first ``lengths[b]`` keys; None takes all n.
+
+        Raises:
+            SettingError: Shapes do not fit, or a key is not finite.
+        """
+        start = perf_counter()
+        counts = self._store.checked_counts(keys, lengths)
+        self._check_finite(keys, counts)
+        if self._owns_store:
+            self._store.append(keys, counts)
+        self._stats.adds += 1
+        self._stats.add_seconds += perf_counter() - start
+
+    def _check_finite(self, keys: Tensor, counts: list[int]) -> None:
+        # Cast first: what overflows in the stored dtype is as bad as inf.
+        stored = keys.detach().to(self._store.dtype)
+        if len(set(counts)) == 1:
+            finite = bool(torch.isfinite(stored[:, : counts[0]]).all())
+        else:
+            finite = all(bool(torch.isfinite(stored[bank, :count]).all()) for bank, count in enumerate(counts))
+        if not finite:
+            raise SettingError(
+                "keys", "nan or inf", f"is not finite in {self._store.dtype}", "Check the model's activations."
+            )
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        """Rows with the largest inner product.
+
+        Args:
+            queries: (banks, q, dim), any floating dtype and layout.
+            k: Rows wanted for each query, at least 1.
+
+        Returns:
+            Row numbers (banks, q, k) int64 on the queries' device, without duplicates; -1 where there are fewer.
+
+        Raises:
+            SettingError: Shapes do not fit, a query is not finite, or k is below 1.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise SettingError("k", k, "must be a whole number of at least 1", "Try 32.")
+        checked = self._checked_queries(queries)
+        start, built = perf_counter(), self._stats.build_seconds
+        rows = self._search(checked, k).to(queries.device)
+        self._stats.searches += 1
+        self._stats.queries += checked.shape[0] * checked.shape[1]
+        self._stats.search_seconds += perf_counter() - start - (self._stats.build_seconds - built)
+        return rows
+
+    def _checked_queries(self, queries: Tensor) -> Tensor:
+        if queries.dim() != 3 or queries.shape[0] != self.banks or queries.shape[2] != self.dim:
+            raise SettingError(
+                "queries",
+                tuple(queries.shape),
+                f"is not (banks={self.banks}, q, dim={self.dim})",
+                "Fold query heads into q.",
+            )
+        if not queries.is_floating_point():
+            raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
+        checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
+        if not bool(torch.isfinite(checked).all()):
+            raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
+        return checked
+
+    def _search(self, queries: Tensor, k: int) -> Tensor:
+        """Rows (banks, q, k) for checked queries (banks, q, dim): float32, contiguous, on the store's device."""
+        return torch.stack([pad_rows(self._scan(bank, queries[bank], k), k) for bank in range(self.banks)])
+
+    def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
+        """Exact rows (q, min(k, n)) of one bank."""
+        keys = self._store.bank(bank)
+        self._stats.rows_scanned += queries.shape[0] * keys.shape[0]
+        return topk_rows(queries, keys, k)[0]
+
+    def observe(self, queries: Tensor) -> None:
+        """Show past queries (banks, q, dim), rotated as they are searched with; backends may learn from them.
+
+        Raises:
+            SettingError: Shapes do not fit or a query is not finite.
+        """
+        self._checked_queries(queries)
+
+    def flush(self) -> None:
+        """Build now whatever is pending, and wait for it."""
+        return
+
+    def reset(self, banks: Sequence[int] | None = None) -> None:
+        """Forget the keys of some banks, or of all. The keys of a foreign store are its owner's to reset.
+
+        Args:
+            banks: Bank numbers; None means all.
+
+        Raises:
+            SettingError: A bank number is out of range.
+        """
+        numbers = checked_banks(banks, self.banks)
+        if self._owns_store:
+            self._store.reset(numbers)
+
+    def set_query_args(self, **kw: Any) -> None:
+        """Change settings that need no rebuild, those named in ``query_args``.
+
+        Raises:
+            SettingError: The name is not one of them, or the value cannot work.
+        """
+        for name, value in kw.items():
+            if name not in self.query_args:
+                known = ", ".join(self.query_args) or "none"
+                raise SettingError(f"{SETTING}.{name}", value, "is not a query setting", f"There are: {known}.")
+            check_value(name, value)
+        for name, value in kw.items():
+            setattr(self, name, value)
+
+    def stats(self) -> RetrieverStats:
+        """A copy of the counters."""
+        return replace(self._stats)
+
+    def fork(self, store: KeyStore | None = None) -> Self:
+        """A snapshot that shares what is built; neither side sees what the other adds later.
+
+        Args:
+            store: The fork of the key buffer to search; None forks this retriever's own.
+
+        Returns:
+            A retriever of the same kind, with fresh counters. O(1) unless a subclass keeps keys of its own (it
+            overrides ``add``): that one is copied.
+        """
+        foreign = type(self).add is not Retriever.add
+        twin = copy.deepcopy(self) if foreign else copy.copy(self)
+        twin._store = self._store.fork() if store is None else store
+        twin._owns_store = self._owns_store if store is None else False
+        twin.num_threads = self.num_threads
+        twin._stats = RetrieverStats()
+        return twin
+
+    def save(self, folder: str | Path) -> None:
+        """Write the keys to a folder; indexes are rebuilt from them after ``load``, from the same seed.
+
+        Args:
+            folder: Made if it is not there.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(self._tensors_to_save(), path / "keys.safetensors")
+        (path / "retriever.json").write_text(json.dumps({"schema": 1, "dim": self.dim, "banks": self.banks}))
+
+    def load(self, folder: str | Path) -> None:
+        """Replace the content by that of a saved folder.
+
+        Raises:
+            SettingError: The folder is not one, or was saved with other sizes.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(folder)
+        if not (path / "retriever.json").is_file():
+            raise SettingError("folder", str(folder), "holds no saved retriever", "Give the folder passed to save.")
+        saved = json.loads((path / "retriever.json").read_text())
+        if (saved["dim"], saved["banks"]) != (self.dim, self.banks):
+            raise SettingError(
+                "folder", str(folder), f"was saved with dim={saved['dim']}, banks={saved['banks']}", "Use these sizes."
+            )
+        self.reset()
+        self._restore_tensors(load_file(path / "keys.safetensors"))
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        return {"keys": self._store.view().contiguous(), "lengths": self._store.lengths}
+
+    def _restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        keys = tensors["keys"]
+        if self._owns_store:
+            self._store = KeyStore(self.dim, self.banks, keys.dtype, self._store.device)
+            self._store.append(keys, tensors["lengths"])
+        self.add(keys[:, :0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # After a multi-threaded call a forked child hangs in OpenMP: what travels to another process uses one thread.
+        return {**self.__dict__, "num_threads": 1}

@@ -1,0 +1,99 @@
+"""Arguments of the built-in retrievers and their bounds, without torch: checked before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_fot.errors import SettingError
+
+SETTING = "model.memory.retriever"
+
+COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size")
+
+# Name -> (smallest, largest or None, None allowed). None means "sized by the backend".
+_BOUNDS: dict[str, tuple[int, int | None, bool]] = {
+    "dim": (1, None, False),
+    "banks": (1, None, False),
+    "seed": (0, 2**31 - 1, False),
+    "num_threads": (0, 1024, False),
+    "min_index_size": (0, None, False),
+    "M": (2, 512, False),
+    "ef_construction": (1, None, False),
+    "ef_search": (1, None, False),
+    "nlist": (1, None, True),
+    "nprobe": (1, None, True),
+    "num_leaves": (1, None, True),
+    "num_leaves_to_search": (1, None, True),
+    "reorder": (1, None, True),
+}
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Which score-preserving maps are put before an index (retrievers.md, section 2).
+
+    Attributes:
+        center: Subtract the keys' mean: shifts all scores of a query alike.
+        query_power: p of the query-aware map: keys by M^p, queries by M^-p, with M = E[q q^T] of past queries.
+        l2_augment: One more coordinate that gives all keys one norm, so that L2 order is inner-product order.
+    """
+
+    center: bool = False
+    query_power: float = 0.0
+    l2_augment: bool = False
+
+
+def resolve_transform(transform: object, auto: TransformSpec) -> TransformSpec:
+    """Read the ``transform`` argument.
+
+    Args:
+        transform: ``"auto"``, ``"none"`` or ``{"center": bool, "query_power": p, "l2_augment": bool}``.
+        auto: What ``"auto"`` stands for.
+
+    Raises:
+        SettingError: It is none of these.
+    """
+    if isinstance(transform, TransformSpec):
+        return transform
+    if transform == "auto":
+        return auto
+    if transform == "none":
+        return TransformSpec()
+    setting = f"{SETTING}.transform"
+    if not isinstance(transform, Mapping):
+        raise SettingError(setting, transform, "is not known", "Use auto, none or {center, query_power, l2_augment}.")
+    for name, value in transform.items():
+        if name not in ("center", "query_power", "l2_augment"):
+            raise SettingError(f"{setting}.{name}", value, "is not known", "Use center, query_power and l2_augment.")
+        if name == "query_power":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise SettingError(f"{setting}.{name}", value, "must lie between 0 and 1", "1/4 and 1/2 work well.")
+        elif not isinstance(value, bool):
+            raise SettingError(f"{setting}.{name}", value, "must be true or false", "Correct it.")
+    return TransformSpec(**transform)
+
+
+def check_value(name: str, value: Any, setting: str | None = None) -> None:
+    """Check one argument of a built-in retriever; names without a rule pass.
+
+    Args:
+        name: Argument name, such as ``ef_search``.
+        value: Its value.
+        setting: Name to show in the error; the default is below ``model.memory.retriever``.
+
+    Raises:
+        SettingError: The value cannot work.
+    """
+    if name == "transform":
+        resolve_transform(value, TransformSpec())
+        return
+    if name not in _BOUNDS:
+        return
+    low, high, optional = _BOUNDS[name]
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise SettingError(setting or f"{SETTING}.{name}", value, f"must be a whole number {span}", "Correct it.")
