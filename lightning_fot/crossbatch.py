@@ -30,7 +30,7 @@ def packed_rows(batch_size: int, pack: int, context_range: int, stepping: bool) 
 
     Example:
         >>> [len(rows) for rows in packed_rows(8, pack=4, context_range=3, stepping=True)]
-        [0, 2, 3, 3, 0, 2, 3, 3]
+        [0, 1, 2, 3, 0, 2, 3, 3]
     """
     step = -(-(context_range + 1) // max(pack - 1, 1))
     table = []

@@ -1,0 +1,213 @@
+"""What a memory layer does during one call of the model: read a window beside a memory, or train a crossbatch.
+
+A pass is made for each call and holds everything that the call adds, so that an interrupted call changes no memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fot.attention import attend, fold_heads
+from lightning_fot.crossbatch import RowTable, crossbatch_attention
+from lightning_fot.positions import RotaryFn, at_position_zero, rotate
+
+if TYPE_CHECKING:
+    from lightning_fot.memory import Memory
+
+Pairs = dict[int, tuple[Tensor, Tensor]]
+AttentionFn = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class StopForward(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a forward once the last memory layer has its keys and values: reading needs nothing above."""
+
+
+@dataclass
+class LayerCall:
+    """One attention layer within one call: handed from the layer's hook to the attention function.
+
+    Args:
+        layer_idx: Number of the layer.
+        backend: The attention function that the backbone used before.
+        current: The pass in progress, None when the model is called as a plain backbone.
+        position_embeddings: The real (cos, sin), each (B or 1, T, R); None for layers that do not rotate.
+        rotary: The backbone's ``apply_rotary_pos_emb``, None for layers that do not rotate or when ``positions="none"``.
+        gate: (H,) logits of the memory's share, None for one softmax.
+    """
+
+    layer_idx: int
+    backend: AttentionFn
+    current: Pass | None = None
+    position_embeddings: tuple[Tensor, Tensor] | None = None
+    rotary: RotaryFn | None = None
+    gate: Tensor | None = None
+
+    def local(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys, and the keys as if at position 0."""
+        if self.rotary is None or self.position_embeddings is None:
+            return query, key, key
+        rotated_query, rotated_key = rotate(self.rotary, query, key, self.position_embeddings)
+        cos, sin = self.position_embeddings
+        # The first local column always is at position 0.
+        return rotated_query, rotated_key, at_position_zero(self.rotary, key, (cos[:1, :1], sin[:1, :1]))
+
+
+class Pass(ABC):
+    """What memory layers do during one call."""
+
+    @abstractmethod
+    def attend(
+        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Output (B, H, T, D) of a memory layer for not yet rotated query (B, H, T, D), key and value (B, G, T, D)."""
+
+
+@dataclass
+class WindowPass(Pass):
+    """Reads one window: it attends to the memory, and its pairs wait in ``pairs`` until the whole window is read.
+
+    Args:
+        memory: What is attended to; not changed by the pass.
+        top_k: Pairs retrieved for each query.
+        stop_layer: Memory layer above which nothing is needed; None computes the whole forward.
+        recorder: Where the searched queries are noted, (B·G, R·T, D) by layer; None keeps none.
+    """
+
+    memory: Memory
+    top_k: int
+    stop_layer: int | None = None
+    recorder: dict[int, list[Tensor]] | None = None
+    pairs: Pairs = field(default_factory=dict)
+
+    def attend(
+        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        local_query, local_key, stored_key = call.local(query, key)
+        self.pairs[call.layer_idx] = (stored_key, value)
+        layer = self.memory.layers[call.layer_idx]
+        folded = fold_heads(local_query, layer.kv_heads)
+        layer.retriever.observe(folded.detach().flatten(0, 1))
+        if self.recorder is not None:
+            self.recorder.setdefault(call.layer_idx, []).append(folded.detach().flatten(0, 1).clone())
+        if call.layer_idx == self.stop_layer:
+            raise StopForward
+        outside = layer.read(folded, self.top_k)
+        return attend(local_query, local_key, value, outside, scale=scale, softcap=softcap, gate=call.gate)
+
+
+@dataclass
+class CollectPass(Pass):
+    """Embeds the previous windows of the ``paper`` layout: local attention only, pairs kept with their graph.
+
+    Args:
+        stop_layer: Last memory layer: nothing above it is needed.
+    """
+
+    stop_layer: int
+    pairs: Pairs = field(default_factory=dict)
+
+    def attend(
+        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        local_query, local_key, shown_key = call.local(query, key)
+        self.pairs[call.layer_idx] = (shown_key, value)
+        if call.layer_idx == self.stop_layer:
+            raise StopForward
+        return attend(local_query, local_key, value, scale=scale, softcap=softcap)
+
+
+@dataclass
+class CrossbatchPass(Pass):
+    """Trains: rows see windows of other rows in their memory layers.
+
+    Args:
+        table: For each row what it sees: rows of this batch, or entries of ``shown``.
+        shown: Pairs of the previous windows by layer (``paper``); None shows this batch's own rows (``packed``).
+        differentiable: Let gradients reach shown keys and values.
+    """
+
+    table: RowTable
+    shown: Pairs | None = None
+    differentiable: bool = True
+
+    def attend(
+        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        local_query, local_key, own_key = call.local(query, key)
+        shown_key, shown_value = (own_key, value) if self.shown is None else self.shown[call.layer_idx]
+        if softcap is not None or call.gate is not None:
+            return self._explicit(call, local_query, local_key, value, shown_key, shown_value, scale, softcap)
+        return crossbatch_attention(
+            local_query,
+            local_key,
+            value,
+            shown_key,
+            shown_value,
+            self.table,
+            scale=scale,
+            differentiable=self.differentiable,
+        )
+
+    def _explicit(
+        self,
+        call: LayerCall,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shown_key: Tensor,
+        shown_value: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Row by row with explicit scores, for what fused attention cannot do: soft-capped scores and gates."""
+        from lightning_fot.attention import Shown
+
+        if not self.differentiable:
+            shown_key, shown_value = shown_key.detach(), shown_value.detach()
+        outputs = []
+        for row, seen in enumerate(self.table):
+            outside = None
+            if seen:
+                # (n, G, S, D) → (1, G, n·S, D)
+                outside = Shown(
+                    shown_key[seen].transpose(0, 1).flatten(1, 2)[None],
+                    shown_value[seen].transpose(0, 1).flatten(1, 2)[None],
+                )
+            part = slice(row, row + 1)
+            outputs.append(
+                attend(query[part], key[part], value[part], outside, scale=scale, softcap=softcap, gate=call.gate)
+            )
+        return torch.cat(outputs)
+
+
+def memory_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered with transformers' ``AttentionInterface``.
+
+    Memory layers within a pass are served by the pass, all others by the function that the backbone used before.
+    """
+    call: LayerCall | None = kwargs.pop("fot_layer", None)
+    if call is None:
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand its keyword arguments to the attention interface, "
+            "so lightning-fot cannot tell which layer it is"
+        )
+    if call.current is None or query.device.type == "meta":
+        return call.backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = call.current.attend(call, query, key, value, scale, kwargs.get("softcap"))
+    return output.transpose(1, 2).contiguous(), None
