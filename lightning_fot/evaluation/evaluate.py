@@ -1,0 +1,376 @@
+"""Long-context evaluation of an attached model: the configured retriever beside exact search and no memory at all.
+
+Each phase of the plan leaves a JSON-able record; :func:`summarise` turns the records that there are into the rows of
+``results.json``. So an evaluation that was cut short shows what it has, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fot.evaluation.passkey import answer_is_found, shared_memories, split_prompt, wilson
+from lightning_fot.evaluation.perplexity import (
+    block_sums,
+    difference,
+    estimate,
+    losses_with_memory,
+    losses_without_memory,
+)
+from lightning_fot.evaluation.plan import (
+    EXACT,
+    INGEST_COST,
+    LOCAL_COST,
+    NONE,
+    HasIds,
+    Phase,
+    phases,
+    retriever_label,
+    select_documents,
+)
+from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_fot.config import EvaluationConfig
+    from lightning_fot.data.passkey import PasskeyExample
+    from lightning_fot.lm import MemoryLM
+
+Record = list[dict[str, Any]]
+
+
+class Progress(Protocol):
+    """What is used of ``JobProgress``."""
+
+    def plan(self, phases: Sequence[tuple[str, float]]) -> None:
+        """Says what is to come."""
+        ...
+
+    def start(self, name: str) -> None:
+        """Begins a phase."""
+        ...
+
+    def advance(self, units: float, note: str = "") -> None:
+        """Counts work done."""
+        ...
+
+    def finish(self, name: str) -> None:
+        """Ends a phase."""
+        ...
+
+
+def evaluate(
+    lm: MemoryLM,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[HasIds],
+    config: EvaluationConfig,
+    progress: Progress | None = None,
+    *,
+    done: Mapping[str, Record] | None = None,
+    on_result: Callable[[str, Record], None] | None = None,
+) -> dict[str, Any]:
+    """Measures perplexity, passkey, and recall and speed of retrieval.
+
+    The model is put in evaluation mode and left in the mode it was in; nothing is kept that training would see.
+    Where the configured retriever held too few keys to use its index, each of its searches was an exact one; the
+    ``exact`` row is then not computed again but taken from it and says so (``"same_as"``).
+
+    Args:
+        lm: The attached model; ``lm.config.retriever`` is what is measured.
+        tokenizer: Tokenizer of the model, for the passkey prompts.
+        documents: Held-out documents.
+        config: What to measure.
+        progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan` gives its phases.
+        done: Records of finished phases, from the same model and settings; these phases are skipped.
+        on_result: Called with name and record of each phase as it ends, such as to write them to disk.
+
+    Returns:
+        ``perplexity``, ``tasks``, ``retrieval``, ``exact`` and ``retrieval_in_run``: lists of rows for
+        ``results.json``.
+
+    Raises:
+        SettingError: No document is long enough, or a passkey length is too short for the tokenizer.
+    """
+    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result)
+    with _evaluation_mode(lm), torch.no_grad():
+        run.run()
+    return summarise(run.records, config, lm.config.retriever)
+
+
+@contextmanager
+def _evaluation_mode(lm: MemoryLM) -> Iterator[None]:
+    modules = [(module, module.training) for module in lm.model.modules()]
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+
+
+class _Evaluation:
+    """One run over the phases; holds what later phases need of earlier ones."""
+
+    def __init__(
+        self,
+        lm: MemoryLM,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[HasIds],
+        config: EvaluationConfig,
+        progress: Progress | None,
+        records: dict[str, Record],
+        on_result: Callable[[str, Record], None] | None,
+    ) -> None:
+        self.lm = lm
+        self.config = config
+        self.progress = progress
+        self.records = records
+        self.on_result = on_result
+        self.label = retriever_label(lm.config.retriever)
+        self.documents = select_documents(documents, config)
+        self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
+        self.longest = max(config.context_tokens, default=0)
+        self.examples = self._examples(tokenizer)
+        self.capture: Capture | None = None
+
+    def _examples(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, PasskeyExample]]:
+        """All prompts, before anything slow: a length that is too short is known at once."""
+        from lightning_fot.data.passkey import passkey_prompt
+
+        return [
+            (length, passkey_prompt(tokenizer, length, seed=sample))
+            for length in sorted(set(self.config.passkey_tokens))
+            for sample in range(self.config.passkey_samples)
+        ]
+
+    def run(self) -> None:
+        self._replan()
+        for phase in self.phases:
+            if phase.name in self.records:
+                continue
+            if self.progress is not None:
+                self.progress.start(phase.name)
+            record = self._same_search(phase)
+            if record is None:
+                record = self._measure(phase)
+            self.records[phase.name] = record
+            if self.on_result is not None:
+                self.on_result(phase.name, record)
+            if self.progress is not None:
+                self.progress.finish(phase.name)
+        self.capture = None
+
+    def _replan(self) -> None:
+        """Tells progress what will not be computed: finished phases, and exact ones below the size of an index."""
+        if self.progress is None:
+            return
+        largest = max([self.longest, *(length for length, _ in self.examples)], default=0)
+        probe = next(iter(self.lm.new_memory(1).layers.values()), None)
+        same = probe is not None and getattr(probe.retriever, "min_index_size", 0) > largest
+        self.progress.plan(
+            [
+                (phase.name, 0.0 if same and phase.memory == EXACT and phase.section != "retrieval" else phase.cost)
+                for phase in self.phases
+                if phase.name not in self.records
+            ]
+        )
+
+    def _advance(self, units: float) -> None:
+        if self.progress is not None:
+            self.progress.advance(units)
+
+    def _ingested(self, tokens: int) -> None:
+        self._advance(tokens * INGEST_COST)
+
+    def _same_search(self, phase: Phase) -> Record | None:
+        """The configured retriever's record, where all its searches were exact ones."""
+        if phase.memory != EXACT or self.label == EXACT or phase.section == "retrieval":
+            return None
+        twin = next(
+            other
+            for other in self.phases
+            if (other.section, other.context_tokens, other.memory) == (phase.section, phase.context_tokens, self.label)
+        )
+        record = self.records[twin.name]
+        if any(row["index_used"] is not False for row in record):
+            return None
+        return [{**row, "index_used": None, "same_as": self.label} for row in record]
+
+    def _measure(self, phase: Phase) -> Record:
+        spec = EXACT if phase.memory == EXACT else self.lm.config.retriever
+        if phase.section == "perplexity":
+            return [self._perplexity(phase, spec, place) for place in range(len(self.documents))]
+        if phase.section == "passkey":
+            return self._passkey(phase, spec)
+        return self._retrieval(phase, spec)
+
+    def _ids(self, place: int, start: int, stop: int) -> Tensor:
+        ids = torch.as_tensor(self.documents[place].ids[start:stop]).long()
+        return ids.to(self.lm.device)
+
+    def _perplexity(self, phase: Phase, spec: Any, place: int) -> dict[str, Any]:
+        target = self._ids(place, self.longest, self.longest + self.config.target_tokens + 1)
+        row: dict[str, Any] = {"document": self.documents[place].name, "index_used": None}
+        began = time.perf_counter()
+        if phase.memory == NONE:
+            losses = losses_without_memory(self.lm, target, self._advance)
+        else:
+            wanted = place == 0 and phase.context_tokens == self.longest and phase.memory == self.label
+            capture = Capture(self.lm) if wanted else None
+            context = self._ids(place, self.longest - phase.context_tokens, self.longest)
+            memory = self.lm.new_memory(1, spec)
+            if capture is None:
+                self.lm.ingest(context[None], memory=memory, progress=self._ingested)
+            else:
+                capture.ingest(context[None], memory, self._ingested)
+            memory.flush()
+            row["index_used"] = index_used(memory)
+            row["ingest_s"] = time.perf_counter() - began
+            began = time.perf_counter()
+            if capture is None:
+                losses = losses_with_memory(self.lm, target, memory, self._advance)
+            else:
+                with capture.target(memory):
+                    losses = losses_with_memory(self.lm, target, memory, self._advance)
+                self.capture = capture
+        row["target_s"] = time.perf_counter() - began
+        row["blocks"] = [list(block) for block in block_sums(losses)]
+        return row
+
+    def _retrieval(self, phase: Phase, spec: Any) -> Record:
+        if self.capture is None:
+            # Resumed after the perplexity of the longest context: read it once more, for its queries and keys.
+            longest = next(p for p in self.phases if (p.memory, p.context_tokens) == (self.label, self.longest))
+            self._perplexity(longest, self.lm.config.retriever, 0)
+        assert self.capture is not None
+        rows = measure_capture(self.capture, spec, self.config, lambda share: self._advance(share * phase.cost))
+        if phase.memory == self.label:
+            rows += [{"in_run": True, **row} for row in quality_in_run(self.capture, self.label, self.config)]
+        return rows
+
+    def _passkey(self, phase: Phase, spec: Any) -> Record:
+        local = self.lm.config.last_context_length or self.lm.config.window
+        split = [split_prompt(example, local) for _, example in self.examples]
+        if phase.memory == NONE:
+            memories: Any = ((place, None) for place in range(len(split)))
+        else:
+            memories = shared_memories(self.lm, [prefix for prefix, _ in split], spec, self._ingested)
+        rows = []
+        for place, memory in memories:
+            length, example = self.examples[place]
+            if memory is not None:
+                memory.flush()
+            rows.append(
+                {
+                    "context_tokens": length,
+                    "depth": example.depth,
+                    "correct": answer_is_found(self.lm, example, split[place][1], memory),
+                    "index_used": None if memory is None else index_used(memory),
+                }
+            )
+            self._advance(len(split[place][1]) * LOCAL_COST)
+        return sorted(rows, key=lambda row: row["context_tokens"])
+
+
+def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever: Any) -> dict[str, Any]:
+    """Rows of ``results.json`` from the records that there are, complete or not.
+
+    Perplexity rows: ``value`` with ``standard_error`` (see :func:`~lightning_fot.evaluation.perplexity.estimate`; by
+    the delta method), ``nll`` in nats a token, ``gain_nats`` over no memory on the same tokens with its paired
+    standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory ``none`` is each window of the
+    target alone, the same at every context length.
+
+    Args:
+        records: Phase name to record.
+        config: The settings of the evaluation.
+        retriever: The configured retriever's specification.
+    """
+    result: dict[str, Any] = {"perplexity": [], "tasks": [], "retrieval": [], "exact": [], "retrieval_in_run": []}
+    listed = phases(config, retriever, 1)
+    base = next((records.get(phase.name) for phase in listed if phase.memory == NONE), None)
+    for phase in listed:
+        record = records.get(phase.name)
+        if not record:
+            continue
+        if phase.section == "perplexity":
+            contexts = sorted(set(config.context_tokens)) if phase.memory == NONE else [phase.context_tokens]
+            result["perplexity"] += [_perplexity_row(phase.memory, c, record, base, config) for c in contexts]
+        elif phase.section == "passkey":
+            result["tasks"] += _task_rows(phase.memory, record)
+        else:
+            bench = [row for row in record if not row.get("in_run")]
+            result["retrieval_in_run"] += [
+                {key: value for key, value in row.items() if key != "in_run"} for row in record if row.get("in_run")
+            ]
+            if phase.memory == EXACT:
+                result["exact"] += bench
+            if phase.memory == retriever_label(retriever):
+                result["retrieval"] += bench
+    return result
+
+
+def _blocks(record: Record) -> list[tuple[float, int]]:
+    return [(total, count) for row in record for total, count in row["blocks"]]
+
+
+def _note(record: Record) -> dict[str, Any]:
+    """What a row has to admit: no index took part, or the numbers are another row's."""
+    used = {row.get("index_used") for row in record}
+    note: dict[str, Any] = {} if used == {None} else {"index_used": True in used}
+    if record[0].get("same_as"):
+        note["same_as"] = record[0]["same_as"]
+    return note
+
+
+def _perplexity_row(
+    memory: str, context: int, record: Record, base: Record | None, config: EvaluationConfig
+) -> dict[str, Any]:
+    blocks = _blocks(record)
+    found = estimate(blocks)
+    value = float(torch.tensor(found.mean, dtype=torch.float64).exp())
+    row: dict[str, Any] = {
+        "context_tokens": context,
+        "memory": memory,
+        "value": value,
+        "standard_error": None if found.standard_error is None else value * found.standard_error,
+        "nll": found.mean,
+        "nll_standard_error": found.standard_error,
+        "tokens": found.tokens,
+        "blocks": found.blocks,
+        "documents": len(record),
+        "target_tokens_per_s": found.tokens / max(sum(part["target_s"] for part in record), 1e-9),
+    }
+    if memory != NONE:
+        row["ingest_tokens_per_s"] = context * len(record) / max(sum(part["ingest_s"] for part in record), 1e-9)
+        if base:
+            gain = difference(blocks, _blocks(base))
+            row |= {"gain_nats": gain.mean, "gain_standard_error": gain.standard_error}
+    return row | _note(record)
+
+
+def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:
+    rows = []
+    for length in sorted({part["context_tokens"] for part in record}):
+        parts = [part for part in record if part["context_tokens"] == length]
+        correct = sum(part["correct"] for part in parts)
+        low, high = wilson(correct, len(parts))
+        rows.append(
+            {
+                "task": "passkey",
+                "context_tokens": length,
+                "memory": memory,
+                "accuracy": correct / len(parts),
+                "n": len(parts),
+                "correct": correct,
+                "low": low,
+                "high": high,
+            }
+            | _note(parts)
+        )
+    return rows

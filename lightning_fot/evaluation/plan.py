@@ -1,0 +1,163 @@
+"""What an evaluation does, in which order and at which cost. Imports no torch.
+
+A phase is the unit of progress and of resuming: its name is the key of its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from lightning_fot.errors import SettingError
+
+if TYPE_CHECKING:
+    from lightning_fot.config import EvaluationConfig
+
+NONE = "none"
+EXACT = "exact"
+# What stands for one pass of one token through the whole model, logits included. Measured on SmolLM2-135M with memory
+# layers 10 and 20 of 30; other models shift all phases alike, so that an estimate of the time left stays useful.
+INGEST_COST = 0.55
+LOCAL_COST = 0.8
+# A retrieval measurement: building from M keys, and one timed call of Q queries.
+BUILD_COST = 0.25
+QUERY_COST = 0.4
+GRID = 5
+
+
+class HasIds(Protocol):
+    """A document that is tokenised: ``ids`` is a 1-D integer array."""
+
+    @property
+    def name(self) -> str:
+        """Where it came from."""
+        ...
+
+    @property
+    def ids(self) -> Any:
+        """Token numbers, (n,) integers."""
+        ...
+
+
+DocumentT = TypeVar("DocumentT", bound=HasIds)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One measurement that is made as a whole.
+
+    Args:
+        name: Unique; also what progress shows.
+        section: What is measured.
+        memory: ``none``, ``exact`` or the retriever's name.
+        context_tokens: Tokens in memory; 0 where the phase covers several lengths or none.
+        cost: Token passes, as progress counts them.
+    """
+
+    name: str
+    section: Literal["perplexity", "retrieval", "passkey"]
+    memory: str
+    context_tokens: int
+    cost: float
+
+
+def retriever_label(spec: Any) -> str:
+    """How a row of results calls a retriever given as name, ``{"name": …}``, class path or factory.
+
+    Example:
+        >>> retriever_label("hnsw"), retriever_label({"name": "package.module.MyIndex", "M": 8})
+        ('hnsw', 'MyIndex')
+    """
+    if isinstance(spec, Mapping):
+        spec = spec.get("name", spec.get("class_path", "retriever"))
+    if isinstance(spec, str):
+        return spec.rpartition(".")[2]
+    return str(getattr(spec, "__name__", type(spec).__name__))
+
+
+def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int | None = None) -> list[Phase]:
+    """All phases in the order they run.
+
+    Args:
+        config: What to measure.
+        retriever: The configured retriever's specification.
+        window: Local context in tokens.
+        documents: Documents that are long enough; None takes ``config.documents``.
+    """
+    label = retriever_label(retriever)
+    kinds = [label] if label == EXACT else [label, EXACT]
+    count = config.documents if documents is None else min(documents, config.documents)
+    contexts = sorted(set(config.context_tokens))
+    listed: list[Phase] = []
+    if contexts:
+        listed.append(Phase("perplexity: no memory", "perplexity", NONE, 0, float(count * config.target_tokens)))
+    for context in contexts:
+        cost = count * (context * INGEST_COST + config.target_tokens)
+        listed += [Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost) for kind in kinds]
+    for kind in kinds if contexts else ():
+        settings = len(config.query_grid or ()) or GRID
+        calls = config.retrieval_repeats * (1 if kind == EXACT else settings)
+        cost = BUILD_COST * contexts[-1] + QUERY_COST * calls * config.retrieval_queries
+        listed.append(Phase(f"retrieval: {kind}, {contexts[-1]} tokens", "retrieval", kind, contexts[-1], cost))
+    if config.passkey_tokens and config.passkey_samples:
+        lengths = sorted(set(config.passkey_tokens))
+        local = config.passkey_samples * sum(min(length, window) for length in lengths) * LOCAL_COST
+        stored = config.passkey_samples * sum(max(length - window, 0) for length in lengths) * INGEST_COST
+        listed.append(Phase("passkey: no memory", "passkey", NONE, 0, local))
+        listed += [Phase(f"passkey: {kind}", "passkey", kind, 0, local + stored) for kind in kinds]
+    return listed
+
+
+def plan(
+    config: EvaluationConfig, retriever: Any = EXACT, window: int = 512, documents: int | None = None
+) -> list[tuple[str, float]]:
+    """Phases and their costs in token passes, for ``JobProgress.plan``.
+
+    Args:
+        config: What to measure.
+        retriever: The configured retriever's specification.
+        window: Local context in tokens.
+        documents: Documents that are long enough; None takes ``config.documents``.
+
+    Example:
+        >>> from lightning_fot.config import EvaluationConfig
+        >>> plan(EvaluationConfig(context_tokens=[2048], passkey_tokens=[]), "exact")[0]
+        ('perplexity: no memory', 2048.0)
+    """
+    return [(phase.name, phase.cost) for phase in phases(config, retriever, window, documents)]
+
+
+def tokens_needed(config: EvaluationConfig) -> int:
+    """Tokens that a document needs: the longest context, the target, and one more to predict."""
+    return max(config.context_tokens, default=0) + config.target_tokens + 1
+
+
+def select_documents(documents: Sequence[DocumentT], config: EvaluationConfig) -> list[DocumentT]:
+    """The documents on which perplexity is measured: the first ``config.documents`` that are long enough.
+
+    Call it before training, so that documents that are too short are known before hours are spent.
+
+    Args:
+        documents: Held-out documents.
+        config: What to measure.
+
+    Raises:
+        SettingError: None is long enough.
+    """
+    if not config.context_tokens:
+        return []
+    needed = tokens_needed(config)
+    chosen = [document for document in documents if len(document.ids) >= needed][: config.documents]
+    if not chosen:
+        longest = max((len(document.ids) for document in documents), default=0)
+        room = longest - config.target_tokens - 1
+        hint = f"Use at most {room}, or" if room > 0 else "Lower evaluation.target_tokens and context_tokens, or"
+        raise SettingError(
+            "evaluation.context_tokens",
+            config.context_tokens,
+            f"with target_tokens={config.target_tokens} needs a held-out document of {needed} tokens; the longest of "
+            f"{len(documents)} has {longest}",
+            f"{hint} give longer documents in data.paths.",
+        )
+    return chosen

@@ -1,0 +1,371 @@
+"""How well and how fast an index finds what attention looks for, on real queries and keys.
+
+Recall alone hides what matters to attention, so it always comes with the softmax mass that the found pairs hold.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_fot.evaluation.plan import retriever_label
+
+if TYPE_CHECKING:
+    from lightning_fot.config import EvaluationConfig
+    from lightning_fot.lm import MemoryLM
+    from lightning_fot.memory import Memory, MemoryLayer
+
+# Scores held at once: 2**24 fp32 scores are 64 MiB.
+MAX_SCORES = 2**24
+# Two fp32 engines sum in other orders: a found key this close to the k-th true score, relative to it, is a tie.
+TIE = 1e-5
+# Past queries kept of each window read: the query-aware map needs a few thousand in all.
+PAST_A_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class RetrievalQuality:
+    """What searches found, against exact search over the same keys.
+
+    Args:
+        recall: Share of the true k nearest that was found. Tie-safe: a found key counts when its score reaches the
+            k-th true score; one found twice counts once.
+        mass_recall: Softmax mass of the found keys over that of the true k nearest.
+        mass: Softmax mass of the found keys over that of all keys in memory: how much of a dense read is kept.
+        sink_share: Share of the found slots that hold the first token of a window (attention sinks); None where it is
+            not known which rows these are.
+        hub_share: Share of the found slots held by the most often found hundredth of the keys.
+        queries: Queries measured, over all banks.
+    """
+
+    recall: float
+    mass_recall: float
+    mass: float
+    sink_share: float | None
+    hub_share: float
+    queries: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return asdict(self)
+
+
+def window_starts(tokens: int, stored_per_window: int) -> Tensor:
+    """Rows (n,) of the first stored token of each window, for a memory filled with whole windows."""
+    return torch.arange(0, tokens, stored_per_window)
+
+
+def sample_rows(queries: Tensor, count: int, seed: int = 0) -> Tensor:
+    """``count`` of the queries (banks, Q, D) without replacement, the same places in every bank, in order."""
+    available = queries.shape[1]
+    if available <= count:
+        return queries
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(available, generator=generator)[:count].sort().values
+    return queries[:, places.to(queries.device)]
+
+
+@torch.no_grad()
+def retrieval_quality(
+    keys: Tensor,
+    queries: Tensor,
+    rows: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    sink_rows: Tensor | None = None,
+) -> RetrievalQuality:
+    """Compares found rows with an exact search over the same keys ("shadow search").
+
+    Args:
+        keys: (banks, M, D), any float dtype; scores are computed in float32.
+        queries: (banks, Q, D), as the layer searched with them.
+        rows: (banks, Q, k) int64 found row numbers, -1 where none was found.
+        scale: Factor on scores inside the softmax; None means 1/sqrt(D).
+        lengths: (banks,) keys that count in each bank; None means M.
+        sink_rows: (n,) rows that hold the first token of a window.
+
+    Raises:
+        ValueError: Shapes disagree, or there is nothing to compare.
+    """
+    banks, stored, dim = keys.shape
+    if queries.shape[0] != banks or queries.shape[-1] != dim or rows.shape[:2] != queries.shape[:2]:
+        raise ValueError(f"keys {tuple(keys.shape)}, queries {tuple(queries.shape)}, rows {tuple(rows.shape)} disagree")
+    if not stored or not queries.shape[1] or not rows.shape[2]:
+        raise ValueError("quality needs at least one key, one query and k of at least 1")
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    held = [stored] * banks if lengths is None else [int(length) for length in lengths]
+    found_true = true_total = slots = sink_slots = 0
+    mass_recalls, masses = [], []
+    hub_slots = 0
+    for bank, count in enumerate(held):
+        if not count:
+            continue
+        hits = torch.zeros(count, dtype=torch.int64)
+        bank_keys = keys[bank, :count].float()
+        step = max(1, MAX_SCORES // count)
+        for asked, found in zip(torch.split(queries[bank].float(), step), torch.split(rows[bank], step), strict=True):
+            scores = asked @ bank_keys.T
+            k = min(rows.shape[2], count)
+            best = scores.topk(k, dim=-1).values
+            kept = _first_occurrences(found.to(scores.device))
+            at_rows = scores.gather(1, found.to(scores.device).clamp(0, count - 1))
+            kth = best[:, -1:]
+            reached = kept & (at_rows >= kth - TIE * kth.abs())
+            found_true += int(reached.sum(1).clamp_max(k).sum())
+            true_total += k * len(asked)
+            total = torch.logsumexp(scale * scores, dim=-1)
+            found_mass = torch.logsumexp((scale * at_rows).masked_fill(~kept, -math.inf), dim=-1)
+            best_mass = torch.logsumexp(scale * best, dim=-1)
+            masses.append((found_mass - total).exp())
+            mass_recalls.append((found_mass - best_mass).exp().clamp_max(1.0))
+            hits += torch.bincount(found.to(scores.device)[kept].cpu(), minlength=count)
+        slots += int(hits.sum())
+        hub_slots += int(hits.topk(max(1, count // 100)).values.sum())
+        if sink_rows is not None:
+            sink_slots += int(hits[sink_rows[sink_rows < count]].sum())
+    if not true_total:
+        raise ValueError("quality needs at least one key in a bank")
+    return RetrievalQuality(
+        recall=found_true / true_total,
+        mass_recall=float(torch.cat(mass_recalls).double().mean()),
+        mass=float(torch.cat(masses).double().mean()),
+        sink_share=None if sink_rows is None else sink_slots / max(slots, 1),
+        hub_share=hub_slots / max(slots, 1),
+        queries=sum(len(part) for part in masses),
+    )
+
+
+def _first_occurrences(rows: Tensor) -> Tensor:
+    """(Q, k) bool: valid rows, each counted the first time it is named."""
+    ordered, places = rows.sort(dim=-1, stable=True)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(fresh).scatter(1, places, fresh) & (rows >= 0)
+
+
+@dataclass(frozen=True)
+class SearchTimes:
+    """Wall time of search calls.
+
+    Args:
+        p50_ms: Median of a call.
+        p95_ms: 95th percentile of a call.
+        p99_ms: 99th percentile of a call.
+        qps: Queries a second at the median.
+        calls: Calls timed.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    qps: float
+    calls: int
+
+    @classmethod
+    def from_seconds(cls, seconds: Iterable[float], queries_a_call: int) -> SearchTimes:
+        """Percentiles of call times; the slowest call stands for a percentile that too few calls resolve."""
+        ordered = sorted(seconds)
+
+        def at(share: float) -> float:
+            return 1e3 * ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+        median = 1e3 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        return cls(median, at(0.95), at(0.99), 1e3 * queries_a_call / max(median, 1e-9), len(ordered))
+
+
+def time_calls(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each of ``repeats`` calls, after one that warms up."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        _synchronise(device)
+        began = time.perf_counter()
+        call()
+        _synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def index_used(memory: Memory) -> bool | None:
+    """Whether an index covers any key of the memory; None for exact retrievers, which have none."""
+    from lightning_fot.retrievers.base import Retriever
+
+    found: bool | None = None
+    for layer in memory.layers.values():
+        retriever = layer.retriever
+        if retriever.exact:
+            continue
+        # A plug-in that does not tell what its index covers is taken to use it.
+        silent = type(retriever).indexed is Retriever.indexed
+        found = bool(found) or silent or bool((retriever.indexed > 0).any())
+    return found
+
+
+def attention_scale(lm: MemoryLM, layer: int) -> float:
+    """The factor on q·k inside a memory layer's softmax."""
+    module = lm.attachment.attentions[layer]
+    return float(getattr(module, "scaling", lm.attachment.facts[layer].head_dim ** -0.5))
+
+
+class Capture:
+    """Real queries of one text, and the memory they searched.
+
+    Args:
+        lm: The model that reads.
+    """
+
+    def __init__(self, lm: MemoryLM) -> None:
+        self.lm = lm
+        self.memory: Memory | None = None
+        self.past: dict[int, list[Tensor]] = {}
+        self.queries: dict[int, Tensor] = {}
+
+    def ingest(self, input_ids: Tensor, memory: Memory, advance: Callable[[int], None]) -> None:
+        """Reads (1, T) into the memory and keeps a sample of the queries on the way."""
+        with self.lm.record_queries() as recorded:
+
+            def after_window(tokens: int) -> None:
+                for layer, windows in recorded.items():
+                    self.past.setdefault(layer, []).extend(
+                        sample_rows(window, PAST_A_WINDOW, seed=place) for place, window in enumerate(windows)
+                    )
+                    windows.clear()
+                advance(tokens)
+
+            self.lm.ingest(input_ids, memory=memory, progress=after_window)
+
+    @contextmanager
+    def target(self, memory: Memory) -> Iterator[None]:
+        """Keeps the queries with which the text read inside the block searches ``memory``."""
+        with self.lm.record_queries() as recorded:
+            yield
+        self.memory = memory
+        self.queries = {layer: torch.cat(windows, dim=1) for layer, windows in recorded.items()}
+
+    def layer(self, number: int) -> tuple[MemoryLayer, Tensor]:
+        """Memory of a layer, and its queries (G, Q, D)."""
+        assert self.memory is not None, "nothing was captured"
+        return self.memory.layers[number], self.queries[number]
+
+
+def measure_capture(
+    capture: Capture, spec: Any, config: EvaluationConfig, advance: Callable[[float], None] | None = None
+) -> list[dict[str, Any]]:
+    """Recall and speed of a retriever over its query settings, built anew on the captured keys of each layer.
+
+    Args:
+        capture: Queries and memory.
+        spec: The retriever's specification.
+        config: Queries, repeats and query settings.
+        advance: Called with the share done, after each layer.
+
+    Returns:
+        Rows of ``results.json``; the setting that the specification gives is marked ``"configured": true``.
+    """
+    from lightning_fot.bench import DEFAULT_QUERY_GRIDS, measure_retriever
+    from lightning_fot.retrievers.registry import create_retriever
+
+    label = retriever_label(spec)
+    rows: list[dict[str, Any]] = []
+    for number in capture.lm.memory_layers:
+        layer, queries = capture.layer(number)
+        keys = layer.keys.flatten(0, 1)
+        retriever = create_retriever(spec, keys.shape[-1], keys.shape[0])
+        configured = {name: getattr(retriever, name) for name in retriever.query_args}
+        grid = DEFAULT_QUERY_GRIDS.get(label, []) if config.query_grid is None else config.query_grid
+        # A grid for one backend says nothing to another, such as to exact search beside it.
+        grid = [setting for setting in grid if setting.keys() <= set(retriever.query_args)]
+        if not any({**configured, **setting} == configured for setting in grid):
+            grid = [configured, *grid]
+        past = capture.past.get(number)
+        measured = measure_retriever(
+            spec,
+            keys,
+            sample_rows(queries, config.retrieval_queries),
+            past_queries=torch.cat(past, dim=1) if past else None,
+            k=capture.lm.config.top_k,
+            scale=attention_scale(capture.lm, number),
+            query_grid=grid,
+            repeats=config.retrieval_repeats,
+        )
+        for setting, row in zip(grid, measured, strict=True):
+            used = retriever.exact or keys.shape[1] >= retriever.min_index_size
+            note = {} if used or "index_used" in row else {"index_used": False}
+            mark = {"configured": True} if {**configured, **setting} == configured else {}
+            rows.append({"layer": number, **row, **note, **mark})
+        if advance is not None:
+            advance(1 / len(capture.lm.memory_layers))
+    return rows
+
+
+def measure_live(
+    lm: MemoryLM, number: int, layer: MemoryLayer, queries: Tensor, repeats: int, sinks: bool = True
+) -> dict[str, Any]:
+    """Quality and speed of the very retriever that a memory layer searches.
+
+    Args:
+        lm: The model.
+        number: The layer.
+        layer: Its memory.
+        queries: (B·G, Q, D), as the layer searches with them.
+        repeats: Timed calls.
+        sinks: Whether the memory was filled with whole windows, so that it is known where they start.
+
+    Returns:
+        A row: the fields of ``results.json`` retrieval rows, those of :class:`RetrievalQuality`, and counters.
+    """
+    stats = layer.retriever.stats()
+    keys = layer.keys.flatten(0, 1)
+    k = lm.config.top_k
+    asked = queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
+    rows = layer.search(asked, k).flatten(0, 1)
+    known = sinks and lm.config.capacity is None
+    starts = window_starts(keys.shape[1], lm.config.window - lm.config.skip_window_start) if known else None
+    lengths = layer.key_store.lengths
+    quality = retrieval_quality(
+        keys, queries, rows, scale=attention_scale(lm, number), lengths=lengths, sink_rows=starts
+    )
+    times = SearchTimes.from_seconds(
+        time_calls(lambda: layer.search(asked, k), repeats, queries.device), queries.shape[0] * queries.shape[1]
+    )
+    covered = layer.retriever.indexed
+    return {
+        "layer": number,
+        "memory_tokens": int(lengths.max()),
+        "k": k,
+        **quality.as_dict(),
+        "search_ms_p50": times.p50_ms,
+        "search_ms_p95": times.p95_ms,
+        "search_ms_p99": times.p99_ms,
+        "qps": times.qps,
+        "add_s": stats.add_seconds,
+        "build_s": stats.build_seconds,
+        "bytes": layer.nbytes,
+        "indexed_share": float(covered.sum() / lengths.sum().clamp_min(1)),
+        "fallbacks": layer.retriever.stats().fallbacks,
+        "rebuilds": stats.rebuilds,
+    }
+
+
+def quality_in_run(capture: Capture, label: str, config: EvaluationConfig) -> list[dict[str, Any]]:
+    """Rows of :func:`measure_live` for the memory that perplexity was measured with."""
+    rows = []
+    for number in capture.lm.memory_layers:
+        layer, queries = capture.layer(number)
+        sample = sample_rows(queries, config.retrieval_queries)
+        row = measure_live(capture.lm, number, layer, sample, config.retrieval_repeats)
+        rows.append({"retriever": label, **row})
+    return rows
