@@ -94,19 +94,15 @@ class JobProgress:
             self._bar = None
 
     def plan(self, phases: Sequence[tuple[str, float]]) -> None:
-        """Says what is to come; call it again when costs become known. Finished phases stay as they are.
+        """Says what is to come; call it again when costs become known. Phases that are not named stay as they are.
 
         Args:
-            phases: Name and cost in token-passes of each, in order. Phases that are not named and have not begun are dropped.
+            phases: Name and cost in token-passes of each; 0 for one that will be skipped.
         """
-        begun = {name: phase for name, phase in self._phases.items() if phase.finished or phase is self._current}
         for name, cost in phases:
-            if name in begun:
-                if not begun[name].finished:
-                    begun[name].cost = max(float(cost), begun[name].done)
-            else:
-                begun[name] = _Phase(name, float(cost))
-        self._phases = begun
+            phase = self._phases.setdefault(name, _Phase(name, 0.0))
+            if not phase.finished:
+                phase.cost = max(float(cost), phase.done)
 
     def start(self, name: str) -> None:
         """Begins a phase; one that was not planned gets the cost of one token-pass."""
