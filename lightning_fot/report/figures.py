@@ -1,0 +1,184 @@
+"""The figures as PNG, drawn with matplotlib (Agg, no global state) from the same curves as the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_fot.errors import MissingLibraryError
+from lightning_fot.report import curves, formats, read
+from lightning_fot.report.svg import log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, FAINT, GRID = "#191b1f", "#565c66", "#858b95", "#ecedef"
+COLORS = ("#2257bf", "#c4501b", "#14806f", "#8a3fa3", "#9a6b00", "#c02a63")
+MARKERS = ("o", "s", "^", "D")
+KINDS = {"k-none": ("#8b9099", "D"), "k-exact": (INK, "s"), "k-index": ("#2257bf", "o")}
+DPI = 200
+
+
+def write_recall_vs_speed(results: read.Row, path: Path) -> bool:
+    """Write recall against speed; False when nothing was measured."""
+    data = curves.recall_speed(results)
+    if data is None:
+        return False
+    figure = _figure(7.6, 4.7)
+    axes = figure.add_subplot()
+    draw_recall_speed(axes, data)
+    axes.set_title(_retrieval_title(results, data), loc="left", fontsize=12, color=INK, pad=14, fontweight="semibold")
+    _save(figure, path)
+    return True
+
+
+def write_perplexity(results: read.Row, path: Path) -> bool:
+    """Write perplexity against context length; False when nothing was measured."""
+    lines = curves.perplexity_lines(results)
+    if not lines:
+        return False
+    figure = _figure(7.6, 4.4)
+    axes = figure.add_subplot()
+    draw_perplexity(axes, lines)
+    axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14, fontweight="semibold")
+    _save(figure, path)
+    return True
+
+
+def write_overview(results: read.Row, path: Path) -> bool:
+    """Write both figures side by side, as for a README; False when one of them has no data."""
+    lines, data = curves.perplexity_lines(results), curves.recall_speed(results)
+    if not lines or data is None:
+        return False
+    figure = _figure(12.4, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    draw_perplexity(left, lines)
+    left.set_title("What a memory is worth", loc="left", fontsize=12.5, color=INK, pad=14, fontweight="semibold")
+    draw_recall_speed(right, data)
+    title = "What an index costs and gains"
+    right.set_title(title, loc="left", fontsize=12.5, color=INK, pad=14, fontweight="semibold")
+    _save(figure, path)
+    return True
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingLibraryError("matplotlib", "pip install matplotlib", "the report's figures", str(error)) from error
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.06)  # type: ignore[union-attr,call-arg]
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Written aside first: a run stopped here leaves the older picture, not half of a new one.
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format="png")
+    part.replace(path)
+
+
+def _retrieval_title(results: read.Row, data: curves.RecallSpeed) -> str:
+    kinds = list(dict.fromkeys(str(row.get("retriever")) for row in read.rows(results, "retrieval")))
+    title = " and ".join(kinds) if kinds and kinds != ["exact"] else "Exact search"
+    return f"{title}, {formats.tokens(data.memory_tokens)} keys a head" if data.memory_tokens else title
+
+
+def _style(axes: Axes, x: str, y: str) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="both", which="both", colors=SOFT, labelsize=9, length=0)
+    axes.tick_params(axis="x", which="major", length=3, color=FAINT)
+    axes.set_xlabel(x, color=SOFT, fontsize=9.5)
+    axes.set_ylabel(y, color=SOFT, fontsize=9.5)
+
+
+def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
+    """Draw perplexity against context length, with error bars of one standard error."""
+    contexts = sorted({context for line in lines for context in line.contexts})
+    axes.set_xscale("log", base=2)
+    for index, line in enumerate(lines):
+        color, marker = KINDS[curves.kind_style(line.kind)]
+        # Equal values would hide each other: the lines are set slightly apart.
+        x = [context * (1 + 0.02 * (index - (len(lines) - 1) / 2)) for context in line.contexts]
+        errors = [error or 0.0 for error in line.errors] if any(line.errors) else None
+        axes.errorbar(
+            x, line.values, yerr=errors, color=color, marker=marker, markersize=5.5, linewidth=1.8, elinewidth=1.1,
+            capsize=2.5, label=line.name, linestyle="--" if line.kind == "none" else "-",
+            markeredgecolor="white", markeredgewidth=0.8, zorder=3 + index,
+        )  # fmt: skip
+    _style(axes, "context: tokens in memory", "perplexity (lower is better)")
+    axes.set_xticks(contexts, [formats.tokens(context) for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
+    axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="best")
+
+
+def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
+    """Draw recall (logit) against queries a second (logarithmic) with Pareto fronts and the exact points."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Line2D] = []
+    for series in data.series:
+        color, marker = COLORS[series.color % len(COLORS)], MARKERS[series.color % len(MARKERS)]
+        front = series.front()
+        x_front = [data.place(point.recall) for point in front]
+        axes.plot(x_front, [point.qps for point in front], color=color, linewidth=1.8, zorder=3)
+        for point in series.points:
+            axes.plot(
+                [data.place(point.recall)], [point.qps], linestyle="", color=color, marker="*" if point.exact else marker,
+                markersize=12 if point.exact else 6.5, alpha=1 if point.on_front else 0.35, zorder=5,
+                markeredgecolor="white" if point.index_used else color, markeredgewidth=0.8,
+                markerfacecolor=color if point.index_used else "white",
+            )  # fmt: skip
+            if point.configured:
+                axes.plot([data.place(point.recall)], [point.qps], "o", markersize=13, markerfacecolor="none",
+                          markeredgecolor=color, markeredgewidth=1.2, zorder=4)  # fmt: skip
+        handles.append(Line2D([], [], color=color, marker=marker, markersize=6, linewidth=1.8, label=series.name))
+    points = [point for series in data.series for point in series.points]
+    if any(point.exact for point in points):
+        handles.append(Line2D([], [], color=INK, marker="*", markersize=11, linestyle="", label="exact search"))
+    if any(point.configured for point in points):
+        ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": SOFT}
+        handles.append(Line2D([], [], linestyle="", label="setting of this run", **ring))
+    if any(not point.index_used for point in points):
+        hollow = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "markeredgecolor": INK}
+        handles.append(Line2D([], [], linestyle="", label="index not used", **hollow))
+    _style(axes, f"{data.x_name} (logit scale; further right is better)", "queries per second (higher is better)")
+    ticks = log_ticks(min(data.speeds) * 0.9, max(data.speeds) * 1.1)
+    axes.set_yscale("log")
+    axes.set_ylim(ticks[0][0], ticks[-1][0])
+    axes.minorticks_off()
+    axes.set_yticks([value for value, _ in ticks], [label for _, label in ticks])
+    axes.set_xlim(-0.03, 1.05)
+    axes.set_xticks([*(data.place(tick) for tick in data.ticks), 1.0], [*(f"{tick:g}" for tick in data.ticks), "1"])
+    axes.axvline((data.place(data.ticks[-1]) + 1) / 2, color="#d7d9dd", linewidth=0.9, linestyle=(0, (3, 4)), zorder=1)
+    names = " · ".join(data.label_names)
+    axes.legend(handles=handles, frameon=False, fontsize=9, labelcolor=SOFT, loc="best",
+                title=f"numbers: {names}" if names else None, title_fontproperties={"size": 9}, alignment="left")  # fmt: skip
+    _label_points(axes, data)
+
+
+def _label_points(axes: Axes, data: curves.RecallSpeed) -> None:
+    """Query settings beside their points, where they hide no other label."""
+    figure = axes.get_figure()
+    if figure is None:
+        return
+    taken: list[tuple[float, float]] = []
+    for series in data.series:
+        for point in sorted(series.points, key=lambda point: (not point.configured, not point.on_front)):
+            if point.exact or not point.label:
+                continue
+            x, y = (float(value) for value in axes.transData.transform((data.place(point.recall), point.qps)))
+            reach_x, reach_y = 2.2 * DPI / 72 * 4 * max(2, len(point.label)) / 2, 12 * DPI / 72
+            if any(abs(x - other_x) < reach_x and abs(y - other_y) < reach_y for other_x, other_y in taken):
+                continue
+            taken.append((x, y))
+            axes.annotate(point.label, (data.place(point.recall), point.qps), xytext=(7, 5), textcoords="offset points",
+                          fontsize=8.5, color=COLORS[series.color % len(COLORS)], zorder=6)  # fmt: skip

@@ -1,0 +1,301 @@
+"""One page that shows a run: self-contained, light and dark, readable on a phone."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lightning_fot.report import charts, curves, findings, formats, read, tables
+
+_GLOSSARY = (
+    ("Perplexity", "How surprised the model is by text: at 10 it hesitates as if between 10 equally likely tokens. Lower is better."),
+    ("Memory", "Keys and values of tokens read before the local window. Only some layers, the memory layers, look at it."),
+    ("Exact search", "Compares a query with every key in memory: always right, and slower as the memory grows."),
+    ("Index", "A structure (HNSW, IVF, ScaNN …) that finds most of the best keys without looking at all of them."),
+    ("Recall@k", "Share of the k truly best keys that a search found."),
+    ("Mass recall", "Share of the attention (softmax mass) of the k best keys that the found keys carry. What counts for the model."),
+    ("Mass", "Share of all attention on the memory that the found keys carry. What retrieval of k keys can give at most."),
+    ("Passkey", "A number is told once in long filler text; the model is asked for it at the end."),
+    ("Standard error", "How far a measured number would typically be off by chance of which text was scored."),
+)  # fmt: skip
+
+
+def page(results: read.Row, run_dir: Path) -> str:
+    """The report as one HTML document.
+
+    Args:
+        results: Contents of ``results.json``; parts may be missing.
+        run_dir: Folder of the run; ``metrics.csv`` and ``config.yaml`` are read from it where they exist.
+    """
+    script = files(__package__).joinpath("page.js").read_text(encoding="utf-8")
+    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Nothing may be loaded, and no script runs but ours: text from documents can do nothing even if it slipped through.
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    title = _title(results)
+    body = "".join(
+        (_header(results, run_dir, title), "<main>", _findings(results), _perplexity(results), _retrieval(results),
+         _tasks(results), _training(results, run_dir), _time(results), _everything(results), _run(results, run_dir),
+         _glossary(), "</main>", "<footer>Made by lightning-fot from results.json and metrics.csv of the run.</footer>")
+    )  # fmt: skip
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · lightning-fot</title><style>{style}</style></head>"
+        f'<body>{body}<div id="tip" aria-hidden="true"></div><script>{script}</script></body></html>\n'
+    )
+
+
+def _title(results: read.Row) -> str:
+    name = read.retriever_name(results)
+    backbone = read.section(read.section(results, "config"), "model").get("backbone")
+    memory = "Exact memory search" if name == "exact" else f"{name} against exact search"
+    return f"{memory}, on {Path(str(backbone)).name}" if backbone else memory
+
+
+def _header(results: read.Row, run_dir: Path, title: str) -> str:
+    environment = read.section(results, "environment")
+    memory = read.section(read.section(read.section(results, "config"), "model"), "memory")
+    facts = [run_dir.resolve().name]
+    for key in ("finished", "date", "time", "started"):
+        if isinstance(value := results.get(key, environment.get(key)), str):
+            facts.append(value[:16].replace("T", " "))
+            break
+    if memory.get("memory_layers"):
+        facts.append("memory layers " + ", ".join(str(layer) for layer in _listed(memory["memory_layers"])))
+    if memory.get("window"):
+        facts.append(f"window {memory['window']} tokens")
+    if memory.get("top_k"):
+        facts.append(f"top {memory['top_k']} keys a query")
+    missing = findings.missing_parts(results)
+    warning = ""
+    if missing:
+        text = "These results are not complete. Not measured: " + ", ".join(missing) + "."
+        warning = f'<p class="warning">{escape(text)}</p>'
+    return (
+        '<header><p class="kicker">lightning-fot · run report</p><button id="theme" type="button" hidden></button>'
+        f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{warning}</header>'
+    )
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _findings(results: read.Row) -> str:
+    found = findings.find(results)
+    if not found:
+        return '<p class="lead">Nothing was measured yet.</p>'
+    cards = "".join(
+        f'<li class="{finding.verdict}"><p class="topic">{escape(finding.topic)}</p>'
+        f'<p class="value">{escape(finding.value)}</p><p class="text">{escape(finding.text)}</p>'
+        f'<p class="caveat">{escape(finding.caveat)}</p></li>'
+        for finding in found
+    )
+    return f'<ul class="findings">{cards}</ul><p class="note">One run, one seed: numbers of another run will differ.</p>'
+
+
+def _legend(items: Sequence[tuple[str, str]]) -> str:
+    return charts.legend([(sample, escape(name)) for sample, name in items])
+
+
+def _perplexity(results: read.Row) -> str:
+    lines = curves.perplexity_lines(results)
+    if not lines:
+        return ""
+    table = tables.perplexity(results)
+    drawn = "".join(charts.perplexity(lines, form) for form in ("narrow", "wide"))
+    caption = "Memory kinds are drawn a few pixels apart. The axis does not start at zero."
+    if any(error is not None for line in lines for error in line.errors):
+        caption = "Bars are ± one standard error of each value. " + caption
+    return (
+        "<h2>Perplexity against context</h2>"
+        '<p class="lead">The same held-out tokens are scored each time; only what is in memory before them changes.</p>'
+        f"<figure>{_legend(charts.perplexity_legend(lines))}{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+        + (_table(table) if table else "")
+    )
+
+
+def _retrieval(results: read.Row) -> str:
+    panels = [(measure, curves.recall_speed(results, measure)) for measure in curves.MEASURES]
+    drawn = [(measure, data) for measure, data in panels if data is not None]
+    table = tables.retrieval(results)
+    if not drawn and table is None:
+        return ""
+    parts = [
+        "<h2>Recall against speed</h2>",
+        '<p class="lead">An index gives up a little recall to search faster. Up and to the right is better; the star is '
+        "exact search of the same layer, timed in the same run.</p>",
+    ]
+    if drawn:
+        first = drawn[0][1]
+        ids = {"recall": "by-recall", "mass_recall": "by-mass"}
+        inputs = "".join(
+            f'<input class="measure" type="radio" name="measure" id="{ids[measure]}"{" checked" if index == 0 else ""}>'
+            for index, (measure, _) in enumerate(drawn)
+        )
+        labels = "".join(f'<label for="{ids[measure]}">{escape(data.x_name)}</label>' for measure, data in drawn)
+        switch = f'<div class="switch">{labels}</div>' if len(drawn) > 1 else ""
+        views = "".join(
+            f'<div class="panel {measure}">'
+            + "".join(charts.recall_speed(data, form) for form in ("narrow", "wide"))
+            + "</div>"
+            for measure, data in drawn
+        )
+        caption = _recall_caption(first)
+        parts.append(
+            f"<figure>{inputs}{switch}{_legend(charts.recall_speed_legend(first))}{views}"
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+    if table:
+        parts.append(_table(table))
+    return "".join(parts)
+
+
+def _recall_caption(data: curves.RecallSpeed) -> str:
+    caption = f"{formats.tokens(data.memory_tokens)} keys a head. " if data.memory_tokens else ""
+    if data.label_names:
+        caption += f"Numbers at the points: {' · '.join(data.label_names)}. "
+    caption += "Lines join the settings that no other setting of the layer beats in both (Pareto front); the others are "
+    return caption + "faded. The recall axis is logit-scaled, so 0.9 to 0.99 is as wide as 0.5 to 0.9."
+
+
+def _tasks(results: read.Row) -> str:
+    found = tables.tasks(results)
+    return "<h2>Tasks in long context</h2>" + "".join(_table(table) for table in found) if found else ""
+
+
+def _training(results: read.Row, run_dir: Path) -> str:
+    found = [curve for curve in read.read_metrics(run_dir) if len(curve.values) > 1]
+    if not found:
+        return ""
+    drawn = "".join(charts.losses(found, form) for form in ("narrow", "wide"))
+    long = any(len(curve.values) > 15 for curve in found)
+    caption = "Faint: every logged value. Strong: their moving average." if long else "Every logged value."
+    return (
+        f"<h2>Training loss</h2><figure>{_legend(charts.loss_legend(found))}{drawn}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _time(results: read.Row) -> str:
+    parts = read.time_split(results)
+    if not parts:
+        return ""
+    total = sum(parts.values())
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    strips = "".join(
+        f'<i class="c{index % 6}" style="flex: {value / total:.4f}"></i>' for index, (_, value) in enumerate(ordered)
+    )
+    names = "".join(
+        f'<li><span class="dot c{index % 6}"></span>{escape(name.removesuffix("_s").replace("_", " "))} '
+        f"{escape(formats.duration(value))} ({value / total:.0%})</li>"
+        for index, (name, value) in enumerate(ordered)
+    )
+    return (
+        "<h2>Where the time went</h2>"
+        f'<figure><div class="split" aria-hidden="true">{strips}</div><ul class="legend">{names}</ul></figure>'
+    )
+
+
+def _everything(results: read.Row) -> str:
+    table = tables.everything(results)
+    if table is None:
+        return ""
+    return (
+        '<h2>Every retrieval measurement</h2><div class="tools"><p class="note">Click a heading to sort. Search times '
+        f"are of one call; speed is relative to exact search.</p>{_download(table)}</div>{_table(table, sortable=True)}"
+    )
+
+
+def _table(table: tables.Table, sortable: bool = False) -> str:
+    heads = []
+    for index, heading in enumerate(table.columns):
+        css = ' class="word"' if index < table.words else ""
+        shown = escape(heading)
+        heads.append(f'<th scope="col"{css}>' + (f'<button type="button">{shown}</button>' if sortable else shown) + "</th>")
+    body = []
+    before: object = None
+    for row in table.rows:
+        css = []
+        if not sortable and table.words == 2:
+            css += ["reference"] if row[1].text == "exact" else []
+            css += ["first"] if row[0].raw != before else []
+        before = row[0].raw
+        cells = "".join(_cell(cell, index, table.words) for index, cell in enumerate(row))
+        body.append(f'<tr class="{" ".join(css)}">{cells}</tr>' if css else f"<tr>{cells}</tr>")
+    caption = "" if sortable else f"<caption>{escape(table.title)}</caption>"
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table{" class=sortable" if sortable else ""}>{caption}'
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}"
+    )
+
+
+def _cell(cell: tables.Cell, index: int, words: int) -> str:
+    value = escape("" if cell.raw is None else str(cell.raw))
+    attributes = f' data-value="{value}"'
+    if cell.share is not None:
+        attributes += f' style="--share: {cell.share:.3f}"'
+    if index == 0:
+        return f'<th scope="row"{attributes}>{escape(cell.text)}</th>'
+    css = ' class="word"' if index < words else ""
+    return f"<td{css}{attributes}>{escape(cell.text)}</td>"
+
+
+def _download(table: tables.Table) -> str:
+    """A link that holds the table as CSV, unrounded."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows([["" if cell.raw is None else cell.raw for cell in row] for row in table.rows])
+    data = quote(buffer.getvalue())
+    return f'<a class="button" download="retrieval.csv" href="data:text/csv;charset=utf-8,{data}">Download CSV</a>'
+
+
+def _run(results: read.Row, run_dir: Path) -> str:
+    environment = read.section(results, "environment")
+    command = results.get("command", environment.pop("command", None))
+    parts = ["<h2>What was run</h2>"]
+    if command:
+        text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
+        parts.append(f"<pre>{escape(text)}</pre>")
+    if environment:
+        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _flat(environment))
+        parts.append(f"<dl>{listed}</dl>")
+    path = run_dir / "config.yaml"
+    config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not config and results.get("config"):
+        config = json.dumps(results["config"], indent=2, default=str)
+    if config:
+        parts.append(f"<details><summary>Resolved configuration</summary><pre>{escape(config)}</pre></details>")
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    listed: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            inner = ", ".join(f"{label} {shown}" for label, shown in _flat(value))
+            listed.append((name, inner))
+        elif isinstance(value, list | tuple):
+            listed.append((name, ", ".join(map(str, value))))
+        elif value is not None:
+            listed.append((name, str(value)))
+    return listed
+
+
+def _glossary() -> str:
+    listed = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GLOSSARY)
+    return f"<details><summary>What the words mean</summary><dl>{listed}</dl></details>"

@@ -1,0 +1,179 @@
+"""A small SVG writer: axes, marks and labels that take their colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+MARKERS = ("circle", "square", "triangle", "diamond")
+Scale = Callable[[float], float]
+Tick = tuple[float, str]
+
+
+def linear(low: float, high: float, start: float, end: float) -> Scale:
+    """Map [low, high] to [start, end]."""
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
+    """Map [low, high], both positive, to [start, end] by their logarithms."""
+    inner = linear(math.log(low), math.log(high), start, end)
+    return lambda value: inner(math.log(value))
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[Tick]:
+    """About ``count`` round values that cover [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (1 if abs(step / power - 2.5) < 1e-9 else 0))
+    return [(index * step, f"{index * step:,.{decimals}f}") for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[Tick]:
+    """Values 1, 2, 5 times powers of ten (powers alone over a wide range) that cover [low, high]."""
+    factors = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    listed = [factor * 10.0**power for power in powers for factor in factors]
+    first = max((value for value in listed if value <= low), default=listed[0])
+    last = min((value for value in listed if value >= high), default=listed[-1])
+    return [(value, _plain(value)) for value in listed if first <= value <= last]
+
+
+def _plain(value: float) -> str:
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
+
+
+@dataclass
+class Chart:
+    """One picture, drawn from the back to the front.
+
+    Args:
+        width: Width in pixels at scale 1.
+        height: Height in pixels at scale 1.
+        title: What it shows, for screen readers.
+        left: Room for the labels of the y axis.
+        bottom: Room for those of the x axis and its name.
+    """
+
+    width: int
+    height: int
+    title: str
+    left: int = 46
+    right: int = 16
+    top: int = 26
+    bottom: int = 44
+    parts: list[str] = field(default_factory=list)
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    @property
+    def plot(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the plotting area."""
+        return self.left, self.top, self.width - self.right, self.height - self.bottom
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, css: str) -> None:
+        """A straight line."""
+        self.parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>')
+
+    def path(self, points: Sequence[tuple[float, float]], css: str) -> None:
+        """Straight lines through the points."""
+        if len(points) > 1:
+            steps = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            self.parts.append(f'<polyline points="{steps}" class="{css}"/>')
+
+    def text(self, x: float, y: float, content: str, css: str, anchor: str = "start") -> None:
+        """Text with its baseline at y."""
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" class="{escape(css)}" text-anchor="{anchor}">{escape(content)}</text>'
+        )
+
+    def axes(self, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x: str, y: str) -> None:
+        """Grid lines at y ticks, marks at x ticks (both in pixels), and the names of the axes."""
+        left, top, right, bottom = self.plot
+        for position, label in y_ticks:
+            self.line(left, position, right, position, "grid")
+            self.text(left - 8, position + 4, label, "tick", "end")
+        for position, label in x_ticks:
+            self.line(position, bottom, position, bottom + 4, "axis")
+            self.text(position, bottom + 18, label, "tick", "middle")
+        self.line(left, bottom, right, bottom, "axis")
+        self.text(0, 12, y, "name")
+        self.text(right, self.height - 6, x, "name", "end")
+
+    def marker(self, x: float, y: float, shape: str, css: str, tip: str, radius: float = 4.5) -> None:
+        """A point that says what it is when pointed at, touched or focused."""
+        # The larger unseen circle is there for fingers.
+        hit = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="11" class="hit"/>'
+        said = escape(tip)
+        opened = f'<g class="mark {css}" tabindex="0" role="img" aria-label="{said}" data-tip="{said}">'
+        self.parts.append(f'{opened}{hit}{_shape(x, y, shape, radius)}</g>')
+        reach = radius + 1
+        self.boxes.append((x - reach, y - reach, x + reach, y + reach))
+
+    def label(self, x: float, y: float, content: str, css: str, size: float = 11.0) -> bool:
+        """Text beside a point where nothing else is; left out, with False, when there is no such place."""
+        width, height = 0.58 * size * len(content), size
+        left, top, right, bottom = self.plot
+        gap = 8.0
+        for dx, dy in (
+            (gap, -gap / 2), (-gap - width, -gap / 2), (-width / 2, -gap), (-width / 2, gap + height * 0.8),
+            (gap, gap + 4), (-gap - width, gap + 4),
+        ):  # fmt: skip
+            box = (x + dx, y + dy - height * 0.8, x + dx + width, y + dy + height * 0.2)
+            inside = box[0] >= left and box[2] <= right + self.right - 2 and box[1] >= top - 8 and box[3] <= bottom
+            if inside and not any(_overlap(box, other) for other in self.boxes):
+                self.text(x + dx, y + dy, content, css)
+                self.boxes.append(box)
+                return True
+        return False
+
+    def svg(self, css: str = "") -> str:
+        """The picture as an ``<svg>`` element."""
+        return (
+            f'<svg class="chart {css}" viewBox="0 0 {self.width} {self.height}" role="group" '
+            f'aria-label="{escape(self.title)}">{"".join(self.parts)}</svg>'
+        )
+
+
+def swatch(shape: str, css: str, line: bool = True) -> str:
+    """A legend's sample: a marker, with a piece of its line."""
+    drawn = f'<line x1="0" y1="7" x2="26" y2="7" class="line {css}"/>' if line else ""
+    drawn += f'<g class="mark {css}">{_shape(13, 7, shape, 4.0)}</g>' if shape else ""
+    return f'<svg class="swatch" viewBox="0 0 26 14" aria-hidden="true">{drawn}</svg>'
+
+
+def _shape(x: float, y: float, shape: str, r: float) -> str:
+    if shape == "square":
+        return f'<rect x="{x - r * 0.9:.1f}" y="{y - r * 0.9:.1f}" width="{r * 1.8:.1f}" height="{r * 1.8:.1f}"/>'
+    if shape == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
+    return f'<polygon points="{_polygon(x, y, shape, r)}"/>'
+
+
+def _polygon(x: float, y: float, shape: str, r: float) -> str:
+    if shape == "star":
+        points = [
+            (
+                x + (r * 1.6 if i % 2 == 0 else r * 0.7) * math.sin(i * math.pi / 5),
+                y - (r * 1.6 if i % 2 == 0 else r * 0.7) * math.cos(i * math.pi / 5),
+            )
+            for i in range(10)
+        ]
+    elif shape == "triangle":
+        points = [(x, y - r * 1.2), (x + r * 1.15, y + r * 0.85), (x - r * 1.15, y + r * 0.85)]
+    else:
+        points = [(x, y - r * 1.25), (x + r * 1.25, y), (x, y + r * 1.25), (x - r * 1.25, y)]
+    return " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,234 @@
+"""The tables of a run: built once, shown on the terminal (rich) and in the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lightning_fot.report import curves, findings, formats, read
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as shown, and as it is for sorting and for the CSV file."""
+
+    text: str
+    raw: Any = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of cells.
+
+    Attributes:
+        title: What it shows.
+        columns: Headings.
+        rows: As many cells as columns each.
+        words: How many columns from the left hold words; the others hold numbers.
+        note: What the reader has to know.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    words: int = 1
+    note: str = ""
+
+
+def perplexity(results: read.Row) -> Table | None:
+    """Perplexity: a row a memory kind, a column a context length."""
+    measured = read.rows(results, "perplexity")
+    table = read.by_context(measured, "value")
+    contexts = sorted({context for cells in table.values() for context in cells})
+    if not contexts:
+        return None
+
+    def cell(row: read.Row) -> Cell:
+        value, error = read.number(row, "value"), read.standard_error(row)
+        return Cell(formats.fixed(value) + (f" ± {formats.fixed(error)}" if error is not None else ""), value)
+
+    body = _by_context("", table, contexts, cell, "").rows + _changes(table, contexts)
+    scored = {int(n) for row in measured if (n := read.number(row, "tokens", "n")) is not None}
+    note = f"{formats.tokens(min(scored))} tokens scored each, the same ones in every cell. " if len(scored) == 1 else ""
+    note += "± one standard error. " if any(read.standard_error(row) is not None for row in measured) else ""
+    if len(body) > len(table):
+        note += "Changes compare the same tokens with and without memory, so their error is smaller than that of a value."
+    columns = ("memory", *(formats.tokens(context) for context in contexts))
+    return Table("Perplexity by context length in tokens (lower is better)", columns, body, note=note.strip())
+
+
+def _changes(table: dict[str, dict[int, read.Row]], contexts: list[int]) -> tuple[tuple[Cell, ...], ...]:
+    """Change of perplexity against no memory, where the evaluation recorded the paired difference."""
+    body = []
+    for kind, cells in table.items():
+        changes = {context: findings.paired_change(row) for context, row in cells.items()}
+        if any(change is not None for change in changes.values()):
+            row = [Cell(f"{curves.memory_name(kind)}, change", f"{kind} change")]
+            for context in contexts:
+                change = changes.get(context)
+                text = formats.MISSING if change is None else formats.change(*change)
+                row.append(Cell(text, None if change is None else change[0]))
+            body.append(tuple(row))
+    return tuple(body)
+
+
+def tasks(results: read.Row) -> list[Table]:
+    """Accuracy of each task: a row a memory kind, a column a length."""
+    listed = read.rows(results, "tasks")
+    tables = []
+    for task in dict.fromkeys(str(row.get("task", "passkey")) for row in listed):
+        own = [row for row in listed if str(row.get("task", "passkey")) == task]
+        table = read.by_context(own, "accuracy")
+        contexts = sorted({context for cells in table.values() for context in cells})
+
+        def cell(row: read.Row) -> Cell:
+            accuracy, n = read.number(row, "accuracy"), read.number(row, "n")
+            text = formats.percent(accuracy, 0)
+            if n is not None and accuracy is not None:
+                text += f" ({round(accuracy * n)}/{n:.0f})"
+            return Cell(text, accuracy, accuracy)
+
+        if contexts:
+            title = f"{task.capitalize()} accuracy by prompt length in tokens"
+            tables.append(_by_context(title, table, contexts, cell, "Right answers of the prompts tried in brackets."))
+    return tables
+
+
+def _by_context(
+    title: str,
+    table: dict[str, dict[int, read.Row]],
+    contexts: list[int],
+    cell: Callable[[read.Row], Cell],
+    note: str,
+) -> Table:
+    body = tuple(
+        (Cell(curves.memory_name(kind), kind), *(cell(cells[c]) if c in cells else Cell(formats.MISSING) for c in contexts))
+        for kind, cells in table.items()
+    )
+    return Table(title, ("memory", *(formats.tokens(context) for context in contexts)), body, note=note)
+
+
+def retrieval(results: read.Row) -> Table | None:
+    """The run's own setting and exact search, layer by layer."""
+    chosen = [row for row in read.configured_rows(results) if not read.is_exact(row)]
+    names = read.varying_arguments(read.rows(results, "retrieval"))
+    body: list[tuple[Cell, ...]] = []
+    exact = read.rows(results, "exact")
+    for layer in dict.fromkeys(row.get("layer") for row in [*chosen, *exact]):
+        for row in [row for row in chosen if row.get("layer") == layer]:
+            label = f"{row.get('retriever', '')} {read.setting(row, names)}".strip()
+            body.append(_retrieval_cells(results, row, label))
+        pair = next((read.exact_row(results, row) for row in chosen if row.get("layer") == layer), None)
+        for row in [pair] if pair else [row for row in exact if row.get("layer") == layer][:1]:
+            body.append(_retrieval_cells(results, row, "exact"))
+    if not body:
+        return None
+    notes = []
+    if any(not read.index_used(row) for row in chosen):
+        notes.append("* The memory was too small for an index: searched exactly.")
+    if chosen and not read.configured_is_certain(results):
+        notes.append("The results do not name the run's query setting: the middle of those measured is shown.")
+    notes.append("Speed is relative to exact search of the same layer in the same run; ms are the median of one call.")
+    k = read.number(chosen[0] if chosen else exact[0], "k")
+    columns = ("layer", "retriever", f"recall@{k:.0f}" if k else "recall", "mass recall", "search ms", "speed",
+               "insert s", "build s", "bytes")  # fmt: skip
+    return Table("Retrieval by layer", columns, tuple(body), words=2, note=" ".join(notes))
+
+
+def _retrieval_cells(results: read.Row, row: read.Row, label: str) -> tuple[Cell, ...]:
+    values = {key: read.number(row, key) for key in ("recall", "mass_recall", "search_ms_p50", "add_s", "build_s", "bytes")}
+    ratio = read.speed_ratio(results, row)
+    mark = "" if read.index_used(row) else " *"
+    return (
+        Cell(str(row.get("layer", formats.MISSING)), row.get("layer")),
+        Cell(label + mark, label),
+        Cell(formats.percent(values["recall"]), values["recall"]),
+        Cell(formats.percent(values["mass_recall"]), values["mass_recall"]),
+        Cell(formats.significant(values["search_ms_p50"]), values["search_ms_p50"]),
+        Cell(formats.times(ratio), ratio),
+        Cell(formats.significant(values["add_s"], 2), values["add_s"]),
+        Cell(formats.significant(values["build_s"], 2), values["build_s"]),
+        Cell(formats.size(values["bytes"]), values["bytes"]),
+    )
+
+
+_FIELDS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("memory_tokens", "keys", formats.tokens),
+    ("k", "k", formats.tokens),
+    ("recall", "recall", formats.percent),
+    ("mass_recall", "mass recall", formats.percent),
+    ("mass", "mass", formats.percent),
+    ("search_ms_p50", "ms p50", formats.significant),
+    ("search_ms_p95", "ms p95", formats.significant),
+    ("qps", "queries/s", formats.tokens),
+    ("speed", "speed", formats.times),
+    ("add_s", "insert s", lambda value: formats.significant(value, 2)),
+    ("build_s", "build s", lambda value: formats.significant(value, 2)),
+    ("bytes", "bytes", formats.size),
+)
+
+
+def everything(results: read.Row) -> Table | None:
+    """All retrieval measurements, one row each."""
+    indexed = [row for row in read.rows(results, "retrieval") if not read.is_exact(row)]
+    listed = [*indexed, *read.rows(results, "exact")]
+    if not listed:
+        return None
+    body = []
+    for row in listed:
+        ratio = read.speed_ratio(results, row)
+        cells = [
+            Cell(str(row.get("layer", formats.MISSING)), row.get("layer")),
+            Cell(str(row.get("retriever", "exact")) + ("" if read.index_used(row) else " *"), row.get("retriever", "exact")),
+            Cell(read.setting(row) or formats.MISSING, read.setting(row)),
+        ]
+        for key, _, shown in _FIELDS:
+            value = ratio if key == "speed" else read.number(row, key)
+            cells.append(Cell(shown(value), value))
+        body.append(tuple(cells))
+    columns = ("layer", "retriever", "setting", *(heading for _, heading, _ in _FIELDS))
+    note = ""
+    if not all(read.index_used(row) for row in listed):
+        note = "* The memory was too small for an index: searched exactly."
+    return Table("All retrieval measurements", columns, tuple(body), words=3, note=note)
+
+
+def print_tables(results: read.Row, console: Console) -> None:
+    """Print a run's results: the findings in words, then perplexity, tasks and retrieval.
+
+    Args:
+        results: Contents of ``results.json``; parts may be missing.
+        console: Where to print.
+    """
+    for finding in findings.find(results):
+        color = {"good": "green", "bad": "red"}.get(finding.verdict, "cyan")
+        console.print(Text.assemble((f"{finding.topic}: ", "bold"), (finding.value, f"bold {color}")))
+        console.print(Text(f"  {finding.text}"))
+        if finding.caveat:
+            console.print(Text(f"  {finding.caveat}", style="dim"))
+    found = [perplexity(results), *tasks(results), retrieval(results)]
+    tables = [table for table in found if table is not None]
+    for table in tables:
+        console.print()
+        console.print(_rich(table))
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+    if not tables:
+        console.print("Nothing was measured.")
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+    for index, heading in enumerate(table.columns):
+        is_word = index < table.words
+        drawn.add_column(Text(heading, style="dim"), justify="left" if is_word else "right", no_wrap=not is_word)
+    for row in table.rows:
+        # Text, not str: a name with square brackets is no markup.
+        drawn.add_row(*(Text(cell.text) for cell in row))
+    return drawn
