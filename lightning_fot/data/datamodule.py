@@ -1,0 +1,456 @@
+"""The LightningDataModule that feeds crossbatch training.
+
+Annotations are plain (not postponed): the command line reads them, and the Args below are its ``--help``.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_fot.data.documents import Corpus, Document, Item, cut_into_parts, split_documents
+from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
+from lightning_fot.data.readers import DocumentSource, Found, find_documents, too_short
+from lightning_fot.data.rows import BatchSequence, RowPlan
+from lightning_fot.data.tokens import Ids, TextEncoder, default_cache_dir
+from lightning_fot.errors import SettingError
+
+# Encoded before training starts, so that progress is seen; what training needs beyond is encoded as it goes.
+_TOKENS_AHEAD = 2 * 1024 * 1024
+_FEW_DOCUMENTS = 32
+
+
+class CrossbatchDataModule(pl.LightningDataModule):
+    """Documents as rows of crossbatch training; each row reads on where it stopped in the batch before.
+
+    Batches are dicts: ``input_ids`` and ``targets``, both int64 (batch_size, window), targets -100 where nothing is
+    predicted; layout ``paper`` adds ``previous_ids`` int64 (batch_size, prev_windows, window) and ``previous_valid``
+    bool (batch_size, prev_windows), oldest window first. Batch t is a pure function of the settings and t, so a run
+    that was stopped goes on with the batch that would have come. In distributed training each rank takes its own rows;
+    near the end of an epoch some rows, or all of a rank's, may be without targets.
+
+    Args:
+        paths: Files and folders to read: .txt, .md, source code (the files of one folder are one document) and .jsonl
+            (a line is a document); null takes the running Python's standard library, a package being one document.
+        tokenizer: Backbone whose tokenizer is used; the command line sets it from model.backbone.
+        window: Tokens of a row; the command line sets it from model.memory.window.
+        layout: packed or paper; the command line sets it from model.crossbatch.layout.
+        batch_size: Rows of a batch on each device; with layout packed a multiple of pack.
+        pack: Rows that are consecutive windows of one document; the command line sets it from model.crossbatch.pack.
+        prev_windows: Windows before each row that come along with layout paper; set from model.crossbatch.w.
+        heldout_fraction: Share of the documents that training never sees. They are drawn with the seed so that short
+            and long ones are among them. A single document is split by position.
+        heldout: Files and folders of held-out documents; null takes them out of paths.
+        min_tokens: Documents with fewer tokens are left out; null means window.
+        max_documents: Documents used at most, drawn with the seed; null uses all.
+        max_document_tokens: Tokens after which a document is cut; null keeps documents whole.
+        max_tokens: Tokens of training documents used at most; null uses all (they are encoded as they are needed).
+        text_field: Key of the text in .jsonl objects.
+        seed: Of the held-out draw and of the order of documents; epoch e is shuffled with seed + e.
+        cache_dir: Folder for encoded text; null means lightning_fot/tokens in the user's cache folder.
+
+    Raises:
+        SettingError: A value is out of its range; from ``setup``: nothing to read, or too little of it.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str | None = None,
+        tokenizer: str = "smollm2-135m",
+        window: int = 512,
+        layout: Literal["packed", "paper"] = "packed",
+        batch_size: int = 4,
+        pack: int = 4,
+        prev_windows: int = 1,
+        heldout_fraction: float = 0.1,
+        heldout: list[str] | str | None = None,
+        min_tokens: int | None = None,
+        max_documents: int | None = None,
+        max_document_tokens: int | None = None,
+        max_tokens: int | None = None,
+        text_field: str = "text",
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.paths = [paths] if isinstance(paths, str) else paths
+        self.tokenizer = tokenizer
+        self.window = window
+        self.layout = layout
+        self.batch_size = batch_size
+        self.pack = pack if layout == "packed" else 1
+        self.prev_windows = prev_windows
+        self.heldout_fraction = heldout_fraction
+        self.heldout = [heldout] if isinstance(heldout, str) else heldout
+        self.min_tokens = window if min_tokens is None else min_tokens
+        self.max_documents = max_documents
+        self.max_document_tokens = max_document_tokens
+        self.max_tokens = max_tokens
+        self.text_field = text_field
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.messages: list[str] = []
+        self.report: Callable[[str], None] = rank_zero_info
+        self._check_settings()
+        self._tokenizer_object: Any = None
+        self._corpus: Corpus | None = None
+        self._train: list[Item] = []
+        self._heldout: list[Item] = []
+        self._items: dict[int, list[Item]] = {}
+        self._position = TrainPosition()
+
+    def _check_settings(self) -> None:
+        for name, minimum in (
+            ("window", 2), ("batch_size", 1), ("pack", 1), ("prev_windows", 1), ("min_tokens", 2),
+            ("max_documents", 1), ("max_document_tokens", 2), ("max_tokens", 2), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            optional = name.startswith("max_")
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise SettingError(
+                    f"data.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
+                )
+        if not 0 < self.heldout_fraction < 1:
+            raise SettingError("data.heldout_fraction", self.heldout_fraction, "must be between 0 and 1", "Try 0.1.")
+        if self.layout not in ("packed", "paper"):
+            raise SettingError("data.layout", self.layout, "is not known", "Choose packed or paper.")
+        if self.batch_size % self.pack:
+            near = max(self.pack, self.batch_size // self.pack * self.pack)
+            raise SettingError(
+                "data.batch_size", self.batch_size, f"is not a multiple of pack={self.pack}", f"Try {near}."
+            )
+        if self.max_document_tokens is not None and self.max_document_tokens < self.min_tokens:
+            raise SettingError(
+                "data.max_document_tokens",
+                self.max_document_tokens,
+                f"is below the {self.min_tokens} tokens that a document must have",
+                "Raise it, or lower data.min_tokens.",
+            )
+
+    @property
+    def tokenizer_object(self) -> Any:
+        """The tokenizer itself, loaded when first asked for; may be set to one that is loaded already."""
+        if self._tokenizer_object is None:
+            from lightning_fot.pretrained import load_tokenizer
+
+            self._tokenizer_object = load_tokenizer(self.tokenizer)
+        return self._tokenizer_object
+
+    @tokenizer_object.setter
+    def tokenizer_object(self, tokenizer: Any) -> None:
+        self._tokenizer_object = tokenizer
+
+    def prepare_data(self) -> None:
+        """Encode on one process what ``setup`` needs; the others then find it in the cache."""
+        self._open()
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self._encode_ahead()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find and split the documents; for ``fit`` also check that there is text for at least one batch.
+
+        Raises:
+            SettingError: No text, all documents too short, or fewer training tokens than one batch takes.
+        """
+        self._open()
+        if stage == "fit":
+            self._position.attach(self.trainer)
+            self._encode_ahead()
+
+    def train_dataloader(self) -> RowLoader:
+        """Batches from where training stands (see ``state_dict``) to the end of the epoch, at each iteration."""
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        sequence = self._sequence(rank, self._world_size())
+        return RowLoader(sequence, self._position)
+
+    def val_dataloader(self) -> RowLoader:
+        """Batches of the held-out documents, in the same form; every iteration is one whole pass."""
+        self._open()
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        plan = self._plan(self._world_size())
+        items = self._filled(self._heldout, plan.streams)
+        sequence = BatchSequence(lambda epoch: self._sequences(items), plan, rank, self._world_size())
+        return RowLoader(sequence, None)
+
+    def test_dataloader(self) -> RowLoader:
+        """The same as ``val_dataloader``."""
+        return self.val_dataloader()
+
+    def train_batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Batch number ``step`` of a rank, wherever training stands."""
+        self._open()
+        sequence = self._sequence(rank, world_size)
+        sequence.seek(step)
+        return to_tensors(sequence.next())
+
+    def heldout_documents(self, min_tokens: int | None = None, limit: int | None = None) -> list[Document]:
+        """Documents that training never sees, in a seeded order.
+
+        Args:
+            min_tokens: Only documents with at least so many tokens.
+            limit: Give at most so many; only these are encoded.
+
+        Returns:
+            Documents; none when no held-out document is so long.
+        """
+        corpus = self._open()
+        documents: list[Document] = []
+        for item in self._heldout:
+            if limit is not None and len(documents) >= limit:
+                break
+            # One token a byte is the most there can be.
+            if min_tokens is not None and item.source.size + 1 < min_tokens:
+                continue
+            ids = corpus.ids(item)
+            if ids is not None and len(ids) >= (min_tokens or 1):
+                documents.append(Document(item.source.name, ids, self.tokenizer_object))
+        return documents
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches training has completed, and a mark of the settings that decide them."""
+        return {"batches": self._position.consumed(), "mark": self._mark()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches that were completed; warns when settings or documents have changed since."""
+        self._position.restore(int(state_dict["batches"]))
+        if state_dict["mark"] != self._mark():
+            rank_zero_warn(
+                "The documents or data settings are not those of the checkpoint: training goes on at the same batch "
+                "number, but with other text than would have come."
+            )
+
+    def _open(self) -> Corpus:
+        """Find and split the documents, once."""
+        if self._corpus is not None:
+            return self._corpus
+        found = find_documents(self.paths, text_field=self.text_field, max_documents=self.max_documents)
+        folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        encoder = TextEncoder(self.tokenizer_object, folder, self._say)
+        corpus = Corpus(encoder, self.min_tokens, self.max_document_tokens)
+        if found.skipped:
+            self._say(f"Left out: {found.skipped_text()}.")
+        heldout = []
+        if self.heldout is not None:
+            other = find_documents(self.heldout, text_field=self.text_field, setting="data.heldout")
+            self._leave_out(found, other.documents)
+            heldout = self._long_enough(corpus, other.documents, "data.heldout", self.heldout)
+        sources = self._draw(found.documents)
+        sources = self._long_enough(corpus, sources, "data.paths", self.paths)
+        self._corpus = corpus
+        if heldout:
+            self._train, self._heldout = [Item(one) for one in sources], [Item(one) for one in heldout]
+        elif len(sources) == 1:
+            self._split_by_position(corpus, sources[0])
+        else:
+            train, chosen = split_documents([one.size for one in sources], self.heldout_fraction, self.seed)
+            self._train, self._heldout = [Item(sources[i]) for i in train], [Item(sources[i]) for i in chosen]
+        self._heldout = self._shuffled(self._heldout, self.seed)
+        size = sum(item.source.size for item in self._train) / 1e6
+        if len(sources) > 1 or heldout:
+            name = "the Python standard library" if self.paths is None else "data.paths"
+            self._say(
+                f"Documents of {name}: {len(self._train):,} for training ({size:,.1f} MB), "
+                f"{len(self._heldout):,} held out."
+            )
+        return corpus
+
+    def _draw(self, sources: list[DocumentSource]) -> list[DocumentSource]:
+        if self.max_documents is None or len(sources) <= self.max_documents:
+            return sources
+        # Documents that cannot be long enough would use up the draw.
+        able = [one for one in sources if one.size + 1 >= self.min_tokens] or sources
+        chosen = np.random.default_rng(self.seed).permutation(len(able))[: self.max_documents]
+        return [able[number] for number in sorted(chosen.tolist())]
+
+    def _leave_out(self, found: Found, heldout: list[DocumentSource]) -> None:
+        """Take documents that share a file or line with a held-out one out of training."""
+        taken = {(part.path_key, part.offset) for one in heldout for part in one.parts}
+        kept = [one for one in found.documents if not any((p.path_key, p.offset) in taken for p in one.parts)]
+        if len(kept) < len(found.documents):
+            self._say(f"{len(found.documents) - len(kept):,} documents of data.paths are held out by data.heldout.")
+        if not kept:
+            raise SettingError(
+                "data.heldout", self.heldout, "leaves no document for training", "Name fewer files, or other ones."
+            )
+        found.documents = kept
+
+    def _long_enough(
+        self, corpus: Corpus, sources: list[DocumentSource], setting: str, value: object
+    ) -> list[DocumentSource]:
+        """Sources without those that are too short; where there are many, only what their bytes tell."""
+        kept = [one for one in sources if one.size + 1 >= self.min_tokens]
+        if len(kept) <= _FEW_DOCUMENTS or corpus.ids(Item(kept[0])) is None:
+            kept = [one for one in kept if corpus.is_long_enough(Item(one))]
+        if not kept:
+            longest = max(sources, key=lambda one: one.size)
+            raise too_short(setting, value, len(sources), self.min_tokens, f"the longest has {longest.size:,} bytes")
+        if len(kept) < len(sources):
+            self._say(f"Left out: {len(sources) - len(kept):,} documents shorter than {self.min_tokens:,} tokens.")
+        return kept
+
+    def _split_by_position(self, corpus: Corpus, source: DocumentSource) -> None:
+        ids = corpus.ids(Item(source))
+        count = 0 if ids is None else len(ids)
+        held = max(round(count * self.heldout_fraction), self.min_tokens)
+        if count - held < self.min_tokens:
+            raise SettingError(
+                "data.paths",
+                self.paths,
+                f"is one document of {count:,} tokens, too short for a training and a held-out part of "
+                f"{self.min_tokens:,} tokens each",
+                "Add documents, name data.heldout, or lower data.min_tokens or model.memory.window.",
+            )
+        self._train, self._heldout = [Item(source, 0, count - held)], [Item(source, count - held)]
+        self._say(
+            f"There is one document, {source.name}: its first {count - held:,} tokens are for training, "
+            f"the last {held:,} held out."
+        )
+
+    def _plan(self, world_size: int) -> RowPlan:
+        tokenizer = self.tokenizer_object
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad = next(token for token in candidates if token is not None)
+        previous = self.prev_windows if self.layout == "paper" else 0
+        return RowPlan(self.batch_size * world_size, self.window, self.pack, previous, pad)
+
+    def _sequence(self, rank: int, world_size: int) -> BatchSequence:
+        self._open()
+        plan = self._plan(world_size)
+        return BatchSequence(lambda epoch: self._sequences(self._order(plan.streams, epoch)), plan, rank, world_size)
+
+    def _order(self, streams: int, epoch: int) -> list[Item]:
+        """Training items of an epoch: shuffled, but those so long that they would run on alone at the end go first."""
+        if streams not in self._items:
+            self._items[streams] = self._filled(self._limited(), streams)
+        items = self._shuffled(self._items[streams], self.seed + epoch)
+        sizes = [self._estimate(item) for item in items]
+        long = sum(sizes) / streams / 2
+        return sorted(items, key=lambda item: self._estimate(item) <= long)
+
+    def _estimate(self, item: Item) -> int:
+        """About how many tokens an item has, without reading it."""
+        size = item.source.size // 4
+        if self.max_document_tokens is not None:
+            size = min(size, self.max_document_tokens)
+        return (size if item.stop is None else item.stop) - item.start
+
+    def _limited(self) -> list[Item]:
+        """Training items up to ``max_tokens``; the last one is cut to fit."""
+        if self.max_tokens is None:
+            return self._train
+        corpus = self._open()
+        kept: list[Item] = []
+        left = self.max_tokens
+        for item in self._shuffled(self._train, self.seed):
+            ids = corpus.ids(item)
+            if ids is None:
+                continue
+            if len(ids) > left:
+                if left >= min(self.min_tokens, self.max_tokens):
+                    kept.append(Item(item.source, item.start, item.start + left))
+                break
+            kept.append(item)
+            left -= len(ids)
+        return kept
+
+    def _filled(self, items: list[Item], streams: int) -> list[Item]:
+        """``items``, cut into parts when there are fewer than streams to read them."""
+        if len(items) > max(_FEW_DOCUMENTS, streams):
+            return items
+        corpus = self._open()
+        usable = [(item, len(ids)) for item in items if (ids := corpus.ids(item)) is not None]
+        if not usable or len(usable) >= streams:
+            return [item for item, _ in usable]
+        self._say(
+            f"There are fewer documents ({len(usable):,}) than are read side by side ({streams:,}): they are cut into "
+            "parts, so negatives may come from the same document."
+        )
+        parts = []
+        for number, start, stop in cut_into_parts([length for _, length in usable], streams):
+            item, length = usable[number]
+            end = item.stop if stop == length else item.start + stop
+            parts.append(Item(item.source, item.start + start, end))
+        return parts
+
+    def _shuffled(self, items: list[Item], seed: int) -> list[Item]:
+        return [items[number] for number in np.random.default_rng(seed).permutation(len(items)).tolist()]
+
+    def _sequences(self, items: list[Item]) -> Iterator[Ids]:
+        """Items with the tokenizer's start and end tokens, where the document itself starts and ends."""
+        corpus = self._open()
+        bos, eos = self.tokenizer_object.bos_token_id, self.tokenizer_object.eos_token_id
+        for item in items:
+            ids = corpus.ids(item)
+            if ids is None or not len(ids):
+                continue
+            before = [bos] if bos is not None and item.start == 0 else []
+            after = [eos] if eos is not None and item.stop is None else []
+            yield np.concatenate([np.asarray(before, np.int32), ids, np.asarray(after, np.int32)])
+
+    def _encode_ahead(self) -> None:
+        """Encode what training will read first, and check that a batch can be filled."""
+        corpus = self._open()
+        plan = self._plan(self._world_size())
+        batch = plan.rows * plan.window
+        wanted = max(batch, min(self._planned_batches() * batch, _TOKENS_AHEAD))
+        count, before, said = 0, corpus.encoded_tokens, time.monotonic()
+        for ids in self._sequences(self._order(plan.streams, 0)):
+            count += len(ids)
+            if count >= wanted:
+                break
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                self._say(f"Encoding text: {count:,} of up to {wanted:,} tokens.")
+        if count == 0:
+            raise too_short("data.paths", self.paths, len(self._train), self.min_tokens, "all are shorter")
+        if count < batch:
+            raise SettingError(
+                "data.batch_size",
+                self.batch_size,
+                f"a batch takes {batch:,} tokens, but the training documents have {count:,}",
+                "Add documents, or lower data.batch_size or model.memory.window.",
+            )
+        if corpus.encoded_tokens > before:
+            self._say_left_out(corpus)
+
+    def _say_left_out(self, corpus: Corpus) -> None:
+        if corpus.short:
+            self._say(f"Left out as shorter than {self.min_tokens:,} tokens: {_listed(sorted(corpus.short))}.")
+        if corpus.cut:
+            self._say(f"Cut at max_document_tokens={self.max_document_tokens:,}: {_listed(sorted(corpus.cut))}.")
+        for reason, number in corpus.skipped.items():
+            self._say(f"Left out while reading: {number:,} files {reason}.")
+
+    def _planned_batches(self) -> int:
+        if self.trainer is None or self.trainer.max_steps <= 0:
+            return 1
+        return int(self.trainer.max_steps) * int(self.trainer.accumulate_grad_batches)
+
+    def _world_size(self) -> int:
+        return int(self.trainer.world_size) if self.trainer is not None else 1
+
+    def _mark(self) -> str:
+        self._open()
+        settings = (
+            self.window, self.layout, self.batch_size * self._world_size(), self.pack, self.prev_windows, self.seed,
+            self.min_tokens, self.max_document_tokens, self.max_tokens,
+            [(item.source.name, item.source.size, item.start, item.stop) for item in self._train],
+        )  # fmt: skip
+        return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+
+    def _say(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.append(message)
+            self.report(message)
+
+
+def _listed(names: list[str], shown: int = 5) -> str:
+    rest = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return f"{len(names):,} ({', '.join(names[:shown])}{rest})"

@@ -1,0 +1,208 @@
+"""Which tokens each row of each training batch holds: a pure function of documents, geometry and batch number.
+
+A *stream* reads one document to its end, then the next that no other stream has taken, joined in mid-row by
+``<eos><bos>`` (as far as the tokenizer has them). Layout ``packed``: the rows p·j … p·j+p-1 of a batch are consecutive
+windows of stream j (LongLLaMA's recipe). Layout ``paper``: row i is one window of stream i, and the windows before it
+come along as ``previous_ids`` (FoT, arXiv 2307.03170, section 3.2).
+
+Tensor names: B rows, T tokens of a window, w previous windows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_fot.data.tokens import Ids
+
+IGNORED = -100
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Geometry of a batch over all ranks.
+
+    Args:
+        rows: B, rows of all ranks together; a multiple of ``pack``.
+        window: T, tokens of a row.
+        pack: Rows that are consecutive windows of one stream (1 in layout ``paper``).
+        previous: w, windows before the row that come along (0 in layout ``packed``).
+        pad_id: Fills rows after the end of their stream.
+    """
+
+    rows: int
+    window: int
+    pack: int = 1
+    previous: int = 0
+    pad_id: int = 0
+
+    @property
+    def streams(self) -> int:
+        """Documents that are read side by side."""
+        return self.rows // self.pack
+
+    @property
+    def step(self) -> int:
+        """Tokens that a stream gives to a batch."""
+        return self.window * self.pack
+
+
+class _Stream:
+    """One reader: the document it is in, and how far it has come."""
+
+    def __init__(self) -> None:
+        self.ids: Ids = np.empty(0, np.int32)
+        self.at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.ids) - self.at
+
+
+class Epoch:
+    """One pass over the documents; each token is read once, by one stream, in order.
+
+    The pass is over when no token is left to predict. Streams that end before others give padding without targets.
+
+    Args:
+        documents: Ids with their special tokens, int32 (tokens,), in the order in which streams take them; each of at
+            least two tokens. The first token of a document is no target.
+        plan: Geometry.
+    """
+
+    def __init__(self, documents: Iterator[Ids], plan: RowPlan) -> None:
+        self._plan = plan
+        self._documents = documents
+        self._waiting = next(documents, None)
+        self._streams = [_Stream() for _ in range(plan.streams)]
+        empty = np.full((plan.rows, plan.window), plan.pad_id, np.int64)
+        self._history: deque[tuple[Array, npt.NDArray[np.bool_]]] = deque(
+            [(empty, np.zeros(plan.rows, np.bool_))] * plan.previous, maxlen=plan.previous
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the pass is over."""
+        return self._waiting is None and all(stream.left <= 1 for stream in self._streams)
+
+    def skip(self, batches: int) -> int:
+        """Go ``batches`` on without making them, or to the end of the pass; returns how many there were."""
+        skipped = 0
+        while skipped < batches and not self.done:
+            if batches - skipped <= self._plan.previous:
+                self.next()
+                skipped += 1
+                continue
+            # As long as no stream comes to its document's last token, steps differ in nothing but the position.
+            easy = min((stream.left - 1) // self._plan.step for stream in self._streams)
+            easy = min(easy, batches - skipped - self._plan.previous)
+            if easy > 0:
+                for stream in self._streams:
+                    stream.at += easy * self._plan.step
+                skipped += easy
+            else:
+                self.next()
+                skipped += 1
+        return skipped
+
+    def next(self) -> dict[str, Any]:
+        """The next batch.
+
+        Returns:
+            ``input_ids`` and ``targets`` int64 (B, T); with w > 0 also ``previous_ids`` int64 (B, w, T) and
+            ``previous_valid`` bool (B, w), oldest window first.
+        """
+        plan = self._plan
+        inputs = np.full((plan.streams, plan.step), plan.pad_id, np.int64)
+        targets = np.full((plan.streams, plan.step), IGNORED, np.int64)
+        filled = np.zeros((plan.streams, plan.step), np.bool_)
+        for number, stream in enumerate(self._streams):
+            position = 0
+            while position < plan.step:
+                if stream.left == 0:
+                    if self._waiting is None:
+                        break
+                    stream.ids, stream.at = self._waiting, 0
+                    self._waiting = next(self._documents, None)
+                count = min(plan.step - position, stream.left)
+                inputs[number, position : position + count] = stream.ids[stream.at : stream.at + count]
+                filled[number, position : position + count] = True
+                following = stream.ids[stream.at + 1 : stream.at + 1 + count]
+                # After a document's last token comes another document's first, which nothing can predict.
+                targets[number, position : position + len(following)] = following
+                stream.at += count
+                position += count
+        batch: dict[str, Any] = {
+            "input_ids": inputs.reshape(plan.rows, plan.window),
+            "targets": targets.reshape(plan.rows, plan.window),
+        }
+        if plan.previous:
+            batch["previous_ids"] = np.stack([ids for ids, _ in self._history], axis=1)
+            batch["previous_valid"] = np.stack([real for _, real in self._history], axis=1)
+            valid: npt.NDArray[np.bool_] = np.any(filled.reshape(plan.rows, plan.window), axis=1)
+            self._history.append((batch["input_ids"], valid))
+        return batch
+
+
+class BatchSequence:
+    """Batch after batch, epoch after epoch; batch t is always the same.
+
+    Args:
+        open_epoch: Gives the documents of an epoch in their order, as ``Epoch`` takes them.
+        plan: Geometry over all ranks.
+        rank: Whose rows ``next`` gives.
+        world_size: Ranks; each gets ``plan.rows / world_size`` neighbouring rows, whole packs.
+    """
+
+    def __init__(
+        self, open_epoch: Callable[[int], Iterator[Ids]], plan: RowPlan, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._open = open_epoch
+        self._plan = plan
+        rows = plan.rows // world_size
+        self._mine = slice(rank * rows, (rank + 1) * rows)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.position = 0
+        self.epoch_number = 0
+        self._epoch = Epoch(self._open(0), self._plan)
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the batch before was the last of its epoch; the next one starts another."""
+        return self._epoch.done
+
+    def seek(self, batch: int) -> None:
+        """Make ``next`` give batch number ``batch`` (or raise StopIteration, where there are no documents at all)."""
+        if batch < self.position:
+            self._rewind()
+        while self.position < batch:
+            self._enter_epoch()
+            if self._epoch.done:
+                return
+            self.position += self._epoch.skip(batch - self.position)
+
+    def next(self) -> dict[str, Any]:
+        """The next batch: this rank's rows of ``Epoch.next``.
+
+        Raises:
+            StopIteration: No document is left in a whole epoch.
+        """
+        self._enter_epoch()
+        if self._epoch.done:
+            raise StopIteration
+        batch = self._epoch.next()
+        self.position += 1
+        return {name: values[self._mine] for name, values in batch.items()}
+
+    def _enter_epoch(self) -> None:
+        if self._epoch.done and self.position:
+            self.epoch_number += 1
+            self._epoch = Epoch(self._open(self.epoch_number), self._plan)
