@@ -7,10 +7,10 @@ class RetrievalRecall(RetrievalProbe):
     """Logs the quality of retrieval against a shadow exact search on real queries, after each validation.
 
     Keys, for each memory layer (``retrieval/layer10/recall@32``) and as their mean (``retrieval/recall@32``):
-    ``recall@k`` (tie-safe), ``mass_recall`` (softmax mass found over that of the true k nearest), ``mass`` (over
-    that of all keys in memory), ``sink_share`` (slots taken by the first token of a window), ``hub_share`` (slots taken by the
-    most often found hundredth of the keys), ``indexed_share`` (0 while the memory is too small for an index: recall
-    then is that of exact search); and ``memory/tokens``.
+    ``recall@k`` (tie-safe), ``mass_recall`` (softmax mass found over that of the true k nearest), ``mass`` (over that
+    of all keys in memory), ``sink_share`` (slots taken by the first token of a window), ``hub_share`` (slots taken by
+    the most often found hundredth of the keys), ``indexed_share`` (0 while the memory is too small for an index:
+    recall then is that of exact search); and ``memory/tokens``.
 
     Args:
         tokens: Tokens read into the memory in each validation; about 0.55 forward passes each.

@@ -167,19 +167,10 @@ class _Evaluation:
         self.capture = None
 
     def _replan(self) -> None:
-        """Tells progress what will not be computed: finished phases, and exact ones below the size of an index."""
-        if self.progress is None:
+        """Tells progress where the plan that it was given before anything was known is wrong."""
+        if self.progress is None or not (self.records or len(self.documents) < self.config.documents):
             return
-        largest = max([self.longest, *(length for length, _ in self.examples)], default=0)
-        probe = next(iter(self.lm.new_memory(1).layers.values()), None)
-        same = probe is not None and getattr(probe.retriever, "min_index_size", 0) > largest
-        self.progress.plan(
-            [
-                (phase.name, 0.0 if same and phase.memory == EXACT and phase.section != "retrieval" else phase.cost)
-                for phase in self.phases
-                if phase.name not in self.records
-            ]
-        )
+        self.progress.plan([(phase.name, phase.cost) for phase in self.phases if phase.name not in self.records])
 
     def _advance(self, units: float) -> None:
         if self.progress is not None:

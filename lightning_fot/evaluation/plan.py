@@ -24,6 +24,8 @@ LOCAL_COST = 0.8
 BUILD_COST = 0.25
 QUERY_COST = 0.4
 GRID = 5
+# Keys a bank below which every retriever searches exactly, unless its specification says otherwise.
+MIN_INDEX_SIZE = 16384
 
 
 class HasIds(Protocol):
@@ -76,8 +78,17 @@ def retriever_label(spec: Any) -> str:
     return str(getattr(spec, "__name__", type(spec).__name__))
 
 
+def index_size(spec: Any) -> int:
+    """Keys a bank from which a retriever given by ``spec`` builds an index."""
+    given = spec.get("min_index_size") if isinstance(spec, Mapping) else None
+    return MIN_INDEX_SIZE if given is None else int(given)
+
+
 def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int | None = None) -> list[Phase]:
     """All phases in the order they run.
+
+    Exact phases cost nothing where the configured retriever holds too few keys for an index: each of its searches then
+    is exact, and the numbers are taken from it.
 
     Args:
         config: What to measure.
@@ -93,8 +104,10 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     if contexts:
         listed.append(Phase("perplexity: no memory", "perplexity", NONE, 0, float(count * config.target_tokens)))
     for context in contexts:
-        cost = count * (context * INGEST_COST + config.target_tokens)
-        listed += [Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost) for kind in kinds]
+        for kind in kinds:
+            cost = count * (context * INGEST_COST + config.target_tokens)
+            cost = 0.0 if kind != label and context < index_size(retriever) else cost
+            listed.append(Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost))
     for kind in kinds if contexts else ():
         settings = len(config.query_grid or ()) or GRID
         calls = config.retrieval_repeats * (1 if kind == EXACT else settings)
@@ -105,7 +118,9 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         local = config.passkey_samples * sum(min(length, window) for length in lengths) * LOCAL_COST
         stored = config.passkey_samples * sum(max(length - window, 0) for length in lengths) * INGEST_COST
         listed.append(Phase("passkey: no memory", "passkey", NONE, 0, local))
-        listed += [Phase(f"passkey: {kind}", "passkey", kind, 0, local + stored) for kind in kinds]
+        for kind in kinds:
+            known = kind != label and lengths[-1] < index_size(retriever)
+            listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, 0.0 if known else local + stored))
     return listed
 
 

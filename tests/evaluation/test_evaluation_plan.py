@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from lightning_fot.config import EvaluationConfig
+from lightning_fot.errors import SettingError
+from lightning_fot.evaluation.plan import MIN_INDEX_SIZE, phases, plan, retriever_label, select_documents
+
+
+@dataclass
+class Document:
+    name: str
+    ids: np.ndarray
+
+
+def document(tokens: int) -> Document:
+    return Document(f"{tokens} tokens", np.zeros(tokens, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("spec", "label"),
+    [("hnsw", "hnsw"), ({"name": "hnsw", "M": 4}, "hnsw"), ("package.module.Mine", "Mine"), (Document, "Document")],
+)
+def test_labels(spec: object, label: str) -> None:
+    assert retriever_label(spec) == label
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, lightning_fot.evaluation as e; e.plan; e.select_documents; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_measurement_has_one_phase() -> None:
+    config = EvaluationConfig(context_tokens=[4096, 1024, 1024], passkey_tokens=[1024])
+    names = [name for name, _ in plan(config, "hnsw")]
+    assert len(names) == len(set(names)) == 1 + 2 * 2 + 2 + 3
+    assert len(plan(config, "exact")) == 1 + 2 + 1 + 2
+    assert all(cost >= 0 for _, cost in plan(config, "hnsw"))
+
+
+def test_nothing_asked_nothing_planned() -> None:
+    assert plan(EvaluationConfig(context_tokens=[], passkey_tokens=[])) == []
+    assert plan(EvaluationConfig(context_tokens=[], passkey_samples=0)) == []
+
+
+def test_what_an_index_cannot_serve_is_not_computed_twice() -> None:
+    config = EvaluationConfig(context_tokens=[1024, 4096], passkey_tokens=[1024])
+    free = [phase.name for phase in phases(config, {"name": "hnsw", "min_index_size": 2048}, 512) if not phase.cost]
+    assert free == ["perplexity: exact, 1024 tokens", "passkey: exact"]
+
+
+def test_the_default_plan_fits_four_minutes() -> None:
+    # Two slow cores pass about 290 tokens a second.
+    assert sum(cost for _, cost in plan(EvaluationConfig(), {"name": "hnsw", "min_index_size": 1})) / 290 < 260
+
+
+def test_the_size_of_an_index_is_the_retrievers() -> None:
+    from lightning_fot.retrievers.base import Retriever
+
+    assert inspect.signature(Retriever.__init__).parameters["min_index_size"].default == MIN_INDEX_SIZE
+
+
+def test_documents_that_are_long_enough_are_taken_in_order() -> None:
+    config = EvaluationConfig(context_tokens=[100], target_tokens=50, documents=2)
+    chosen = select_documents([document(tokens) for tokens in (150, 151, 10, 400, 500)], config)
+    assert [len(chosen_one.ids) for chosen_one in chosen] == [151, 400]
+    assert select_documents([], EvaluationConfig(context_tokens=[])) == []
+
+
+@pytest.mark.parametrize("tokens", [[], [120], [20]])
+def test_documents_that_are_too_short_are_an_error_that_says_what_would_work(tokens: list[int]) -> None:
+    config = EvaluationConfig(context_tokens=[100], target_tokens=50)
+    with pytest.raises(SettingError, match=r"evaluation\.context_tokens.*151 tokens.*data\.paths"):
+        select_documents([document(count) for count in tokens], config)
