@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_fot.report import curves, formats, read
-from lightning_fot.report.svg import MARKERS, Chart, linear, log_ticks, logarithmic, nice_ticks, swatch
+from lightning_fot.report.scales import linear, logarithmic, nice_ticks
+from lightning_fot.report.svg import MARKERS, Chart, swatch
 
 WIDTHS = {"narrow": 350, "half": 520, "wide": 900}
 KIND_MARKERS = {"k-none": "diamond", "k-exact": "square", "k-index": "circle"}
@@ -65,8 +66,8 @@ def recall_speed(data: curves.RecallSpeed, form: str) -> str:
     height = 330 if form == "narrow" else 430
     chart = Chart(WIDTHS[form], height, f"{data.x_name} against speed", left=44, right=22)
     left, top, right, bottom = chart.plot
-    ticks = log_ticks(min(data.speeds) * 0.9, max(data.speeds) * 1.1)
-    y = logarithmic(ticks[0][0], ticks[-1][0], bottom, top)
+    slowest, fastest, ticks = data.speed_axis()
+    y = logarithmic(slowest, fastest, bottom, top)
     x = linear(0, 1, left + 14, right - 6)
     x_ticks = [(x(data.place(tick)), f"{tick:g}") for tick in data.ticks]
     chart.axes(
@@ -80,7 +81,11 @@ def recall_speed(data: curves.RecallSpeed, form: str) -> str:
     chart.line(jump, top, jump, bottom, "grid dashed")
     for series in data.series:
         css = f"c{series.color % 6}"
-        chart.path([(x(data.place(point.recall)), y(point.qps)) for point in series.front()], f"line {css}")
+        front = [(x(data.place(point.recall)), y(point.qps)) for point in series.front()]
+        own = len(series.steps())
+        chart.path(front[:own], f"line {css}")
+        # Between the index's best and exact search nothing was measured.
+        chart.path(front[max(0, own - 1) :], f"line dots {css}")
     # All marks first: labels then keep clear of every one of them.
     for series in data.series:
         css, shape = f"c{series.color % 6}", MARKERS[series.color % len(MARKERS)]
@@ -106,8 +111,7 @@ def recall_speed_legend(data: curves.RecallSpeed) -> list[tuple[str, str]]:
     if any(point.exact for point in points):
         items.append((swatch("star", "k-exact", line=False), "exact search"))
     if any(point.configured for point in points):
-        ring = '<svg class="swatch" viewBox="0 0 26 14" aria-hidden="true"><circle cx="13" cy="7" r="6" class="ring"/></svg>'
-        items.append((ring, "setting of this run"))
+        items.append((swatch("ring", "k-ring", line=False), "setting of this run"))
     if any(not point.index_used for point in points):
         items.append((swatch("circle", "k-exact hollow", line=False), "index not used, memory too small"))
     return items

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_fot.report import formats, read
+from lightning_fot.report.scales import log_ticks
 
 RECALL_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
 MEASURES = {"recall": "recall@{k}", "mass_recall": "attention-mass recall"}
@@ -32,6 +33,10 @@ class Series:
     name: str
     color: int
     points: tuple[Point, ...]
+
+    def steps(self) -> list[Point]:
+        """The front without exact search: what the index itself offers."""
+        return [point for point in self.front() if not point.exact]
 
     def front(self) -> list[Point]:
         """The Pareto front, from low to high recall."""
@@ -66,6 +71,13 @@ class RecallSpeed:
         share = (_logit(recall) - low) / ((high - low) or 1.0)
         return min(max(share, 0.0), 1.05) * 0.86
 
+    def speed_axis(self) -> tuple[float, float, list[tuple[float, str]]]:
+        """Ends of the logarithmic speed axis and the ticks between them."""
+        low, high = min(self.speeds) / 1.35, max(self.speeds) * 1.35
+        ticks = log_ticks(low, high)
+        inside = [tick for tick in ticks if low <= tick[0] <= high]
+        return (low, high, inside) if len(inside) > 1 else (ticks[0][0], ticks[-1][0], ticks)
+
     @property
     def speeds(self) -> list[float]:
         """All speeds, in queries a second."""
@@ -95,7 +107,7 @@ def recall_speed(results: read.Row, measure: str = "recall") -> RecallSpeed | No
     configured = read.configured_rows(results) if read.configured_is_certain(results) else []
     kinds = list(dict.fromkeys(str(row.get("retriever", "")) for row in measured)) or ["exact"]
     layers = sorted({row.get("layer") for row in [*measured, *exact]}, key=_layer_order)
-    series = []
+    series: list[Series] = []
     for kind in kinds:
         for layer in layers:
             own = [row for row in measured if str(row.get("retriever", "")) == kind and row.get("layer") == layer]
@@ -127,9 +139,7 @@ def _ticks(recalls: list[float]) -> tuple[float, ...]:
     return RECALL_TICKS[start : end + 1]
 
 
-def _points(
-    group: list[read.Row], measure: str, names: list[str], configured: list[read.Row]
-) -> tuple[Point, ...]:
+def _points(group: list[read.Row], measure: str, names: list[str], configured: list[read.Row]) -> tuple[Point, ...]:
     placed = [(read.number(row, measure) or 0.0, read.number(row, "qps") or 0.0) for row in group]
     front = read.pareto_front(placed)
     points = []
@@ -151,24 +161,47 @@ def _points(
 
 @dataclass(frozen=True)
 class Line:
-    """Values of one memory kind by context length, with one standard error each (None where not recorded)."""
+    """Values of one memory kind by context length, with one standard error each (None where not recorded).
+
+    The errors are those of the difference from no memory on the same tokens (``paired``) where the run recorded them:
+    how hard the text is cancels there, and the error of a value alone would hide a change that is sure.
+    """
 
     kind: str
     name: str
     contexts: tuple[int, ...]
     values: tuple[float, ...]
     errors: tuple[float | None, ...]
+    paired: bool
 
 
 def perplexity_lines(results: read.Row) -> list[Line]:
     """Perplexity against context, one line a memory kind: none, exact, then the retriever."""
-    lines = []
-    for kind, cells in read.by_context(read.rows(results, "perplexity"), "value").items():
+    lines: list[Line] = []
+    measured = read.rows(results, "perplexity")
+    paired = any(read.number(row, "gain_standard_error") is not None for row in measured)
+    for kind, cells in read.by_context(measured, "value").items():
         if cells:
             values = tuple(float(row["value"]) for row in cells.values())
-            errors = tuple(read.standard_error(row) for row in cells.values())
-            lines.append(Line(kind, memory_name(kind), tuple(cells), values, errors))
+            errors = tuple(_error(row, paired) for row in cells.values())
+            lines.append(Line(kind, memory_name(kind), tuple(cells), values, errors, paired))
     return lines
+
+
+def error_note(lines: list[Line]) -> str:
+    """What the error bars of :func:`perplexity_lines` are; empty where there are none."""
+    if all(error is None for line in lines for error in line.errors):
+        return ""
+    if lines[0].paired:
+        return "Bars: ± one standard error of the difference from no memory on the same tokens."
+    return "Bars: ± one standard error of each value."
+
+
+def _error(row: read.Row, paired: bool) -> float | None:
+    if not paired:
+        return read.standard_error(row)
+    gain_error = read.number(row, "gain_standard_error")
+    return None if gain_error is None else float(row["value"]) * gain_error
 
 
 def memory_name(kind: str) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lightning_fot.errors import MissingLibraryError
 from lightning_fot.report import curves, formats, read
-from lightning_fot.report.svg import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ def write_recall_vs_speed(results: read.Row, path: Path) -> bool:
     figure = _figure(7.6, 4.7)
     axes = figure.add_subplot()
     draw_recall_speed(axes, data)
-    axes.set_title(_retrieval_title(results, data), loc="left", fontsize=12, color=INK, pad=14, fontweight="semibold")
+    axes.set_title(_retrieval_title(results, data), loc="left", fontsize=12, color=INK, pad=14)
     _save(figure, path)
     return True
 
@@ -41,7 +40,7 @@ def write_perplexity(results: read.Row, path: Path) -> bool:
     figure = _figure(7.6, 4.4)
     axes = figure.add_subplot()
     draw_perplexity(axes, lines)
-    axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14, fontweight="semibold")
+    axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14)
     _save(figure, path)
     return True
 
@@ -54,10 +53,10 @@ def write_overview(results: read.Row, path: Path) -> bool:
     figure = _figure(12.4, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     draw_perplexity(left, lines)
-    left.set_title("What a memory is worth", loc="left", fontsize=12.5, color=INK, pad=14, fontweight="semibold")
+    left.set_title("What a memory is worth", loc="left", fontsize=12.5, color=INK, pad=14)
     draw_recall_speed(right, data)
     title = "What an index costs and gains"
-    right.set_title(title, loc="left", fontsize=12.5, color=INK, pad=14, fontweight="semibold")
+    right.set_title(title, loc="left", fontsize=12.5, color=INK, pad=14)
     _save(figure, path)
     return True
 
@@ -101,6 +100,8 @@ def _style(axes: Axes, x: str, y: str) -> None:
 
 def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
     """Draw perplexity against context length, with error bars of one standard error."""
+    from matplotlib.font_manager import FontProperties
+
     contexts = sorted({context for line in lines for context in line.contexts})
     axes.set_xscale("log", base=2)
     for index, line in enumerate(lines):
@@ -117,24 +118,31 @@ def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
     axes.set_xticks(contexts, [formats.tokens(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
-    axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="best")
+    box = axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="best", alignment="left")
+    if lines[0].paired:
+        box.set_title("bars: standard error of the\ndifference from no memory", prop=FontProperties(size=8.5))
+        box.get_title().set_color(FAINT)
 
 
 def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
     """Draw recall (logit) against queries a second (logarithmic) with Pareto fronts and the exact points."""
+    from matplotlib.font_manager import FontProperties
     from matplotlib.lines import Line2D
 
     handles: list[Line2D] = []
     for series in data.series:
         color, marker = COLORS[series.color % len(COLORS)], MARKERS[series.color % len(MARKERS)]
         front = series.front()
-        x_front = [data.place(point.recall) for point in front]
-        axes.plot(x_front, [point.qps for point in front], color=color, linewidth=1.8, zorder=3)
+        places = [(data.place(point.recall), point.qps) for point in front]
+        own = len(series.steps())
+        # Between the index's best and exact search nothing was measured: dotted.
+        for part, style in ((places[:own], "-"), (places[max(0, own - 1) :], ":")):
+            axes.plot([x for x, _ in part], [y for _, y in part], style, color=color, linewidth=1.8, zorder=3)
         for point in series.points:
             axes.plot(
-                [data.place(point.recall)], [point.qps], linestyle="", color=color, marker="*" if point.exact else marker,
-                markersize=12 if point.exact else 6.5, alpha=1 if point.on_front else 0.35, zorder=5,
-                markeredgecolor="white" if point.index_used else color, markeredgewidth=0.8,
+                [data.place(point.recall)], [point.qps], marker="*" if point.exact else marker, linestyle="", color=color,
+                markersize=12 if point.exact else 6.5, alpha=1 if point.on_front else 0.35, zorder=5, markeredgewidth=0.8,
+                markeredgecolor="white" if point.index_used else color,
                 markerfacecolor=color if point.index_used else "white",
             )  # fmt: skip
             if point.configured:
@@ -145,23 +153,25 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
     if any(point.exact for point in points):
         handles.append(Line2D([], [], color=INK, marker="*", markersize=11, linestyle="", label="exact search"))
     if any(point.configured for point in points):
-        ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": SOFT}
-        handles.append(Line2D([], [], linestyle="", label="setting of this run", **ring))
+        handles.append(Line2D([], [], linestyle="", marker="o", markersize=10, markerfacecolor="none",
+                              markeredgecolor=SOFT, label="setting of this run"))  # fmt: skip
     if any(not point.index_used for point in points):
-        hollow = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "markeredgecolor": INK}
-        handles.append(Line2D([], [], linestyle="", label="index not used", **hollow))
+        handles.append(Line2D([], [], linestyle="", marker="o", markersize=6, markerfacecolor="white",
+                              markeredgecolor=INK, label="index not used"))  # fmt: skip
     _style(axes, f"{data.x_name} (logit scale; further right is better)", "queries per second (higher is better)")
-    ticks = log_ticks(min(data.speeds) * 0.9, max(data.speeds) * 1.1)
+    slowest, fastest, ticks = data.speed_axis()
     axes.set_yscale("log")
-    axes.set_ylim(ticks[0][0], ticks[-1][0])
+    axes.set_ylim(slowest, fastest)
     axes.minorticks_off()
     axes.set_yticks([value for value, _ in ticks], [label for _, label in ticks])
     axes.set_xlim(-0.03, 1.05)
     axes.set_xticks([*(data.place(tick) for tick in data.ticks), 1.0], [*(f"{tick:g}" for tick in data.ticks), "1"])
     axes.axvline((data.place(data.ticks[-1]) + 1) / 2, color="#d7d9dd", linewidth=0.9, linestyle=(0, (3, 4)), zorder=1)
     names = " · ".join(data.label_names)
-    axes.legend(handles=handles, frameon=False, fontsize=9, labelcolor=SOFT, loc="best",
-                title=f"numbers: {names}" if names else None, title_fontproperties={"size": 9}, alignment="left")  # fmt: skip
+    box = axes.legend(handles=handles, frameon=False, fontsize=9, labelcolor=SOFT, loc="best", alignment="left")
+    if names:
+        box.set_title(f"numbers: {names}", prop=FontProperties(size=9))
+        box.get_title().set_color(SOFT)
     _label_points(axes, data)
 
 

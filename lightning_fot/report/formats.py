@@ -36,17 +36,17 @@ def percent(value: float | None, digits: int = 1) -> str:
     scaled = 100 * value
     limit = 10.0**-digits
     if 100 - limit / 2 <= scaled < 100:
-        return f">{100 - limit:.{digits}f} %"
+        return f">{100 - limit:.{digits}f}%"
     if 0 < scaled < limit / 2:
-        return f"<{limit:.{digits}f} %"
+        return f"<{limit:.{digits}f}%"
     if scaled in (0, 100):
-        return f"{scaled:.0f} %"
-    return f"{scaled:.{digits}f} %"
+        return f"{scaled:.0f}%"
+    return f"{scaled:.{digits}f}%"
 
 
 def change(value: float, error: float | None) -> str:
-    """A relative change with its sign, such as ``-3.1 % ± 0.4``."""
-    shown = f"{100 * value:+.1f} %".replace("-", "−")
+    """A relative change with its sign, such as ``−3.1% ± 0.4``."""
+    shown = f"{100 * value:+.1f}%".replace("-", "−")
     return shown if error is None else f"{shown} ± {100 * error:.1f}"
 
 

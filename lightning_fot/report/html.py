@@ -17,16 +17,19 @@ from urllib.parse import quote
 from lightning_fot.report import charts, curves, findings, formats, read, tables
 
 _GLOSSARY = (
-    ("Perplexity", "How surprised the model is by text: at 10 it hesitates as if between 10 equally likely tokens. Lower is better."),
-    ("Memory", "Keys and values of tokens read before the local window. Only some layers, the memory layers, look at it."),
+    (
+        "Perplexity",
+        "How surprised the model is by text: at 10 it hesitates as if between 10 likely tokens. Lower is better.",
+    ),
+    ("Memory", "Keys and values of tokens read before the local window. Only the memory layers look at it."),
     ("Exact search", "Compares a query with every key in memory: always right, and slower as the memory grows."),
     ("Index", "A structure (HNSW, IVF, ScaNN …) that finds most of the best keys without looking at all of them."),
     ("Recall@k", "Share of the k truly best keys that a search found."),
-    ("Mass recall", "Share of the attention (softmax mass) of the k best keys that the found keys carry. What counts for the model."),
-    ("Mass", "Share of all attention on the memory that the found keys carry. What retrieval of k keys can give at most."),
+    ("Mass recall", "Share of the attention (softmax mass) of the k best keys that the found ones carry."),
+    ("Mass", "Share of all attention on the memory that the found keys carry: how much of a full read is kept."),
     ("Passkey", "A number is told once in long filler text; the model is asked for it at the end."),
-    ("Standard error", "How far a measured number would typically be off by chance of which text was scored."),
-)  # fmt: skip
+    ("Standard error", "How far a number would typically be off by chance of which text was scored."),
+)
 
 
 def page(results: read.Row, run_dir: Path) -> str:
@@ -77,11 +80,18 @@ def _header(results: read.Row, run_dir: Path, title: str) -> str:
         facts.append(f"window {memory['window']} tokens")
     if memory.get("top_k"):
         facts.append(f"top {memory['top_k']} keys a query")
+    if (seconds := read.total_seconds(results)) is not None:
+        facts.append(formats.duration(seconds))
     missing = findings.missing_parts(results)
-    warning = ""
-    if missing:
-        text = "These results are not complete. Not measured: " + ", ".join(missing) + "."
-        warning = f'<p class="warning">{escape(text)}</p>'
+    complete = results.get("complete")
+    text = ""
+    if complete is False:
+        text = "This run was stopped before its evaluation ended. " + (
+            "" if missing else "Some numbers may be missing."
+        )
+    if missing and (complete is not True or "perplexity" in missing):
+        text += f"Not measured: {', '.join(missing)}."
+    warning = f'<p class="warning">{escape(text.strip())}</p>' if text else ""
     return (
         '<header><p class="kicker">lightning-fot · run report</p><button id="theme" type="button" hidden></button>'
         f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{warning}</header>'
@@ -102,7 +112,8 @@ def _findings(results: read.Row) -> str:
         f'<p class="caveat">{escape(finding.caveat)}</p></li>'
         for finding in found
     )
-    return f'<ul class="findings">{cards}</ul><p class="note">One run, one seed: numbers of another run will differ.</p>'
+    note = "One run with one seed: the numbers of another run will differ."
+    return f'<ul class="findings">{cards}</ul><p class="note">{note}</p>'
 
 
 def _legend(items: Sequence[tuple[str, str]]) -> str:
@@ -115,9 +126,9 @@ def _perplexity(results: read.Row) -> str:
         return ""
     table = tables.perplexity(results)
     drawn = "".join(charts.perplexity(lines, form) for form in ("narrow", "wide"))
-    caption = "Memory kinds are drawn a few pixels apart. The axis does not start at zero."
-    if any(error is not None for line in lines for error in line.errors):
-        caption = "Bars are ± one standard error of each value. " + caption
+    caption = (
+        f"{curves.error_note(lines)} The kinds of memory are drawn a few pixels apart. The axis starts above zero."
+    )
     return (
         "<h2>Perplexity against context</h2>"
         '<p class="lead">The same held-out tokens are scored each time; only what is in memory before them changes.</p>'
@@ -134,8 +145,8 @@ def _retrieval(results: read.Row) -> str:
         return ""
     parts = [
         "<h2>Recall against speed</h2>",
-        '<p class="lead">An index gives up a little recall to search faster. Up and to the right is better; the star is '
-        "exact search of the same layer, timed in the same run.</p>",
+        '<p class="lead">An index gives up a little recall to search faster. Up and to the right is better; the star '
+        "is exact search of the same layer, timed in the same run.</p>",
     ]
     if drawn:
         first = drawn[0][1]
@@ -157,8 +168,8 @@ def _retrieval(results: read.Row) -> str:
             f"<figure>{inputs}{switch}{_legend(charts.recall_speed_legend(first))}{views}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
-    if table:
-        parts.append(_table(table))
+    for shown in (table, tables.in_run(results)):
+        parts.append(_table(shown) if shown else "")
     return "".join(parts)
 
 
@@ -166,8 +177,10 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
     caption = f"{formats.tokens(data.memory_tokens)} keys a head. " if data.memory_tokens else ""
     if data.label_names:
         caption += f"Numbers at the points: {' · '.join(data.label_names)}. "
-    caption += "Lines join the settings that no other setting of the layer beats in both (Pareto front); the others are "
-    return caption + "faded. The recall axis is logit-scaled, so 0.9 to 0.99 is as wide as 0.5 to 0.9."
+    caption += (
+        "Lines join the settings that no other one of the layer beats in both (Pareto front); the others are faded. "
+    )
+    return caption + "The recall axis is logit-scaled: 0.9 to 0.99 takes as much room as 0.5 to 0.91. 1 stands apart."
 
 
 def _tasks(results: read.Row) -> str:
@@ -223,17 +236,18 @@ def _table(table: tables.Table, sortable: bool = False) -> str:
     for index, heading in enumerate(table.columns):
         css = ' class="word"' if index < table.words else ""
         shown = escape(heading)
-        heads.append(f'<th scope="col"{css}>' + (f'<button type="button">{shown}</button>' if sortable else shown) + "</th>")
+        inner = f'<button type="button">{shown}</button>' if sortable else shown
+        heads.append(f'<th scope="col"{css}>{inner}</th>')
     body = []
     before: object = None
     for row in table.rows:
-        css = []
+        styles: list[str] = []
         if not sortable and table.words == 2:
-            css += ["reference"] if row[1].text == "exact" else []
-            css += ["first"] if row[0].raw != before else []
+            styles += ["reference"] if row[1].text == "exact" else []
+            styles += ["first"] if row[0].raw != before else []
         before = row[0].raw
         cells = "".join(_cell(cell, index, table.words) for index, cell in enumerate(row))
-        body.append(f'<tr class="{" ".join(css)}">{cells}</tr>' if css else f"<tr>{cells}</tr>")
+        body.append(f'<tr class="{" ".join(styles)}">{cells}</tr>' if styles else f"<tr>{cells}</tr>")
     caption = "" if sortable else f"<caption>{escape(table.title)}</caption>"
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
@@ -267,6 +281,9 @@ def _run(results: read.Row, run_dir: Path) -> str:
     environment = read.section(results, "environment")
     command = results.get("command", environment.pop("command", None))
     parts = ["<h2>What was run</h2>"]
+    if not command and (run_dir / "config.yaml").is_file():
+        parts.append('<p class="lead">The run again, from its folder:</p>')
+        command = "lightning run --config config.yaml"
     if command:
         text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
         parts.append(f"<pre>{escape(text)}</pre>")

@@ -121,7 +121,7 @@ def varying_arguments(measured: Iterable[Row]) -> list[str]:
         for key, value in arguments(row).items():
             values.setdefault(kind, {}).setdefault(key, set()).add(json.dumps(value, default=str))
     names: dict[str, None] = {}
-    for kind, settings in values.items():
+    for settings in values.values():
         names.update(dict.fromkeys(key for key, found in settings.items() if len(found) > 1))
     return list(names)
 
@@ -179,7 +179,7 @@ def configured_rows(results: Row) -> list[Row]:
         here = [row for row in here if (number(row, "memory_tokens") or 0) == largest]
         marked = [row for row in here if row.get("configured") is True]
         grid = varying_arguments(here)
-        agreeing = [row for row in here if all(arguments(row).get(key, value) == value for key, value in wanted.items())]
+        agreeing = [row for row in here if wanted.items() <= {**wanted, **arguments(row)}.items()]
         if marked:
             chosen.append(marked[0])
         elif agreeing and (len(agreeing) == 1 or any(key in wanted for key in grid)):
@@ -262,6 +262,11 @@ def time_split(results: Row) -> dict[str, float]:
         if listed:
             return listed
     return {}
+
+
+def total_seconds(results: Row) -> float | None:
+    """How long the whole run took, when recorded."""
+    return number(results, "seconds", "elapsed_s")
 
 
 def _as_float(text: object) -> float | None:

@@ -55,10 +55,10 @@ def perplexity(results: read.Row) -> Table | None:
 
     body = _by_context("", table, contexts, cell, "").rows + _changes(table, contexts)
     scored = {int(n) for row in measured if (n := read.number(row, "tokens", "n")) is not None}
-    note = f"{formats.tokens(min(scored))} tokens scored each, the same ones in every cell. " if len(scored) == 1 else ""
+    note = f"{formats.tokens(min(scored))} tokens scored, the same ones in every cell. " if len(scored) == 1 else ""
     note += "± one standard error. " if any(read.standard_error(row) is not None for row in measured) else ""
     if len(body) > len(table):
-        note += "Changes compare the same tokens with and without memory, so their error is smaller than that of a value."
+        note += "A change compares the same tokens with and without memory: its error is smaller than a value's."
     columns = ("memory", *(formats.tokens(context) for context in contexts))
     return Table("Perplexity by context length in tokens (lower is better)", columns, body, note=note.strip())
 
@@ -108,7 +108,10 @@ def _by_context(
     note: str,
 ) -> Table:
     body = tuple(
-        (Cell(curves.memory_name(kind), kind), *(cell(cells[c]) if c in cells else Cell(formats.MISSING) for c in contexts))
+        (
+            Cell(curves.memory_name(kind), kind),
+            *(cell(cells[context]) if context in cells else Cell(formats.MISSING) for context in contexts),
+        )
         for kind, cells in table.items()
     )
     return Table(title, ("memory", *(formats.tokens(context) for context in contexts)), body, note=note)
@@ -141,8 +144,42 @@ def retrieval(results: read.Row) -> Table | None:
     return Table("Retrieval by layer", columns, tuple(body), words=2, note=" ".join(notes))
 
 
+def in_run(results: read.Row) -> Table | None:
+    """Retrieval as it was inside the run's own memory, layer by layer."""
+    listed = read.rows(results, "retrieval_in_run")
+    fields: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+        ("memory_tokens", "keys", formats.tokens),
+        ("recall", "recall", formats.percent),
+        ("mass_recall", "mass recall", formats.percent),
+        ("mass", "mass", formats.percent),
+        ("sink_share", "sinks", formats.percent),
+        ("hub_share", "hubs", formats.percent),
+        ("indexed_share", "indexed", formats.percent),
+        ("search_ms_p50", "search ms", formats.significant),
+        ("bytes", "bytes", formats.size),
+    )
+    shown = [field for field in fields if any(read.number(row, field[0]) is not None for row in listed)]
+    if not shown:
+        return None
+    body = tuple(
+        (
+            Cell(str(row.get("layer", formats.MISSING)), row.get("layer")),
+            *(Cell(text(read.number(row, key)), read.number(row, key)) for key, _, text in shown),
+        )
+        for row in listed
+    )
+    note = "The very memory that perplexity was measured with: part of it indexed, the newest keys searched exactly."
+    if any(key in ("sink_share", "hub_share") for key, _, _ in shown):
+        note += (
+            " Sinks: share of what was found that is the first token of a window; hubs: share held by the most often"
+        )
+        note += " found hundredth of the keys."
+    return Table("Retrieval inside the run", ("layer", *(heading for _, heading, _ in shown)), body, note=note)
+
+
 def _retrieval_cells(results: read.Row, row: read.Row, label: str) -> tuple[Cell, ...]:
-    values = {key: read.number(row, key) for key in ("recall", "mass_recall", "search_ms_p50", "add_s", "build_s", "bytes")}
+    keys = ("recall", "mass_recall", "search_ms_p50", "add_s", "build_s", "bytes")
+    values = {key: read.number(row, key) for key in keys}
     ratio = read.speed_ratio(results, row)
     mark = "" if read.index_used(row) else " *"
     return (
@@ -183,9 +220,10 @@ def everything(results: read.Row) -> Table | None:
     body = []
     for row in listed:
         ratio = read.speed_ratio(results, row)
+        name = str(row.get("retriever", "exact"))
         cells = [
             Cell(str(row.get("layer", formats.MISSING)), row.get("layer")),
-            Cell(str(row.get("retriever", "exact")) + ("" if read.index_used(row) else " *"), row.get("retriever", "exact")),
+            Cell(name + ("" if read.index_used(row) else " *"), name),
             Cell(read.setting(row) or formats.MISSING, read.setting(row)),
         ]
         for key, _, shown in _FIELDS:
@@ -212,10 +250,11 @@ def print_tables(results: read.Row, console: Console) -> None:
         console.print(Text(f"  {finding.text}"))
         if finding.caveat:
             console.print(Text(f"  {finding.caveat}", style="dim"))
-    found = [perplexity(results), *tasks(results), retrieval(results)]
+    found = [perplexity(results), *tasks(results), retrieval(results), in_run(results)]
     tables = [table for table in found if table is not None]
     for table in tables:
         console.print()
+        console.print(Text(table.title, style="bold"))
         console.print(_rich(table))
         if table.note:
             console.print(Text(table.note, style="dim"))
@@ -224,7 +263,7 @@ def print_tables(results: read.Row, console: Console) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    drawn = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+    drawn = RichTable(box=None, pad_edge=False)
     for index, heading in enumerate(table.columns):
         is_word = index < table.words
         drawn.add_column(Text(heading, style="dim"), justify="left" if is_word else "right", no_wrap=not is_word)
