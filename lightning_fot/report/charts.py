@@ -8,7 +8,7 @@ from lightning_fot.report import curves, formats, read
 from lightning_fot.report.scales import linear, logarithmic, nice_ticks
 from lightning_fot.report.svg import MARKERS, Chart, swatch
 
-WIDTHS = {"narrow": 350, "half": 520, "wide": 900}
+WIDTHS = {"narrow": 350, "wide": 900}
 KIND_MARKERS = {"k-none": "diamond", "k-exact": "square", "k-index": "circle"}
 
 
@@ -94,7 +94,8 @@ def recall_speed(data: curves.RecallSpeed, form: str) -> str:
             place = (x(data.place(point.recall)), y(point.qps))
             if point.configured:
                 chart.parts.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="9" class="ring {css}"/>')
-            chart.marker(*place, "star" if point.exact else shape, css + state, point.tip)
+            clear = 5.0 if point.configured else 1.0
+            chart.marker(*place, "star" if point.exact else shape, css + state, point.tip, clear=clear)
     for series in data.series:
         for point in sorted(series.points, key=lambda point: (not point.configured, not point.on_front)):
             if not point.exact:
@@ -159,6 +160,6 @@ def _thinned(ticks: list[tuple[float, str]], gap: float = 14) -> list[tuple[floa
     kept: list[tuple[float, str]] = []
     for position, label in reversed(ticks):
         width = 6.2 * len(label)
-        if not kept or kept[-1][0] - position >= max(gap, (width + 6.2 * len(kept[-1][1])) / 2 + 6):
+        if not kept or kept[-1][0] - position >= max(gap, (width + 6.2 * len(kept[-1][1])) / 2 + 8):
             kept.append((position, label))
     return kept[::-1]

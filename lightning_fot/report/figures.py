@@ -140,9 +140,9 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
             axes.plot([x for x, _ in part], [y for _, y in part], style, color=color, linewidth=1.8, zorder=3)
         for point in series.points:
             axes.plot(
-                [data.place(point.recall)], [point.qps], marker="*" if point.exact else marker, linestyle="", color=color,
-                markersize=12 if point.exact else 6.5, alpha=1 if point.on_front else 0.35, zorder=5, markeredgewidth=0.8,
-                markeredgecolor="white" if point.index_used else color,
+                [data.place(point.recall)], [point.qps], marker="*" if point.exact else marker, linestyle="",
+                color=color, markersize=12 if point.exact else 6.5, alpha=1 if point.on_front else 0.35, zorder=5,
+                markeredgewidth=0.8, markeredgecolor="white" if point.index_used else color,
                 markerfacecolor=color if point.index_used else "white",
             )  # fmt: skip
             if point.configured:

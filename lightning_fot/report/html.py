@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -225,10 +226,26 @@ def _everything(results: read.Row) -> str:
     table = tables.everything(results)
     if table is None:
         return ""
+    shown, same = _without_constants(table)
+    note = f"Click a heading to sort. Times are of one call; speed is relative to exact search.{same}"
     return (
-        '<h2>Every retrieval measurement</h2><div class="tools"><p class="note">Click a heading to sort. Search times '
-        f"are of one call; speed is relative to exact search.</p>{_download(table)}</div>{_table(table, sortable=True)}"
+        f'<h2>Every retrieval measurement</h2><div class="tools"><p class="note">{escape(note)}</p>'
+        f"{_download(table)}</div>" + _table(shown, sortable=True)
     )
+
+
+def _without_constants(table: tables.Table) -> tuple[tables.Table, str]:
+    """The table without sizes that are the same in every row, and these in words."""
+    constant = [
+        index
+        for index, heading in enumerate(table.columns)
+        if heading in ("keys", "k") and len({row[index].raw for row in table.rows}) == 1
+    ]
+    kept = [index for index in range(len(table.columns)) if index not in constant]
+    same = ", ".join(f"{table.columns[index]} {table.rows[0][index].text}" for index in constant)
+    body = tuple(tuple(row[index] for index in kept) for row in table.rows)
+    shown = replace(table, columns=tuple(table.columns[index] for index in kept), rows=body)
+    return shown, f" All rows: {same}." if same else ""
 
 
 def _table(table: tables.Table, sortable: bool = False) -> str:
@@ -248,10 +265,12 @@ def _table(table: tables.Table, sortable: bool = False) -> str:
         before = row[0].raw
         cells = "".join(_cell(cell, index, table.words) for index, cell in enumerate(row))
         body.append(f'<tr class="{" ".join(styles)}">{cells}</tr>' if styles else f"<tr>{cells}</tr>")
-    caption = "" if sortable else f"<caption>{escape(table.title)}</caption>"
+    title = escape(table.title)
+    above = "" if sortable else f"<h3>{title}</h3>"
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="scroll" tabindex="0"><table{" class=sortable" if sortable else ""}>{caption}'
+        f'{above}<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+        f'<table{" class=sortable" if sortable else ""} aria-label="{title}">'
         f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}"
     )
 

@@ -7,7 +7,7 @@
   try { mode = localStorage.getItem("lightning-fot-theme") || "auto"; } catch (error) { /* storage may be off */ }
   function show() {
     if (mode === "auto") { root.removeAttribute("data-theme"); } else { root.setAttribute("data-theme", mode); }
-    button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[mode];
+    button.textContent = "◐ " + { auto: "Auto", light: "Light", dark: "Dark" }[mode];
     button.setAttribute("aria-label", "Colours: " + mode + ". Change");
   }
   button.hidden = false;

@@ -66,14 +66,16 @@ class Chart:
         self.text(0, 12, y, "name")
         self.text(right, self.height - 6, x, "name", "end")
 
-    def marker(self, x: float, y: float, shape: str, css: str, tip: str, radius: float = 4.5) -> None:
-        """A point that says what it is when pointed at, touched or focused."""
+    def marker(
+        self, x: float, y: float, shape: str, css: str, tip: str, radius: float = 4.5, clear: float = 1.0
+    ) -> None:
+        """A point that says what it is when pointed at, touched or focused; labels stay ``clear`` of it."""
         # The larger unseen circle is there for fingers.
         hit = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="11" class="hit"/>'
         said = escape(tip)
         opened = f'<g class="mark {css}" tabindex="0" role="img" aria-label="{said}" data-tip="{said}">'
         self.parts.append(f"{opened}{hit}{_shape(x, y, shape, radius)}</g>")
-        reach = radius + 1
+        reach = radius + clear
         self.boxes.append((x - reach, y - reach, x + reach, y + reach))
 
     def label(self, x: float, y: float, content: str, css: str, size: float = 11.0) -> bool:
@@ -82,8 +84,8 @@ class Chart:
         left, top, right, bottom = self.plot
         gap = 8.0
         for dx, dy in (
-            (gap, -gap / 2), (-gap - width, -gap / 2), (-width / 2, -gap), (-width / 2, gap + height * 0.8),
-            (gap, gap + 4), (-gap - width, gap + 4),
+            (gap, -gap / 2), (gap + 3, -gap), (-gap - width, -gap / 2), (-gap - 3 - width, -gap),
+            (-width / 2, -gap - 3), (-width / 2, gap + height), (gap, gap + 4), (-gap - width, gap + 4),
         ):  # fmt: skip
             box = (x + dx, y + dy - height * 0.8, x + dx + width, y + dy + height * 0.2)
             inside = box[0] >= left and box[2] <= right + self.right - 2 and box[1] >= top - 8 and box[3] <= bottom

@@ -212,11 +212,12 @@ _FIELDS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 
 def everything(results: read.Row) -> Table | None:
-    """All retrieval measurements, one row each."""
+    """All retrieval measurements, one row each; the raw setting also has the arguments that never change."""
     indexed = [row for row in read.rows(results, "retrieval") if not read.is_exact(row)]
     listed = [*indexed, *read.rows(results, "exact")]
     if not listed:
         return None
+    names = read.varying_arguments(indexed)
     body = []
     for row in listed:
         ratio = read.speed_ratio(results, row)
@@ -224,7 +225,7 @@ def everything(results: read.Row) -> Table | None:
         cells = [
             Cell(str(row.get("layer", formats.MISSING)), row.get("layer")),
             Cell(name + ("" if read.index_used(row) else " *"), name),
-            Cell(read.setting(row) or formats.MISSING, read.setting(row)),
+            Cell(read.setting(row, names) or formats.MISSING, read.setting(row)),
         ]
         for key, _, shown in _FIELDS:
             value = ratio if key == "speed" else read.number(row, key)
