@@ -13,16 +13,16 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fot.data.documents import Corpus, Document, Item, cut_into_parts, split_documents
+from lightning_fot.data.documents import Corpus, Document, Item
 from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
-from lightning_fot.data.readers import DocumentSource, Found, find_documents, too_short
+from lightning_fot.data.readers import too_short
 from lightning_fot.data.rows import BatchSequence, RowPlan
+from lightning_fot.data.selection import Selection, SelectionSettings
 from lightning_fot.data.tokens import Ids, TextEncoder, default_cache_dir
 from lightning_fot.errors import SettingError
 
 # Encoded before training starts, so that progress is seen; what training needs beyond is encoded as it goes.
 _TOKENS_AHEAD = 2 * 1024 * 1024
-_FEW_DOCUMENTS = 32
 
 
 class CrossbatchDataModule(pl.LightningDataModule):
@@ -98,10 +98,9 @@ class CrossbatchDataModule(pl.LightningDataModule):
         self.report: Callable[[str], None] = rank_zero_info
         self._check_settings()
         self._tokenizer_object: Any = None
-        self._corpus: Corpus | None = None
-        self._train: list[Item] = []
-        self._heldout: list[Item] = []
-        self._items: dict[int, list[Item]] = {}
+        self._corpus: Corpus
+        self._selection: Selection | None = None
+        self._marks: dict[int, str] = {}
         self._position = TrainPosition()
 
     def _check_settings(self) -> None:
@@ -172,10 +171,9 @@ class CrossbatchDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> RowLoader:
         """Batches of the held-out documents, in the same form; every iteration is one whole pass."""
-        self._open()
+        selection, plan = self._open(), self._plan(self._world_size())
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        plan = self._plan(self._world_size())
-        items = self._filled(self._heldout, plan.streams)
+        items = selection.fill(selection.heldout, plan.streams)
         sequence = BatchSequence(lambda epoch: self._sequences(items), plan, rank, self._world_size())
         return RowLoader(sequence, None)
 
@@ -200,15 +198,14 @@ class CrossbatchDataModule(pl.LightningDataModule):
         Returns:
             Documents; none when no held-out document is so long.
         """
-        corpus = self._open()
         documents: list[Document] = []
-        for item in self._heldout:
+        for item in self._open().heldout:
             if limit is not None and len(documents) >= limit:
                 break
             # One token a byte is the most there can be.
             if min_tokens is not None and item.source.size + 1 < min_tokens:
                 continue
-            ids = corpus.ids(item)
+            ids = self._corpus.ids(item)
             if ids is not None and len(ids) >= (min_tokens or 1):
                 documents.append(Document(item.source.name, ids, self.tokenizer_object))
         return documents
@@ -226,91 +223,28 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 "number, but with other text than would have come."
             )
 
-    def _open(self) -> Corpus:
+    def _open(self) -> Selection:
         """Find and split the documents, once."""
-        if self._corpus is not None:
-            return self._corpus
-        found = find_documents(self.paths, text_field=self.text_field, max_documents=self.max_documents)
-        folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
-        encoder = TextEncoder(self.tokenizer_object, folder, self._say)
-        corpus = Corpus(encoder, self.min_tokens, self.max_document_tokens)
-        if found.skipped:
-            self._say(f"Left out: {found.skipped_text()}.")
-        heldout = []
-        if self.heldout is not None:
-            other = find_documents(self.heldout, text_field=self.text_field, setting="data.heldout")
-            self._leave_out(found, other.documents)
-            heldout = self._long_enough(corpus, other.documents, "data.heldout", self.heldout)
-        sources = self._draw(found.documents)
-        sources = self._long_enough(corpus, sources, "data.paths", self.paths)
-        self._corpus = corpus
-        if heldout:
-            self._train, self._heldout = [Item(one) for one in sources], [Item(one) for one in heldout]
-        elif len(sources) == 1:
-            self._split_by_position(corpus, sources[0])
-        else:
-            train, chosen = split_documents([one.size for one in sources], self.heldout_fraction, self.seed)
-            self._train, self._heldout = [Item(sources[i]) for i in train], [Item(sources[i]) for i in chosen]
-        self._heldout = self._shuffled(self._heldout, self.seed)
-        size = sum(item.source.size for item in self._train) / 1e6
-        if len(sources) > 1 or heldout:
-            name = "the Python standard library" if self.paths is None else "data.paths"
-            self._say(
-                f"Documents of {name}: {len(self._train):,} for training ({size:,.1f} MB), "
-                f"{len(self._heldout):,} held out."
-            )
-        return corpus
-
-    def _draw(self, sources: list[DocumentSource]) -> list[DocumentSource]:
-        if self.max_documents is None or len(sources) <= self.max_documents:
-            return sources
-        # Documents that cannot be long enough would use up the draw.
-        able = [one for one in sources if one.size + 1 >= self.min_tokens] or sources
-        chosen = np.random.default_rng(self.seed).permutation(len(able))[: self.max_documents]
-        return [able[number] for number in sorted(chosen.tolist())]
-
-    def _leave_out(self, found: Found, heldout: list[DocumentSource]) -> None:
-        """Take documents that share a file or line with a held-out one out of training."""
-        taken = {(part.path_key, part.offset) for one in heldout for part in one.parts}
-        kept = [one for one in found.documents if not any((p.path_key, p.offset) in taken for p in one.parts)]
-        if len(kept) < len(found.documents):
-            self._say(f"{len(found.documents) - len(kept):,} documents of data.paths are held out by data.heldout.")
-        if not kept:
-            raise SettingError(
-                "data.heldout", self.heldout, "leaves no document for training", "Name fewer files, or other ones."
-            )
-        found.documents = kept
-
-    def _long_enough(
-        self, corpus: Corpus, sources: list[DocumentSource], setting: str, value: object
-    ) -> list[DocumentSource]:
-        """Sources without those that are too short; where there are many, only what their bytes tell."""
-        kept = [one for one in sources if one.size + 1 >= self.min_tokens]
-        if len(kept) <= _FEW_DOCUMENTS or corpus.ids(Item(kept[0])) is None:
-            kept = [one for one in kept if corpus.is_long_enough(Item(one))]
-        if not kept:
-            longest = max(sources, key=lambda one: one.size)
-            raise too_short(setting, value, len(sources), self.min_tokens, f"the longest has {longest.size:,} bytes")
-        if len(kept) < len(sources):
-            self._say(f"Left out: {len(sources) - len(kept):,} documents shorter than {self.min_tokens:,} tokens.")
-        return kept
-
-    def _split_by_position(self, corpus: Corpus, source: DocumentSource) -> None:
-        ids = corpus.ids(Item(source))
-        count = 0 if ids is None else len(ids)
-        held = max(round(count * self.heldout_fraction), self.min_tokens)
-        if count - held < self.min_tokens:
-            raise SettingError(
-                "data.paths",
+        if self._selection is None:
+            folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+            encoder = TextEncoder(self.tokenizer_object, folder, self._say)
+            self._corpus = Corpus(encoder, self.min_tokens, self.max_document_tokens)
+            settings = SelectionSettings(
                 self.paths,
-                f"is one document of {count:,} tokens, too short for a training and a held-out part of "
-                f"{self.min_tokens:,} tokens each",
-                "Add documents, name data.heldout, or lower data.min_tokens or model.memory.window.",
+                self.heldout,
+                self.heldout_fraction,
+                self.max_documents,
+                self.max_tokens,
+                self.text_field,
+                self.seed,
             )
-        self._train, self._heldout = [Item(source, 0, count - held)], [Item(source, count - held)]
-        self._say(
-            f"There is one document, {source.name}: its first {count - held:,} tokens are for training, "
-            f"the last {held:,} held out."
+            self._selection = Selection(settings, self._corpus, self._say)
+        return self._selection
+
+    def _sequence(self, rank: int, world_size: int) -> BatchSequence:
+        selection, plan = self._open(), self._plan(world_size)
+        return BatchSequence(
+            lambda epoch: self._sequences(selection.order(plan.streams, epoch)), plan, rank, world_size
         )
 
     def _plan(self, world_size: int) -> RowPlan:
@@ -320,74 +254,11 @@ class CrossbatchDataModule(pl.LightningDataModule):
         previous = self.prev_windows if self.layout == "paper" else 0
         return RowPlan(self.batch_size * world_size, self.window, self.pack, previous, pad)
 
-    def _sequence(self, rank: int, world_size: int) -> BatchSequence:
-        self._open()
-        plan = self._plan(world_size)
-        return BatchSequence(lambda epoch: self._sequences(self._order(plan.streams, epoch)), plan, rank, world_size)
-
-    def _order(self, streams: int, epoch: int) -> list[Item]:
-        """Training items of an epoch: shuffled, but those so long that they would run on alone at the end go first."""
-        if streams not in self._items:
-            self._items[streams] = self._filled(self._limited(), streams)
-        items = self._shuffled(self._items[streams], self.seed + epoch)
-        sizes = [self._estimate(item) for item in items]
-        long = sum(sizes) / streams / 2
-        return sorted(items, key=lambda item: self._estimate(item) <= long)
-
-    def _estimate(self, item: Item) -> int:
-        """About how many tokens an item has, without reading it."""
-        size = item.source.size // 4
-        if self.max_document_tokens is not None:
-            size = min(size, self.max_document_tokens)
-        return (size if item.stop is None else item.stop) - item.start
-
-    def _limited(self) -> list[Item]:
-        """Training items up to ``max_tokens``; the last one is cut to fit."""
-        if self.max_tokens is None:
-            return self._train
-        corpus = self._open()
-        kept: list[Item] = []
-        left = self.max_tokens
-        for item in self._shuffled(self._train, self.seed):
-            ids = corpus.ids(item)
-            if ids is None:
-                continue
-            if len(ids) > left:
-                if left >= min(self.min_tokens, self.max_tokens):
-                    kept.append(Item(item.source, item.start, item.start + left))
-                break
-            kept.append(item)
-            left -= len(ids)
-        return kept
-
-    def _filled(self, items: list[Item], streams: int) -> list[Item]:
-        """``items``, cut into parts when there are fewer than streams to read them."""
-        if len(items) > max(_FEW_DOCUMENTS, streams):
-            return items
-        corpus = self._open()
-        usable = [(item, len(ids)) for item in items if (ids := corpus.ids(item)) is not None]
-        if not usable or len(usable) >= streams:
-            return [item for item, _ in usable]
-        self._say(
-            f"There are fewer documents ({len(usable):,}) than are read side by side ({streams:,}): they are cut into "
-            "parts, so negatives may come from the same document."
-        )
-        parts = []
-        for number, start, stop in cut_into_parts([length for _, length in usable], streams):
-            item, length = usable[number]
-            end = item.stop if stop == length else item.start + stop
-            parts.append(Item(item.source, item.start + start, end))
-        return parts
-
-    def _shuffled(self, items: list[Item], seed: int) -> list[Item]:
-        return [items[number] for number in np.random.default_rng(seed).permutation(len(items)).tolist()]
-
     def _sequences(self, items: list[Item]) -> Iterator[Ids]:
         """Items with the tokenizer's start and end tokens, where the document itself starts and ends."""
-        corpus = self._open()
         bos, eos = self.tokenizer_object.bos_token_id, self.tokenizer_object.eos_token_id
         for item in items:
-            ids = corpus.ids(item)
+            ids = self._corpus.ids(item)
             if ids is None or not len(ids):
                 continue
             before = [bos] if bos is not None and item.start == 0 else []
@@ -396,12 +267,11 @@ class CrossbatchDataModule(pl.LightningDataModule):
 
     def _encode_ahead(self) -> None:
         """Encode what training will read first, and check that a batch can be filled."""
-        corpus = self._open()
-        plan = self._plan(self._world_size())
+        selection, plan = self._open(), self._plan(self._world_size())
         batch = plan.rows * plan.window
         wanted = max(batch, min(self._planned_batches() * batch, _TOKENS_AHEAD))
-        count, before, said = 0, corpus.encoded_tokens, time.monotonic()
-        for ids in self._sequences(self._order(plan.streams, 0)):
+        count, before, said = 0, self._corpus.encoded_tokens, time.monotonic()
+        for ids in self._sequences(selection.order(plan.streams, 0)):
             count += len(ids)
             if count >= wanted:
                 break
@@ -409,7 +279,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 said = time.monotonic()
                 self._say(f"Encoding text: {count:,} of up to {wanted:,} tokens.")
         if count == 0:
-            raise too_short("data.paths", self.paths, len(self._train), self.min_tokens, "all are shorter")
+            raise too_short("data.paths", self.paths, len(selection.train), self.min_tokens, "all are shorter")
         if count < batch:
             raise SettingError(
                 "data.batch_size",
@@ -417,8 +287,8 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 f"a batch takes {batch:,} tokens, but the training documents have {count:,}",
                 "Add documents, or lower data.batch_size or model.memory.window.",
             )
-        if corpus.encoded_tokens > before:
-            self._say_left_out(corpus)
+        if self._corpus.encoded_tokens > before:
+            self._say_left_out(self._corpus)
 
     def _say_left_out(self, corpus: Corpus) -> None:
         if corpus.short:
@@ -437,13 +307,15 @@ class CrossbatchDataModule(pl.LightningDataModule):
         return int(self.trainer.world_size) if self.trainer is not None else 1
 
     def _mark(self) -> str:
-        self._open()
-        settings = (
-            self.window, self.layout, self.batch_size * self._world_size(), self.pack, self.prev_windows, self.seed,
-            self.min_tokens, self.max_document_tokens, self.max_tokens,
-            [(item.source.name, item.source.size, item.start, item.stop) for item in self._train],
-        )  # fmt: skip
-        return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+        world_size = self._world_size()
+        if world_size not in self._marks:
+            settings = (
+                *(self.window, self.layout, self.batch_size * world_size, self.pack, self.prev_windows, self.seed),
+                *(self.min_tokens, self.max_document_tokens, self.max_tokens),
+                [(item.source.name, item.source.size, item.start, item.stop) for item in self._open().train],
+            )
+            self._marks[world_size] = hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+        return self._marks[world_size]
 
     def _say(self, message: str) -> None:
         if message not in self.messages:

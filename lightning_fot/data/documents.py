@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_fot.data.readers import DocumentSource
+from lightning_fot.data.sources import DocumentSource
 from lightning_fot.data.tokens import Ids, TextEncoder
 
 # Above this size all documents count as equally long in the split: 128 kB are about 32k tokens.
@@ -79,7 +79,7 @@ class Corpus:
     def ids(self, item: Item) -> Ids | None:
         """Ids of ``item`` without special tokens, int32 (tokens,); None when it is too short."""
         source = item.source
-        if self._surely_short(source):
+        if not self.may_be_long_enough(source):
             self.short.add(source.name)
             return None
         ids = self._source_ids(source)
@@ -88,15 +88,15 @@ class Corpus:
             return None
         return ids[item.start : item.stop]
 
-    def is_long_enough(self, item: Item) -> bool:
+    def may_be_long_enough(self, source: DocumentSource) -> bool:
+        """What the size tells: one token a byte is the most, one more where a tokenizer puts a space before."""
+        return source.size + 1 >= self.min_tokens
+
+    def is_long_enough(self, item: Item, exactly: bool = False) -> bool:
         """Whether ``ids`` would give something; very long documents are trusted without being encoded."""
-        if item.source.size >= _BYTES_PER_TOKEN * self.min_tokens:
+        if not exactly and item.source.size >= _BYTES_PER_TOKEN * self.min_tokens:
             return True
         return self.ids(item) is not None
-
-    def _surely_short(self, source: DocumentSource) -> bool:
-        # One token a byte is the most that a tokenizer makes, but for one that puts a space before the text.
-        return source.size + 1 < self.min_tokens
 
     def _source_ids(self, source: DocumentSource) -> Ids:
         if source in self._kept:

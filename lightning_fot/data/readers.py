@@ -15,16 +15,13 @@ or is not UTF-8 (a byte-order mark is tolerated, and one of UTF-16 is obeyed).
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
-import re
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_fot.data.sources import LARGE_FILE_BYTES, DocumentSource, FilePart, Found, is_new, text_part, walk
 from lightning_fot.errors import SettingError
 
 SOURCE_SUFFIXES = frozenset(
@@ -36,115 +33,9 @@ SOURCE_SUFFIXES = frozenset(
         *("f90", "f", "asm", "s", "cmake", "toml", "yaml", "yml"),
     )
 )
-SKIPPED_FOLDERS = frozenset({"node_modules", "__pycache__", "site-packages", "dist-packages", "CVS"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-_GENERATED = re.compile(rb"(?i)auto-?generated|generated from|gencodec|do not edit")
-
-SNIFFED_BYTES = 64 * 1024
-BLOCK_BYTES = 8 * 1024 * 1024
-LARGE_FILE_BYTES = 100 * 1024 * 1024
 _LONG_MODULE_BYTES = 16 * 1024
 _JOINED_MODULES_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class FilePart:
-    """A file, or one line of a ``.jsonl`` file, as part of a document.
-
-    Args:
-        path: The file.
-        size: Bytes that the part takes on disk: an estimate of its text, and an upper bound for most tokenizers.
-        header: Line put before the text in joined documents.
-        offset: Byte at which the line starts, for ``.jsonl``; None takes the whole file.
-        field: Key of the text in the line's object, for ``.jsonl``.
-    """
-
-    path: str
-    size: int
-    header: str = ""
-    offset: int | None = None
-    field: str = "text"
-
-    @property
-    def path_key(self) -> str:
-        """The file itself, whatever links lead to it."""
-        return os.path.realpath(self.path)
-
-    def pieces(self) -> Iterator[str]:
-        """The text in pieces, so that a huge file is not read beyond what is asked for.
-
-        Raises:
-            UnicodeDecodeError: Not UTF-8 after all (only the file's first part was looked at when it was found).
-            OSError: The file has gone or cannot be read.
-        """
-        if self.offset is not None:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                yield json.loads(file.read(self.size).decode("utf-8-sig"))[self.field]
-            return
-        with open(self.path, "rb") as file:
-            # Losing a huge book to one bad byte far inside helps nobody; a small file is judged as a whole.
-            errors = "strict" if self.size <= LARGE_FILE_BYTES else "replace"
-            block = file.read(BLOCK_BYTES)
-            decoder = codecs.getincrementaldecoder(_encoding(block))(errors)
-            first = True
-            while True:
-                following = file.read(BLOCK_BYTES) if len(block) == BLOCK_BYTES else b""
-                text = decoder.decode(block, final=not following)
-                if text:
-                    yield self.header + text if first else text
-                    first = False
-                if not following:
-                    return
-                block = following
-
-
-@dataclass(frozen=True)
-class DocumentSource:
-    """Where the text of a document is; nothing is read before ``pieces`` is used.
-
-    Args:
-        name: Shown in messages and results.
-        parts: Files, or one ``.jsonl`` line.
-    """
-
-    name: str
-    parts: tuple[FilePart, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk, headers included."""
-        return sum(part.size + len(part.header) for part in self.parts)
-
-    def pieces(self, skipped: Counter[str] | None = None) -> Iterator[str]:
-        """The text in order; parts that turn out to be unreadable are left out.
-
-        Args:
-            skipped: Counts parts left out, by reason.
-        """
-        for number, part in enumerate(self.parts):
-            try:
-                yield from part.pieces()
-                if number + 1 < len(self.parts):
-                    yield "\n"
-            except UnicodeDecodeError:
-                if skipped is not None:
-                    skipped["binary or not UTF-8"] += 1
-            except OSError:
-                if skipped is not None:
-                    skipped["unreadable"] += 1
-
-
-@dataclass
-class Found:
-    """Documents found, and how many files or lines were left out, by reason."""
-
-    documents: list[DocumentSource] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def skipped_text(self) -> str:
-        """Such as ``3 binary or not UTF-8, 1 empty``; empty when nothing was skipped."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
 
 
 def find_documents(
@@ -177,13 +68,13 @@ def find_documents(
             problem = "is a broken link" if path.is_symlink() else "does not exist"
             raise SettingError(setting, given, problem, f"Paths are relative to {os.getcwd()}; correct it.")
         if path.is_dir():
-            for folder, files in _walk(path, seen, found.skipped):
+            for folder, files in walk(path, seen, found.skipped):
                 name = "" if folder == path else folder.relative_to(path).as_posix()
                 _read_folder(
                     found, files, f"{path.name or given}/{name}".rstrip("/"), text_field, max_documents, setting
                 )
         elif path.is_file():
-            if _is_new(path, seen):
+            if is_new(path, seen):
                 _read_file(found, path, path.name, text_field, max_documents, setting)
         else:
             raise SettingError(setting, given, "is neither a file nor a folder", "Name text files or folders of them.")
@@ -248,12 +139,12 @@ def standard_library(root: str | None = None) -> Found:
     found = Found()
     packages: dict[str, list[FilePart]] = {}
     modules: list[FilePart] = []
-    for folder, files in _walk(base, set(), found.skipped, without=_TEST_FOLDERS):
+    for folder, files in walk(base, set(), found.skipped, without=_TEST_FOLDERS):
         for path in files:
             if path.suffix != ".py":
                 continue
             relative = path.relative_to(base)
-            part = _text_part(path, found.skipped, header=f"# file: {relative.as_posix()}\n", generated=True)
+            part = text_part(path, found.skipped, header=f"# file: {relative.as_posix()}\n", generated=True)
             if part is None:
                 continue
             if folder == base:
@@ -281,52 +172,13 @@ def _joined_modules(parts: list[FilePart]) -> DocumentSource:
     return DocumentSource(f"{Path(parts[0].path).name} … {Path(parts[-1].path).name}", tuple(parts))
 
 
-def _walk(
-    root: Path, seen: set[tuple[int, int]], skipped: Counter[str], without: Iterable[str] = ()
-) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders below ``root`` with their files, sorted. Links are followed, and nothing is visited twice."""
-    if not _is_new(root, seen):
-        return
-    files, folders = [], []
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError:
-        skipped["unreadable"] += 1
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        path = root / entry.name
-        try:
-            if entry.is_dir():
-                if entry.name not in SKIPPED_FOLDERS and entry.name not in without:
-                    folders.append(path)
-            elif entry.is_file() and _is_new(path, seen):
-                files.append(path)
-        except OSError:
-            skipped["unreadable"] += 1
-    yield root, files
-    for folder in folders:
-        yield from _walk(folder, seen, skipped, without)
-
-
-def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
-    """Whether the file or folder behind ``path`` was not seen yet (by inode: a link and its target are one file)."""
-    status = path.stat()
-    key = (status.st_dev, status.st_ino)
-    if status.st_ino and key in seen:
-        return False
-    seen.add(key)
-    return True
-
-
 def _read_folder(
     found: Found, files: list[Path], name: str, text_field: str, max_documents: int | None, setting: str
 ) -> None:
     code = []
     for path in files:
         if path.suffix.lower() in SOURCE_SUFFIXES:
-            part = _text_part(path, found.skipped, header=f"# file: {name}/{path.name}\n")
+            part = text_part(path, found.skipped, header=f"# file: {name}/{path.name}\n")
             if part is not None:
                 code.append(part)
         else:
@@ -339,39 +191,9 @@ def _read_file(found: Found, path: Path, name: str, text_field: str, max_documen
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         _read_jsonl(found, path, name, text_field, max_documents, setting)
         return
-    part = _text_part(path, found.skipped)
+    part = text_part(path, found.skipped)
     if part is not None:
         found.documents.append(DocumentSource(name, (part,)))
-
-
-def _text_part(path: Path, skipped: Counter[str], header: str = "", generated: bool = False) -> FilePart | None:
-    """The file as a part; None, counted in ``skipped``, when empty, binary, unreadable or (if asked for) generated."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(SNIFFED_BYTES)
-    except OSError:
-        skipped["unreadable"] += 1
-        return None
-    if not head.strip():
-        skipped["empty"] += 1
-        return None
-    encoding = _encoding(head)
-    try:
-        if encoding != "utf-16" and b"\0" in head:
-            raise UnicodeError
-        codecs.getincrementaldecoder(encoding)().decode(head, final=size <= len(head))
-    except UnicodeError:
-        skipped["binary or not UTF-8"] += 1
-        return None
-    if generated and _GENERATED.search(head[:400]):
-        skipped["generated"] += 1
-        return None
-    return FilePart(str(path), size, header)
-
-
-def _encoding(head: bytes) -> str:
-    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _read_jsonl(found: Found, path: Path, name: str, text_field: str, max_documents: int | None, setting: str) -> None:
