@@ -7,7 +7,7 @@ from torch import Tensor
 
 _GROUP = 32
 _KEY_BLOCK = 65536
-_SCORE_BUDGET = 1 << 23  # scores held at a time: 32 MB of fp32
+_SCORE_BUDGET = 1 << 22  # scores held at a time: 16 MB of fp32
 
 
 def topk_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,119 @@
+"""Inverted lists over k-means cells (Jégou et al., 2011) by faiss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_fot.retrievers.libraries import require
+from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
+from lightning_fot.retrievers.settings import TransformSpec, check_value
+
+_KEYS_A_CELL = 39  # below this faiss calls the training set too small
+
+
+class FaissIVFRetriever(PerBankRetriever):
+    """Cells of nearby keys; a search scans the cells that promise most. Quick to build and to extend.
+
+    Cells are those of plain k-means on centred keys mapped by past queries (p = 1/2). The spherical k-means that faiss
+    takes for inner products loses up to half of the neighbours on real keys.
+
+    Args:
+        dim: Head size D.
+        banks: Independent key sets.
+        nlist: Cells; None takes about 3 sqrt(n), a power of two.
+        nprobe: Cells scanned for a query; None takes nlist / 16.
+        **kwargs: Those of :class:`Retriever`.
+
+    Raises:
+        SettingError: An argument is out of its range.
+        MissingLibraryError: faiss is not installed.
+    """
+
+    query_args: ClassVar[tuple[str, ...]] = ("nprobe",)
+    smallest_index: ClassVar[int] = _KEYS_A_CELL
+    default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.5)
+
+    def __init__(
+        self, dim: int, banks: int = 1, *, nlist: int | None = None, nprobe: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, banks, **kwargs)
+        for name, value in (("nlist", nlist), ("nprobe", nprobe)):
+            check_value(name, value)
+        require("faiss", "faiss-cpu", "faiss_ivf")
+        self.nlist = nlist
+        self.nprobe = nprobe
+
+    def new_index(self, dim: int) -> Index:
+        """Empty lists; the first keys added train the cells."""
+        return _IVFIndex(self, dim)
+
+
+class _IVFIndex:
+    """One set of lists. Explicit constructors only: ``index_factory`` crashes when usearch was imported before."""
+
+    def __init__(self, owner: FaissIVFRetriever, dim: int) -> None:
+        self._faiss: Any = require("faiss", "faiss-cpu", "faiss_ivf")
+        self._dim = dim
+        self._nlist = owner.nlist
+        self._seed = owner.seed
+        self._l2 = owner.transform.l2_augment
+        self._index: Any = None
+        self._centres: Any = None
+        self._build_threads = owner.threads_for(1 << 30)
+        self.nprobe = owner.nprobe
+        self.threads = 1
+
+    @property
+    def nbytes(self) -> int:
+        if self._index is None:
+            return 0
+        return int(self._index.ntotal * (4 * self._dim + 8) + self._index.nlist * 4 * self._dim)
+
+    def add(self, keys: NDArray[np.float32]) -> None:
+        with _threads(self._faiss, self._build_threads):
+            if self._index is None:
+                self._index = self._train(keys)
+            self._index.add(keys)
+
+    def _train(self, keys: NDArray[np.float32]) -> Any:
+        faiss = self._faiss
+        wanted = self._nlist or 2 ** round(math.log2(3 * math.sqrt(len(keys))))
+        nlist = max(1, min(wanted, len(keys) // _KEYS_A_CELL))
+        metric = faiss.METRIC_L2 if self._l2 else faiss.METRIC_INNER_PRODUCT
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(self._dim), self._dim, nlist, metric)
+        index.cp.spherical = False
+        index.cp.seed = self._seed + 1
+        index.cp.niter = 10
+        index.train(keys)
+        self._centres = faiss.IndexFlatIP(self._dim)
+        self._centres.add(index.quantizer.reconstruct_n(0, nlist))
+        return index
+
+    def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        nlist = self._index.nlist
+        self._index.nprobe = min(nlist, self.nprobe or max(1, nlist // 16))
+        with _threads(self._faiss, self.threads):
+            if self._l2:
+                _, rows = self._index.search(queries, k)
+            else:
+                # Keys lie in L2 cells, but the cells that promise most are those of largest inner product.
+                scores, cells = self._centres.search(queries, self._index.nprobe)
+                _, rows = self._index.search_preassigned(queries, k, cells, scores)
+        return np.asarray(rows, dtype=np.int64)
+
+
+@contextmanager
+def _threads(faiss: Any, count: int) -> Iterator[None]:
+    """Set faiss's OpenMP threads and put them back: torch shares the number."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
