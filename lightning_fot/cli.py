@@ -1,6 +1,7 @@
 """The command line: ``lightning``, ``lightning-fot`` and ``python -m lightning_fot``.
 
-Imports only the standard library at the top: help and short answers come at once, and mistakes are told before torch loads.
+Imports only the standard library at the top: help and short answers come at once, and mistakes are told before torch
+loads.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Examples:
 Shipped configurations: {configs}
 --debug shows tracebacks and the libraries' log lines. --version prints the version."""
 
-VERBS = tuple(sorted(CONFIG_VERBS | OTHER_VERBS))
+# `predict` is known only to say what to do instead.
+VERBS = tuple(sorted((CONFIG_VERBS | OTHER_VERBS) - {"predict"}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,7 +159,10 @@ def _with_config(verb: str, words: list[str], debug: bool) -> int:
     request = read_request(verb, words, program)
     if not request.configs:
         raise SettingError(
-            "config", None, f"{verb} needs a configuration", f"Write: {program} {verb} --config hnsw (or your own YAML)."
+            "config",
+            None,
+            f"{verb} needs a configuration",
+            f"Write: {program} {verb} --config hnsw (or your own YAML).",
         )
     check_settings(request)
     if any(word.startswith("--print_config") for word in words):

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "lightning_fot": lightning_fot.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -117,12 +117,15 @@ def self_test() -> tuple[bool, str]:
     with torch.no_grad():
         plain = model(ids[:, :16]).logits
         lm = attach_memory(model, MemoryConfig(memory_layers=[1, 3], window=16, top_k=64, retriever="exact"))
-        same = float((lm(ids[:, :16]).logits - plain).abs().max())
+        empty, whole = lm(ids[:, :16]).logits, lm(ids).logits
         memory = lm.new_memory()
         lm.ingest(ids[:, :48], memory=memory)
         chunked = lm(ids[:, 48:], memory=memory).logits
-        whole = lm(ids).logits[:, 48:]
-        memory_error = float((chunked - whole).abs().max())
+    assert empty is not None
+    assert whole is not None
+    assert chunked is not None
+    same = float((empty - plain).abs().max())
+    memory_error = float((chunked - whole[:, 48:]).abs().max())
     passed = same == 0.0 and memory_error < 1e-4 and len(memory) == 48
     seconds = time.perf_counter() - began
     detail = f"empty memory differs by {same:.1e}, memory in two reads by {memory_error:.1e}, {seconds:.1f} s"

@@ -12,17 +12,17 @@ from typing import Any
 import jsonargparse
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.data.datamodule import CrossbatchDataModule
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.module import FocusedTransformer
-from lightning_fot.preflight import LINKS, Request, close_match, unknown_setting
+from lightning_fot.preflight import LINKS, Request
 
 # The job has its own progress, its own evaluation after training, and writes every step's loss.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -65,8 +65,9 @@ class JobCLI(LightningCLI):
                 args=list(arguments),
                 seed_everything_default=0,
                 trainer_defaults=dict(TRAINER_DEFAULTS),
-                # Plain "omegaconf" ignores overrides in interpolations.
-                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+                auto_configure_optimizers=False,
+                # Plain "omegaconf" ignores overrides in interpolations. Abbreviated options would hide typos.
+                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False},
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,8 +125,8 @@ def quiet() -> None:
     # Lightning calls functions of torch that newer versions mark for removal.
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # A run that goes on writes its checkpoints into the folder it came from.
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # Backbones are trained with dropout off, as they were loaded.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
 
 
 def parse(
@@ -150,7 +151,20 @@ def parse(
         raise
     except (TypeError, ValueError) as error:
         # What constructors refuse: Trainer raises ValueError for an unknown accelerator, for example.
-        raise SettingError("config", _files(request), " ".join(str(error).split()).rstrip("."), "Correct it.") from error
+        raise _refused(str(error), request) from error
+
+
+def _unknown(key: str, value: object) -> SettingError:
+    return SettingError(key, value, "is not a known setting", "All settings: lightning-fot run --help")
+
+
+def _refused(message: str, request: Request) -> SettingError:
+    """The error for what Trainer refuses; its messages quote the argument as ``name='value'``."""
+    problem = " ".join(message.split()).rstrip(".")
+    if (match := re.search(r"`(?:Trainer\()?(\w+)=[^`]*`", problem)) and request.get(f"trainer.{match[1]}") is not None:
+        key = f"trainer.{match[1]}"
+        return SettingError(key, request.get(key), problem, "Correct it.")
+    return SettingError("config", _files(request), problem, "Correct it.")
 
 
 def _files(request: Request) -> str:
@@ -161,15 +175,15 @@ def explain(message: str, request: Request) -> SettingError:
     """Turns an error of jsonargparse into one that names setting, value and fix."""
     if match := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         key = f"{match[1]}.{match[2]}"
-        return unknown_setting(key, request.get(key), _siblings(key))
+        return _unknown(key, request.get(key))
     if match := re.match(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", message):
-        return unknown_setting(match[1], request.get(match[1]), _siblings(match[1]))
+        return _unknown(match[1], request.get(match[1]))
     if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         word = match[1].split()[0]
         if not word.startswith("-"):
             return SettingError("arguments", word, "is not understood", "Write settings as --key.sub=value.")
         key, _, value = word.lstrip("-").partition("=")
-        return unknown_setting(key, value or None, _siblings(key))
+        return _unknown(key, value or None)
     if match := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
         problem = " ".join(match[2].split())
         wanted = re.match(r"Expected an? (.*)\. Got value: (.*)", problem)
@@ -178,28 +192,12 @@ def explain(message: str, request: Request) -> SettingError:
             return SettingError(match[1], wanted[2], f"must be {kind}", "Correct it.")
         option = re.search(r"Option '(\w+)' is not accepted", problem)
         if option:
-            return SettingError(f"{match[1]}.{option[1]}", None, "is not a known setting", "Correct it.")
+            key = f"{match[1]}.init_args.{option[1]}"
+            return SettingError(
+                key,
+                request.get(key),
+                f"is not an argument of {request.get(f'{match[1]}.class_path')}",
+                "Correct or remove it.",
+            )
         return SettingError(match[1], request.get(match[1]), problem.rstrip("."), "Correct it.")
     return SettingError("arguments", _files(request), " ".join(message.split()).rstrip("."), "Correct it.")
-
-
-def _siblings(key: str) -> list[str]:
-    """Settings near a dotted key that does exist, best first."""
-    logging.disable(logging.INFO)
-    try:
-        parser = LightningArgumentParser(parser_mode="omegaconf+")
-        from lightning.pytorch import Trainer
-
-        parser.add_lightning_class_args(Trainer, "trainer")
-        parser.add_lightning_class_args(FocusedTransformer, "model")
-        parser.add_lightning_class_args(CrossbatchDataModule, "data")
-        parser.add_argument("--evaluation", type=EvaluationConfig)
-        known = sorted(str(name) for name in parser.get_defaults().clone().keys())
-    finally:
-        logging.disable(logging.NOTSET)
-    known += ["seed_everything", "run_dir", "ckpt_path"]
-    prefix = key.rpartition(".")[0]
-    near = [name for name in known if name.rpartition(".")[0] == prefix]
-    match = close_match(key, near or known).removeprefix("Did you mean ").removesuffix("? ")
-    ordered = [match] if match else []
-    return [*ordered, *(name for name in near if name != match)] or known[:20]

@@ -1,7 +1,7 @@
 """Reads the command line and the YAML before anything heavy is imported, and finds what cannot work.
 
-This is a light first pass: PyYAML and omegaconf only. jsonargparse then does the complete check, but it must import torch and
-Lightning first, and by then a user with a typo in a path has waited for seconds.
+This is a light first pass: PyYAML and omegaconf only. jsonargparse then does the complete check, but it must import
+torch and Lightning first, and by then a user with a typo in a path has waited for seconds.
 """
 
 from __future__ import annotations
@@ -209,8 +209,10 @@ def _assignments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     while pending:
         word = pending.pop(0)
         name = word.partition("=")[0]
-        if not word.startswith("--") or name in _OPTIONS_WITHOUT_VALUE:
+        if name in _OPTIONS_WITHOUT_VALUE:
             continue
+        if not word.startswith("--"):
+            raise SettingError("arguments", word, "is not understood", "Write settings as --key.sub=value.")
         if "=" in word:
             value = word.partition("=")[2]
         elif pending and not pending[0].startswith("--"):
@@ -236,17 +238,20 @@ def check_settings(request: Request) -> None:
         MissingLibraryError: A library that the settings need is not installed.
     """
     _check_keys(request.settings, OWN_KEYS, "")
-    for section, module, owner in (
-        ("model", "module", "FocusedTransformer"),
-        ("data", "data/datamodule", "CrossbatchDataModule"),
+    here = Path(__file__).parent
+    for section, source, owner in (
+        ("model", here / "module.py", "FocusedTransformer"),
+        ("data", here / "data" / "datamodule.py", "CrossbatchDataModule"),
+        ("trainer", _library_file("lightning", "pytorch/trainer/trainer.py"), "Trainer"),
     ):
-        _check_keys(request.get(section), _arguments(module, owner), section)
+        given = request.get(section)
+        if given is not None and not isinstance(given, Mapping):
+            raise SettingError(section, given, "must hold settings, not one value", f"Write {section}.<name>=<value>.")
+        _check_keys(given, _arguments(source, owner), section)
     for target in LINKS.values():
         if request.get(target) is not None:
-            source = next(key for key, value in LINKS.items() if value == target)
-            # A run folder's config.yaml holds the linked value; only a contradiction is an error.
-            if request.get(target) != request.get(source):
-                raise SettingError(target, request.get(target), f"always follows {source}", f"Set {source} instead.")
+            leader = next(key for key, value in LINKS.items() if value == target)
+            raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
     memory = _build(MemoryConfig, request, "model.memory")
     _build(CrossbatchConfig, request, "model.crossbatch")
     _build(EvaluationConfig, request, "evaluation")
@@ -255,10 +260,19 @@ def check_settings(request: Request) -> None:
     _check_paths(request)
 
 
-def _arguments(module: str, owner: str) -> tuple[str, ...]:
-    """Names of a class's constructor arguments, read from its source: importing it would import torch."""
-    source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
+def _library_file(library: str, path: str) -> Path | None:
+    spec = find_spec(library)
+    return Path(spec.origin).parent / path if spec is not None and spec.origin else None
+
+
+def _arguments(source: Path | None, owner: str) -> tuple[str, ...]:
+    """Names of a class's constructor arguments, read from its source: importing it would import torch.
+
+    Empty where the source cannot tell; jsonargparse then does the check alone.
+    """
+    if source is None or not source.is_file():
+        return ()
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == owner:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == "__init__":
@@ -274,7 +288,9 @@ def _check_keys(given: Any, known: Sequence[str], prefix: str) -> None:
         return
     for key in given:
         if key not in known:
-            raise unknown_setting(f"{prefix}.{key}".lstrip("."), given[key], [f"{prefix}.{k}".lstrip(".") for k in known])
+            raise unknown_setting(
+                f"{prefix}.{key}".lstrip("."), given[key], [f"{prefix}.{k}".lstrip(".") for k in known]
+            )
 
 
 def unknown_setting(key: str, value: object, known: Sequence[str]) -> SettingError:

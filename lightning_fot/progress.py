@@ -1,7 +1,7 @@
 """Progress of a long job made of phases, with an estimate of what is left over all of them.
 
-Phases have costs in *token-passes* (tokens read by the model, or their equivalent in time). Speed is learnt while running, per
-phase: the estimate of a phase under way uses its own speed, that of later phases the speed of all so far.
+Phases have costs in *token-passes* (tokens read by the model, or their equivalent in time). Speed is learnt while
+running, per phase: the estimate of a phase under way uses its own speed, that of later phases the speed of all so far.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The main job: fine-tune on crossbatches, evaluate long context, report. Also ``fit``, ``validate`` and ``test``.
 
-By the time this module is imported the light checks are done; what comes next is the complete check of the settings, then
-documents, then the model: the cheapest possible failure first.
+By the time this module is imported the light checks are done; what comes next is the complete check of the settings,
+then documents, then the model: the cheapest possible failure first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from lightning_fot.doctor import environment
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate, summarise
-from lightning_fot.evaluation.plan import plan, select_documents
+from lightning_fot.evaluation.plan import plan, select_documents, tokens_needed
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.preflight import Request
 from lightning_fot.progress import JobProgress, format_seconds
@@ -88,24 +88,29 @@ class Job:
         if trainer.max_steps == 0 or trainer.max_epochs == 0:
             return False
         done = self.folder.trained_steps
-        return done is None or (0 < trainer.max_steps and done < trainer.max_steps)
+        return done is None or done < trainer.max_steps
 
     def start(self, evaluation: bool) -> None:
         """Makes the folder, plans the phases and reads the documents."""
         self._note_changes()
-        write_text(self.folder.config, self._header() + self.cli.config_text(run_dir=str(self.folder.path), ckpt_path=None))
+        write_text(
+            self.folder.config, self._header() + self.cli.config_text(run_dir=str(self.folder.path), ckpt_path=None)
+        )
         phases = [(DOCUMENTS_PHASE, DOCUMENTS_COST), (MODEL_PHASE, MODEL_COST)]
         if self.will_train and self.cli.trainer.max_steps > 0:
-            data = self.config["data"]
-            row = int(self.config["model"]["memory"]["window"])
-            phases.append((TRAIN_PHASE, TRAIN_COST * self.cli.trainer.max_steps * int(data["batch_size"]) * row))
+            module, trainer = self.cli.datamodule, self.cli.trainer
+            tokens = trainer.max_steps * trainer.accumulate_grad_batches * module.batch_size * module.window
+            phases.append((TRAIN_PHASE, TRAIN_COST * tokens))
         if evaluation:
             memory = self.cli.model.memory_config
             phases += [*plan(self.cli.evaluation, memory.retriever, memory.window), (REPORT_PHASE, REPORT_COST)]
         self.progress.plan(phases)
         self.progress.start(DOCUMENTS_PHASE)
-        self.cli.datamodule.prepare_data()
-        self.cli.datamodule.setup("fit")
+        data = self.cli.datamodule
+        data.report = self.progress.message
+        # Known before fit() begins: how much text the steps will read.
+        data.trainer = self.cli.trainer
+        data.setup("fit" if self.will_train else None)
         if evaluation:
             self.documents = self._heldout()
         self.progress.finish(DOCUMENTS_PHASE)
@@ -114,10 +119,12 @@ class Job:
         return f"# {self.request.program} {self.request.verb} --config {self.folder.config}\n"
 
     def _heldout(self) -> list[Any]:
-        documents = list(self.cli.datamodule.heldout_documents())
-        # Refuses documents that are too short now, not after training.
-        select_documents(documents, self.cli.evaluation)
-        return documents
+        data, config = self.cli.datamodule, self.cli.evaluation
+        if not config.context_tokens:
+            return []
+        # Refuses documents that are too short now, not after training; only then all are read, to name the longest.
+        found = data.heldout_documents(min_tokens=tokens_needed(config), limit=config.documents)
+        return list(select_documents(found or data.heldout_documents(), config))
 
     def _note_changes(self) -> None:
         """Says what differs from the settings that the run began with."""
@@ -127,7 +134,9 @@ class Job:
 
         before = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")) or {}
         now, was = _flat(self.config), _flat(before)
-        changed = sorted(key for key in now if key in was and now[key] != was[key] and key not in ("run_dir", "ckpt_path"))
+        changed = sorted(
+            key for key in now if key in was and now[key] != was[key] and key not in ("run_dir", "ckpt_path")
+        )
         if changed:
             listed = ", ".join(f"{key} {was[key]!r} → {now[key]!r}" for key in changed[:6])
             self.progress.message(f"Settings changed since this run began: {listed}")
@@ -139,9 +148,9 @@ class Job:
             if self.folder.training.exists():
                 self.progress.message(f"Training goes on after the {self.folder.trained_steps} steps done.")
                 self.folder.training.unlink()
-            trainer.fit(
-                model, datamodule=self.cli.datamodule, ckpt_path=None if self.checkpoint is None else str(self.checkpoint)
-            )
+            path = None if self.checkpoint is None else str(self.checkpoint)
+            # Checkpoints hold numbers only: nothing in one can run code when it is loaded.
+            trainer.fit(model, datamodule=self.cli.datamodule, ckpt_path=path, weights_only=True)
             write_json(self.folder.training, self.record.results())
             return
         self.progress.start(MODEL_PHASE)
@@ -152,7 +161,9 @@ class Job:
         if self.folder.read_training() is None:
             write_json(self.folder.training, self.record.results())
         elif self.checkpoint is not None:
-            self.progress.message(f"Training ended after {self.folder.trained_steps} steps: going on with the evaluation.")
+            self.progress.message(
+                f"Training ended after {self.folder.trained_steps} steps: going on with the evaluation."
+            )
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates; each finished phase is kept on disk, and skipped when the job goes on."""
@@ -170,7 +181,7 @@ class Job:
 
         return evaluate(
             self.cli.model.lm,
-            self.cli.datamodule.tokenizer,
+            self.cli.datamodule.tokenizer_object,
             self.documents,
             self.cli.evaluation,
             self.progress,
@@ -326,10 +337,7 @@ def check(request: Request, arguments: list[str], checkpoint: Path | None, *, de
     cli = parse(request, arguments)
     loop = cli.trainer.validate if request.verb == "validate" else cli.trainer.test
     path = None if checkpoint is None else str(checkpoint)
-    if request.verb == "test":
-        # The held-out documents are the test set: nothing is chosen by them.
-        cli.datamodule.test_dataloader = cli.datamodule.val_dataloader
-    found = loop(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    found = loop(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False, weights_only=True)
     console = Console()
     for name, value in (found[0] if found else {}).items():
         console.print(f"{name}: {value:.4f}", markup=False, highlight=False)

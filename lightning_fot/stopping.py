@@ -29,8 +29,8 @@ class Stopped(BaseException):
 class StopGuard:
     """Turns signals into :class:`Stopped`: at once, or, while ``deferred``, where :meth:`check` is called.
 
-    Training defers, since a step that is cut in the middle leaves a state that cannot be saved. A second signal stops at
-    once all the same.
+    Training defers, since a step that is cut in the middle leaves a state that cannot be saved. A second signal stops
+    at once all the same.
 
     Args:
         say: Told that the job will stop soon, when it is deferred.

@@ -24,7 +24,7 @@ MODEL_COST = 3000.0
 
 
 class TrainingRecord(Callback):
-    """Counts steps, tokens and seconds, and keeps the losses; all of it goes into the checkpoint, so that resuming goes on.
+    """Counts steps, tokens and seconds, and keeps the losses. All of it goes into the checkpoint: resuming counts on.
 
     Attributes:
         totals: ``steps``, ``tokens``, ``seconds``, ``loss_first``, ``loss_last``.
@@ -99,7 +99,9 @@ class TrainingProgress(Callback):
         """One batch more."""
         loss = float(outputs["loss"] if isinstance(outputs, Mapping) else outputs) * trainer.accumulate_grad_batches
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        self.progress.advance(TRAIN_COST * batch["input_ids"].numel(), f"step {trainer.global_step}{of}, loss {loss:.3f}")
+        self.progress.advance(
+            TRAIN_COST * batch["input_ids"].numel(), f"step {trainer.global_step}{of}, loss {loss:.3f}"
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All steps are done."""
@@ -109,8 +111,8 @@ class TrainingProgress(Callback):
 class LastCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt``: after the first step, every minute, at the end, and when the job is stopped.
 
-    Lightning's ModelCheckpoint can do it by steps only, and writes in place: a crash while it writes loses both states. One
-    of it in ``trainer.callbacks`` works beside this one.
+    Lightning's ModelCheckpoint can do it by steps only, and writes in place: a crash while it writes loses both states.
+    One of it in ``trainer.callbacks`` works beside this one.
 
     Args:
         folder: The run folder.

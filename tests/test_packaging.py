@@ -47,7 +47,9 @@ def test_wheel_holds_the_package_and_nothing_else(repository: Path, built: tuple
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"lightning_fot"}
     assert {name for name in names if ".dist-info/" not in name} == _package_files(repository)
-    assert {"lightning_fot/py.typed", "lightning_fot/configs/hnsw.yaml", "lightning_fot/configs/smoke.yaml"} <= set(names)
+    assert {"lightning_fot/py.typed", "lightning_fot/configs/hnsw.yaml", "lightning_fot/configs/smoke.yaml"} <= set(
+        names
+    )
     (licence,) = (name for name in names if name.endswith("LICENSE"))
     assert b"Apache License" in zipfile.ZipFile(built[1]).read(licence)
 
