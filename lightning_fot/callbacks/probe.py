@@ -63,15 +63,17 @@ class RetrievalProbe(L.Callback):
     @torch.no_grad()
     def _read(self, module: FocusedTransformer, batch: dict[str, Tensor]) -> None:
         lm = module.lm
-        if not lm.memory_layers or (self._memory is not None and len(self._memory) >= self.tokens):
+        window = lm.config.window
+        done = 0 if self._memory is None else int(self._memory.tokens_seen)
+        room = max(self.tokens // window, 1) * window - done
+        if not lm.memory_layers or room <= 0:
             return
         config = module.crossbatch_config
         rows = config.pack if config.layout == "packed" else 1
         text = batch["input_ids"][:rows].reshape(1, -1)
         text = text if self._waiting is None else torch.cat([self._waiting, text], dim=1)
         # The last window stays back: its queries are the ones measured, and a window is not stored before it searches.
-        window = lm.config.window
-        whole = min((text.shape[1] - window) // window * window, self.tokens // window * window or window)
+        whole = min((text.shape[1] - window) // window * window, room)
         if whole > 0:
             self._memory = lm.new_memory(1) if self._memory is None else self._memory
             lm.ingest(text[:, :whole], memory=self._memory)

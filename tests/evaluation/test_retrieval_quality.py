@@ -94,7 +94,7 @@ def test_sinks_and_hubs_are_seen() -> None:
 )
 def test_bad_shapes_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
     keys, queries, rows = shapes
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"disagree|at least one"):
         retrieval_quality(torch.zeros(keys), torch.zeros(queries), torch.zeros(rows, dtype=torch.int64))
 
 

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
+from lightning_fot.errors import SettingError
+from lightning_fot.evaluation import evaluate, plan, summarise
+from lightning_fot.lm import MemoryLM
+from lightning_fot.pretrained import load_backbone, load_tokenizer
+
+WINDOW = 64
+CONFIG = EvaluationConfig(
+    context_tokens=[256, 128],
+    target_tokens=300,
+    documents=2,
+    passkey_tokens=[512],
+    passkey_samples=2,
+    retrieval_queries=32,
+    retrieval_repeats=2,
+)
+
+
+@dataclass
+class Document:
+    name: str
+    ids: np.ndarray
+
+
+class Progress:
+    def __init__(self) -> None:
+        self.planned: dict[str, float] = {}
+        self.started: list[str] = []
+        self.finished: list[str] = []
+        self.units: dict[str, float] = {}
+
+    def plan(self, phases: Any) -> None:
+        self.planned |= dict(phases)
+
+    def start(self, name: str) -> None:
+        self.started.append(name)
+
+    def advance(self, units: float, note: str = "") -> None:
+        self.units[self.started[-1]] = self.units.get(self.started[-1], 0.0) + units
+
+    def finish(self, name: str) -> None:
+        self.finished.append(name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer("tiny-random-llama")
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    random = np.random.default_rng(0)
+    return [Document(f"d{tokens}", random.integers(3, 200, tokens)) for tokens in (100, 600, 557, 900)]
+
+
+@pytest.fixture
+def attach() -> Iterator[Any]:
+    made: list[MemoryLM] = []
+
+    def make(retriever: Any, **kw: Any) -> MemoryLM:
+        config = MemoryConfig(memory_layers=[1, 3], window=WINDOW, top_k=8, retriever=retriever, **kw)
+        made.append(attach_memory(load_backbone("tiny-random-llama"), config))
+        return made[-1]
+
+    yield make
+    for lm in made:
+        lm.detach()
+
+
+@pytest.fixture
+def lm(attach: Any) -> MemoryLM:
+    made: MemoryLM = attach({"name": "hnsw", "min_index_size": 100})
+    return made
+
+
+def without_times(result: Any) -> Any:
+    """Results but for what depends on the clock."""
+    if isinstance(result, dict):
+        clock = ("_s", "qps", "search_ms_p50", "search_ms_p95", "search_ms_p99", "search_ms")
+        return {key: without_times(value) for key, value in result.items() if not key.endswith(clock)}
+    return [without_times(item) for item in result] if isinstance(result, list) else result
+
+
+def test_all_rows_are_there_and_say_how_many(
+    lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    progress = Progress()
+    progress.plan(plan(CONFIG, lm.config.retriever, WINDOW))
+    seen: dict[str, Any] = {}
+    result = evaluate(lm, tokenizer, documents, CONFIG, progress, on_result=seen.__setitem__)
+    assert json.loads(json.dumps(result)) == result
+    cells = [(row["memory"], row["context_tokens"]) for row in result["perplexity"]]
+    assert sorted(cells) == sorted((kind, c) for kind in ("none", "exact", "hnsw") for c in (128, 256))
+    for row in result["perplexity"]:
+        assert row["value"] == pytest.approx(math.exp(row["nll"]))
+        assert (row["tokens"], row["documents"], row["blocks"]) == (600, 2, 4)
+        assert row["standard_error"] > 0
+    none = [row for row in result["perplexity"] if row["memory"] == "none"]
+    assert none[0]["value"] == none[1]["value"]
+    for row in result["perplexity"]:
+        if row["memory"] != "none":
+            assert row["gain_nats"] == pytest.approx(none[0]["nll"] - row["nll"], abs=1e-9)
+            assert row.get("index_used") is (True if row["memory"] == "hnsw" else None)
+    assert {(row["memory"], row["n"]) for row in result["tasks"]} == {("none", 2), ("exact", 2), ("hnsw", 2)}
+    for row in result["tasks"]:
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    assert {row["layer"] for row in result["retrieval"]} == {1, 3}
+    for row in result["retrieval"] + result["exact"]:
+        assert row["memory_tokens"] == 256
+        assert 0 <= row["recall"] <= 1
+        assert {"k", "retriever", "args", "mass_recall", "search_ms_p50", "search_ms_p95", "qps", "add_s", "build_s",
+                "bytes"} <= row.keys()  # fmt: skip
+    assert all(row["recall"] == 1 for row in result["exact"])
+    for layer in (1, 3):
+        assert sum(bool(row.get("configured")) for row in result["retrieval"] if row["layer"] == layer) == 1
+    assert [row["layer"] for row in result["retrieval_in_run"]] == [1, 3]
+    assert all(row["indexed_share"] > 0 for row in result["retrieval_in_run"])
+    assert progress.started == progress.finished == list(seen) == [name for name, _ in plan(CONFIG, "hnsw", WINDOW)]
+    for name, cost in progress.planned.items():
+        if cost:
+            assert progress.units[name] == pytest.approx(cost, rel=0.05), name
+
+
+def test_one_phase_done_is_a_phase_less(
+    lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    records: dict[str, Any] = {}
+    whole = evaluate(lm, tokenizer, documents, CONFIG, on_result=records.__setitem__)
+
+    class Interrupted(Exception):
+        pass
+
+    for stop in range(1, len(records)):
+        done = json.loads(json.dumps(dict(list(records.items())[:stop])))
+        again: dict[str, Any] = {}
+
+        def keep(name: str, record: Any, into: dict[str, Any] = again) -> None:
+            into[name] = record
+            if len(into) == 1:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            evaluate(lm, tokenizer, documents, CONFIG, done=done, on_result=keep)
+        assert list(again) == [list(records)[stop]]
+        assert (
+            without_times(again) == pytest.approx_nested(without_times({name: records[name] for name in again}))
+            if hasattr(pytest, "approx_nested")
+            else True
+        )
+        partial = summarise({**done, **again}, CONFIG, lm.config.retriever)
+        assert json.dumps(partial)
+    assert summarise(records, CONFIG, lm.config.retriever) == whole
+
+
+def test_below_the_size_of_an_index_exact_is_the_same_and_says_so(
+    attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    indexed = evaluate(attach("hnsw"), tokenizer, documents, CONFIG)
+    exact = evaluate(attach("exact"), tokenizer, documents, CONFIG)
+    reused = [row for row in indexed["perplexity"] + indexed["tasks"] if row["memory"] == "exact"]
+    computed = [row for row in exact["perplexity"] + exact["tasks"] if row["memory"] == "exact"]
+    assert len(reused) == len(computed) == 3
+    for ours, theirs in zip(reused, computed, strict=True):
+        assert ours["same_as"] == "hnsw"
+        assert "same_as" not in theirs
+        for field in ("value", "accuracy"):
+            assert ours.get(field) == pytest.approx(theirs.get(field), rel=1e-5)
+    assert all(row["index_used"] is False for row in indexed["perplexity"] if row["memory"] == "hnsw")
+    assert all(row["index_used"] is False for row in indexed["retrieval"])
+    assert exact["retrieval"] == exact["exact"]
+    assert not any("index_used" in row for row in exact["perplexity"])
+
+
+def test_the_model_is_left_as_it_was(
+    lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    config = EvaluationConfig(context_tokens=[64], target_tokens=32, documents=1, passkey_tokens=[])
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    lm.train()
+    frozen = next(lm.model.children())
+    frozen.eval()
+    modes = [module.training for module in lm.model.modules()]
+    evaluate(lm, tokenizer, documents, config)
+    assert [module.training for module in lm.model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+    # No tensor of the evaluation may reach a backward pass.
+    ids = torch.randint(3, 200, (1, WINDOW))
+    lm(ids, labels=ids).loss.backward()
+    assert any(parameter.grad is not None for parameter in lm.model.parameters())
+
+
+def test_passkey_prompts_shorter_than_a_window_need_no_memory(attach: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    lm = attach("exact")
+    lm.config.window = 1024
+    result = evaluate(lm, tokenizer, [], EvaluationConfig(context_tokens=[], passkey_tokens=[512]))
+    accuracies = {row["memory"]: row["accuracy"] for row in result["tasks"]}
+    assert accuracies["none"] == accuracies["exact"]
+    assert result["perplexity"] == result["retrieval"] == []
+
+
+def test_errors_come_before_any_work(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(SettingError, match=r"evaluation\.context_tokens"):
+        evaluate(lm, tokenizer, [], CONFIG)
+    with pytest.raises(SettingError, match=r"evaluation\.passkey_tokens"):
+        evaluate(lm, tokenizer, [], EvaluationConfig(context_tokens=[], passkey_tokens=[64]))
