@@ -44,6 +44,8 @@ class LayerFacts:
 class _ProbePass(Pass):
     """Notes shapes, and whether a layer rotates: a cosine of NaN only reaches queries that are rotated."""
 
+    serves_all_layers = True
+
     def __init__(self) -> None:
         self.facts: dict[int, LayerFacts] = {}
 
@@ -83,6 +85,7 @@ class Attachment:
             layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
             for index, layer in self.attentions.items()
         ]
+        self._handles += self._cache_hooks()
         try:
             reference = self._logits()
             self._select_interface()
@@ -114,20 +117,22 @@ class Attachment:
             self._current = outer
 
     def _hook(self, index: int) -> Any:
-        rotary = find_rotary(self.attentions[index]) if index in self.memory_layers else None
+        rotary = find_rotary(self.attentions[index])
+        is_memory_layer = index in self.memory_layers
 
         def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call = LayerCall(index, self._backends[index])
             # Without our interface the call would reach a foreign attention function as an unknown argument.
             if _implementation(self.model) != INTERFACE:
                 return None
+            call = LayerCall(index, self._backends[index], is_memory_layer=is_memory_layer)
             kwargs = {**kwargs, "fot_layer": call}
-            if self._current is None or index not in self.memory_layers:
+            current = self._current
+            if current is None or not (is_memory_layer or current.serves_all_layers):
                 return args, kwargs
-            call.current = self._current
+            call.current = current
             call.gate = self.gates.get(index)
             embeddings = kwargs.get("position_embeddings")
-            if embeddings is None and rotary is not None:
+            if embeddings is None and rotary is not None and is_memory_layer:
                 raise SettingError(
                     "model.backbone",
                     type(self.model).__name__,
@@ -138,13 +143,57 @@ class Attachment:
                 if self._probing:
                     replacement = tuple(torch.full_like(part, torch.nan) for part in embeddings)
                 else:
-                    replacement = identity_rotary(embeddings)
+                    length = kwargs.get("hidden_states", args[0] if args else None).shape[1]
+                    replacement = identity_rotary(tuple(part[:, -length:] for part in embeddings))
                 kwargs["position_embeddings"] = replacement
-                if self._positions == "first" and not self._probing and self.facts[index].rotates:
+                rotates = not self._probing and self.facts[index].rotates
+                # positions="none" concerns memory layers alone.
+                if rotates and (self._positions == "first" or not is_memory_layer):
                     call.position_embeddings, call.rotary = embeddings, rotary
             return args, kwargs
 
         return before_attention
+
+    def _cache_hooks(self) -> list[Any]:
+        """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
+        from lightning_fot.cache import MemoryCache
+
+        decoder = self.model.get_decoder()
+        outer: list[Pass | None] = []
+
+        def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if not isinstance(cache, MemoryCache):
+                return
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            mask = kwargs.get("attention_mask")
+            valid = torch.ones(inputs.shape[:2]) if mask is None else mask[:, -inputs.shape[1] :]
+            cache.begin(valid.bool())
+            outer.append(self._current)
+            self._current = cache
+
+        def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if isinstance(kwargs.get("past_key_values"), MemoryCache) and outer:
+                kwargs["past_key_values"].end(completed=output is not None)
+                self._current = outer.pop()
+
+        def local_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not isinstance(self._current, MemoryCache):
+                return None
+            if "position_ids" in kwargs:
+                return args, {**kwargs, "position_ids": self._current.positions}
+            return (args[0], self._current.positions, *args[2:]), kwargs
+
+        return [
+            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
+            *(
+                module.register_forward_pre_hook(local_positions, with_kwargs=True)
+                for module in decoder.modules()
+                if "RotaryEmbedding" in type(module).__name__
+            ),
+        ]
 
     def _refuse_sliding_layers(self) -> None:
         types = getattr(_text_config(self.model), "layer_types", None) or []

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_fot.backbone import Attachment
+from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
 from lightning_fot.errors import SettingError
@@ -147,15 +148,7 @@ class MemoryLM:
         if places is not None and keep_from:
             # Rows end at different places: the last logits of the shortest row may lie in an early window.
             keep_from = max(0, int(lengths.min()) - logits_to_keep)
-        kept = []
-        for start in range(0, length, self.config.window):
-            part = ids[:, start : start + self.config.window]
-            counts = None if places is None else (lengths - start).clamp(0, part.shape[1])
-            wanted = max(0, start + part.shape[1] - keep_from)
-            logits = self._read_window(part, memory, counts, min(wanted, part.shape[1]))
-            if logits is not None:
-                kept.append(logits)
-        logits = torch.cat(kept, dim=1)
+        logits = torch.cat(list(self._read(ids, memory, lengths, places is not None, keep_from)), dim=1)
         loss = None
         if labels is not None:
             shifted = labels[:, 1:].masked_fill(_beyond(lengths, length, ids.device)[:, 1:], -100)
@@ -193,14 +186,73 @@ class MemoryLM:
             SettingError: Shapes, dtypes, the mask or the memory do not fit.
         """
         ids, lengths, places = self._check_input(input_ids, attention_mask, memory)
-        starts = range(0, ids.shape[1], self.config.window)
         with _reporter(progress, ids.numel()) as report:
-            for start in starts:
-                part = ids[:, start : start + self.config.window]
-                counts = None if places is None else (lengths - start).clamp(0, part.shape[1])
-                self._read_window(part, memory, counts, 0)
-                report(part.numel())
+            for _ in self._read(ids, memory, lengths, places is not None, ids.shape[1], report):
+                pass
         return memory
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        memory: Memory | None = None,
+        attention_mask: Tensor | None = None,
+        update_memory: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """transformers' ``generate`` beside a memory, for prompts and continuations of any length.
+
+        When the local window is full it moves by a stride and keeps ``config.overlap`` tokens, half a window where that is 0: without
+        an overlap the layers that have no memory would suddenly see a single token.
+
+        Args:
+            input_ids: (B, T) int64 prompts; padding on the left.
+            memory: What was read before; None starts from an empty one.
+            attention_mask: (B, T), 0 for padding.
+            update_memory: Add prompt and continuation to ``memory``; by default it is not changed.
+            **kwargs: As ``generate`` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``, ...
+
+        Returns:
+            (B, T + new) int64, as transformers gives them.
+
+        Raises:
+            SettingError: Shapes, dtypes, the mask or the memory do not fit.
+        """
+        self._check_input(input_ids, attention_mask, memory)
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        if not bool(mask[:, -1].all()):
+            raise SettingError("attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left.")
+        kept = self.new_memory(len(ids)) if memory is None else memory
+        cache = MemoryCache(
+            kept if update_memory else kept.snapshot(),
+            self.config,
+            len(self.attachment.attentions),
+            self.config.overlap or self.config.window // 2,
+            self._recorder,
+        )
+        while cache.seen < ids.shape[1] - 1:
+            stop = min(ids.shape[1] - 1, cache.seen + cache.room)
+            self._forward_cached(ids[:, cache.seen : stop], mask[:, :stop], cache)
+        beams = int(kwargs.get("num_beams") or 1)
+        if update_memory and beams * int(kwargs.get("num_return_sequences") or 1) > 1:
+            raise SettingError(
+                "update_memory", True, "several continuations of one prompt cannot share its memory",
+                "Generate with one beam and one sequence, or ingest the one you keep.",
+            )  # fmt: skip
+        expand = max(beams, int(kwargs.get("num_return_sequences") or 1))
+        if expand > 1:
+            cache.batch_repeat_interleave(expand)
+        generated = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
+        if update_memory:
+            sequences = generated if isinstance(generated, Tensor) else generated.sequences
+            rest = sequences[:, cache.seen :]
+            if rest.shape[1]:
+                padded = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+                self._forward_cached(rest, padded, cache)
+            cache.finish()
+        result: Tensor = generated
+        return result
 
     def crossbatch(
         self,
@@ -256,6 +308,50 @@ class MemoryLM:
             yield self._recorder
         finally:
             self._recorder = outer
+
+    def _read(
+        self,
+        ids: Tensor,
+        memory: Memory,
+        lengths: Tensor,
+        ragged: bool,
+        keep_from: int,
+        report: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[Tensor]:
+        """Reads (B, T) ids window by window; yields the logits of tokens from ``keep_from`` on."""
+        length = ids.shape[1]
+        if self.config.overlap or self.config.sink_tokens:
+            cache = MemoryCache(
+                memory, self.config, len(self.attachment.attentions), recorder=self._recorder
+            )
+            valid = torch.arange(length, device=ids.device) < lengths.to(ids.device)[:, None]
+            while cache.seen < length:
+                start, stop = cache.seen, min(length, cache.seen + cache.room)
+                logits = self._forward_cached(ids[:, start:stop], valid[:, :stop], cache, stop - max(start, keep_from))
+                if logits is not None:
+                    yield logits
+                report(ids[:, start:stop].numel())
+            cache.finish()
+            return
+        for start in range(0, length, self.config.window):
+            part = ids[:, start : start + self.config.window]
+            counts = (lengths - start).clamp(0, part.shape[1]) if ragged else None
+            wanted = min(part.shape[1], start + part.shape[1] - keep_from)
+            logits = self._read_window(part, memory, counts, max(0, wanted))
+            if logits is not None:
+                yield logits
+            report(part.numel())
+
+    def _forward_cached(self, ids: Tensor, mask: Tensor, cache: MemoryCache, logits_to_keep: int = 0) -> Tensor | None:
+        """Reads (B, L) ids beside the local window of a cache. Logits (B, logits_to_keep, V); None for 0 or less."""
+        if logits_to_keep <= 0:
+            self.model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return None
+        output = self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
+        )
+        logits: Tensor = output.logits
+        return logits
 
     def _read_window(self, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int) -> Tensor | None:
         """One window beside the memory, then into it. Logits (B, logits_to_keep, V); None for 0."""

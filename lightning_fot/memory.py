@@ -156,6 +156,17 @@ class MemoryLayer:
         self.reset()
         self.append(*(tensor.unflatten(0, (self.batch_size, self.kv_heads)) for tensor in kept), counts)
 
+    def select_rows(self, rows: Tensor, retriever: Any) -> MemoryLayer:
+        """A new layer whose row i holds what row ``rows[i]`` holds here."""
+        keys, values = self.keys, self.values
+        other = MemoryLayer(
+            len(rows), self.kv_heads, keys.shape[3], values.shape[3], retriever, keys.dtype, keys.device
+        )
+        lengths = self.key_store.lengths[:: self.kv_heads].cpu()[rows.cpu()]
+        if keys.shape[2]:
+            other.append(keys[rows.to(keys.device)], values[rows.to(keys.device)], lengths)
+        return other
+
     def reset(self) -> None:
         """Forgets all pairs."""
         self.key_store.reset()
@@ -262,6 +273,15 @@ class Memory:
         other.__dict__.update(self.__dict__)
         other.tokens_seen = self.tokens_seen.clone()
         other.layers = {number: layer.snapshot() for number, layer in self.layers.items()}
+        return other
+
+    def select_rows(self, rows: Tensor) -> Memory:
+        """A new memory whose row i holds a copy of what row ``rows[i]`` holds here (beam search)."""
+        other = object.__new__(Memory)
+        other.__dict__.update(self.__dict__)
+        other.batch_size = len(rows)
+        other.tokens_seen = self.tokens_seen[rows.cpu()]
+        other.layers = {number: layer.select_rows(rows, self.retriever) for number, layer in self.layers.items()}
         return other
 
     def reset(self) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fot.attention import attend, fold_heads
+from lightning_fot.attention import Shown, attend, fold_heads
 from lightning_fot.crossbatch import RowTable, crossbatch_attention
 from lightning_fot.positions import RotaryFn, at_position_zero, rotate
 
@@ -39,6 +39,8 @@ class LayerCall:
         position_embeddings: The real (cos, sin), each (B or 1, T, R); None for layers that do not rotate.
         rotary: The backbone's ``apply_rotary_pos_emb``, None for layers that do not rotate or when ``positions="none"``.
         gate: (H,) logits of the memory's share, None for one softmax.
+        is_memory_layer: Whether the layer attends to the memory.
+        sliding_window: Local tokens that the backbone lets this layer see, None for all.
     """
 
     layer_idx: int
@@ -47,19 +49,30 @@ class LayerCall:
     position_embeddings: tuple[Tensor, Tensor] | None = None
     rotary: RotaryFn | None = None
     gate: Tensor | None = None
+    is_memory_layer: bool = True
+    sliding_window: int | None = None
 
     def local(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, rotated keys, and the keys as if at position 0."""
+        """Rotated queries (B, H, L, D), rotated keys, and the keys as if at position 0, both (B, G, S, D); L <= S."""
         if self.rotary is None or self.position_embeddings is None:
             return query, key, key
         rotated_query, rotated_key = rotate(self.rotary, query, key, self.position_embeddings)
+        return rotated_query, rotated_key, self.to_position_zero(key)
+
+    def to_position_zero(self, key: Tensor) -> Tensor:
+        """Keys (B, G, S, D) as the memory stores them."""
+        if self.rotary is None or self.position_embeddings is None:
+            return key
         cos, sin = self.position_embeddings
         # The first local column always is at position 0.
-        return rotated_query, rotated_key, at_position_zero(self.rotary, key, (cos[:1, :1], sin[:1, :1]))
+        return at_position_zero(self.rotary, key, (cos[:1, :1], sin[:1, :1]))
 
 
 class Pass(ABC):
     """What memory layers do during one call."""
+
+    serves_all_layers: ClassVar[bool] = False
+    """Whether the other layers' attention is computed by the pass too, from keys that are not rotated."""
 
     @abstractmethod
     def attend(
@@ -166,8 +179,6 @@ class CrossbatchPass(Pass):
         softcap: float | None,
     ) -> Tensor:
         """Row by row with explicit scores, for what fused attention cannot do: soft-capped scores and gates."""
-        from lightning_fot.attention import Shown
-
         if not self.differentiable:
             shown_key, shown_value = shown_key.detach(), shown_value.detach()
         outputs = []
@@ -208,6 +219,7 @@ def memory_attention_forward(
         )
     if call.current is None or query.device.type == "meta":
         return call.backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    call.sliding_window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = call.current.attend(call, query, key, value, scale, kwargs.get("softcap"))
     return output.transpose(1, 2).contiguous(), None

@@ -30,9 +30,15 @@ def identity_rotary(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor,
 def rotate(
     rotary: RotaryFn, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Rotates queries (B, H, T, D) and keys (B, G, T, D) by (cos, sin), each (B, T, R) with R <= D."""
+    """Rotates queries (B, H, L, D) and keys (B, G, S, D) by (cos, sin), each (B or 1, S, R) with R <= D.
+
+    The queries are those of the last L <= S keys.
+    """
     cos, sin = position_embeddings
-    return rotary(query, key, cos, sin)
+    new, width = query.shape[2], key.shape[2]
+    if new == width:
+        return rotary(query, key, cos, sin)
+    return rotary(query, query, cos[:, width - new :], sin[:, width - new :])[0], rotary(key, key, cos, sin)[1]
 
 
 def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: tuple[Tensor, Tensor]) -> Tensor:
