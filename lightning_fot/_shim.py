@@ -1,7 +1,7 @@
 """The ``lightning`` script: standard library only, so that it costs nothing to those who use another package's.
 
-Other distributions declare a script of this name too (lightning-sdk does; Lightning itself, since 2.5.1, installs none),
-and pip lets the last one installed win. So this one takes only its own command lines and hands over everything else.
+Other distributions declare a script of this name too (lightning-sdk does; Lightning itself, since 2.5.1, installs
+none), and pip lets the last one installed win. So this one takes only its own command lines and hands over the rest.
 """
 
 from __future__ import annotations
