@@ -96,10 +96,8 @@ def recall_speed(data: curves.RecallSpeed, form: str) -> str:
                 chart.parts.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="9" class="ring {css}"/>')
             clear = 5.0 if point.configured else 1.0
             chart.marker(*place, "star" if point.exact else shape, css + state, point.tip, clear=clear)
-    for series in data.series:
-        for point in sorted(series.points, key=lambda point: (not point.configured, not point.on_front)):
-            if not point.exact:
-                chart.label(x(data.place(point.recall)), y(point.qps), point.label, f"label c{series.color % 6}")
+    for series, point in data.labelled():
+        chart.label(x(data.place(point.recall)), y(point.qps), point.label, f"label c{series.color % 6}")
     return chart.svg(form)
 
 

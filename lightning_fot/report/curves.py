@@ -71,6 +71,19 @@ class RecallSpeed:
         share = (_logit(recall) - low) / ((high - low) or 1.0)
         return min(max(share, 0.0), 1.05) * 0.86
 
+    def labelled(self) -> list[tuple[Series, Point]]:
+        """Points that say their setting, the most important first: of many layers the first and the last, and the
+        run's own setting.
+        """
+        outer = self.series if len(self.series) <= 3 else (self.series[0], self.series[-1])
+        listed = [
+            (series, point)
+            for series in self.series
+            for point in series.points
+            if point.label and point.index_used and not point.exact and (series in outer or point.configured)
+        ]
+        return sorted(listed, key=lambda pair: (not pair[1].configured, not pair[1].on_front))
+
     def speed_axis(self) -> tuple[float, float, list[tuple[float, str]]]:
         """Ends of the logarithmic speed axis and the ticks between them."""
         low, high = min(self.speeds) / 1.35, max(self.speeds) * 1.35

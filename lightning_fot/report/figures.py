@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_fot.errors import MissingLibraryError
 from lightning_fot.report import curves, formats, read
+from lightning_fot.report.labels import Placer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,19 +177,24 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
 
 
 def _label_points(axes: Axes, data: curves.RecallSpeed) -> None:
-    """Query settings beside their points, where they hide no other label."""
-    figure = axes.get_figure()
-    if figure is None:
-        return
-    taken: list[tuple[float, float]] = []
+    """Query settings beside their points, where they hide nothing."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # type: ignore[union-attr]
+    # Pixels: matplotlib counts y upwards, the placer downwards.
+    frame, legend = axes.get_window_extent(), axes.get_legend()
+    placer = Placer((frame.x0, -frame.y1, frame.x1, -frame.y0))
+    if legend is not None:
+        box = legend.get_window_extent()
+        placer.taken.append((box.x0, -box.y1, box.x1, -box.y0))
+    unit = DPI / 72
     for series in data.series:
-        for point in sorted(series.points, key=lambda point: (not point.configured, not point.on_front)):
-            if point.exact or not point.label:
-                continue
-            x, y = (float(value) for value in axes.transData.transform((data.place(point.recall), point.qps)))
-            reach_x, reach_y = 2.2 * DPI / 72 * 4 * max(2, len(point.label)) / 2, 12 * DPI / 72
-            if any(abs(x - other_x) < reach_x and abs(y - other_y) < reach_y for other_x, other_y in taken):
-                continue
-            taken.append((x, y))
-            axes.annotate(point.label, (data.place(point.recall), point.qps), xytext=(7, 5), textcoords="offset points",
-                          fontsize=8.5, color=COLORS[series.color % len(COLORS)], zorder=6)  # fmt: skip
+        for point in series.points:
+            x, y = axes.transData.transform((data.place(point.recall), point.qps))
+            placer.keep_clear(x, -y, (7.5 if point.configured or point.exact else 4) * unit)
+    for series, point in data.labelled():
+        x, y = axes.transData.transform((data.place(point.recall), point.qps))
+        found = placer.place(x, -y, 5.4 * unit * len(point.label), 6.8 * unit, 5.5 * unit)
+        if found is not None:
+            offset = ((found[0] - x) / unit, (-found[1] - y) / unit)
+            axes.annotate(point.label, (data.place(point.recall), point.qps), xytext=offset, zorder=6, fontsize=8.5,
+                          textcoords="offset points", color=COLORS[series.color % len(COLORS)])  # fmt: skip

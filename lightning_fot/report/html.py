@@ -177,7 +177,7 @@ def _retrieval(results: read.Row) -> str:
 def _recall_caption(data: curves.RecallSpeed) -> str:
     caption = f"{formats.tokens(data.memory_tokens)} keys a head. " if data.memory_tokens else ""
     if data.label_names:
-        caption += f"Numbers at the points: {' · '.join(data.label_names)}. "
+        caption += f"Numbers at the points: {' · '.join(data.label_names)}; point at one for its details. "
     caption += (
         "Lines join the settings that no other one of the layer beats in both (Pareto front); the others are faded. "
     )

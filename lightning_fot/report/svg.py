@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from lightning_fot.report.labels import Placer
+
 MARKERS = ("circle", "square", "triangle", "diamond")
 
 
@@ -30,7 +32,11 @@ class Chart:
     top: int = 26
     bottom: int = 44
     parts: list[str] = field(default_factory=list)
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    placer: Placer = field(init=False)
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.plot
+        self.placer = Placer((left, top - 8, right + self.right - 2, bottom))
 
     @property
     def plot(self) -> tuple[float, float, float, float]:
@@ -75,25 +81,13 @@ class Chart:
         said = escape(tip)
         opened = f'<g class="mark {css}" tabindex="0" role="img" aria-label="{said}" data-tip="{said}">'
         self.parts.append(f"{opened}{hit}{_shape(x, y, shape, radius)}</g>")
-        reach = radius + clear
-        self.boxes.append((x - reach, y - reach, x + reach, y + reach))
+        self.placer.keep_clear(x, y, radius + clear)
 
-    def label(self, x: float, y: float, content: str, css: str, size: float = 11.0) -> bool:
-        """Text beside a point where nothing else is; left out, with False, when there is no such place."""
-        width, height = 0.58 * size * len(content), size
-        left, top, right, bottom = self.plot
-        gap = 8.0
-        for dx, dy in (
-            (gap, -gap / 2), (gap + 3, -gap), (-gap - width, -gap / 2), (-gap - 3 - width, -gap),
-            (-width / 2, -gap - 3), (-width / 2, gap + height), (gap, gap + 4), (-gap - width, gap + 4),
-        ):  # fmt: skip
-            box = (x + dx, y + dy - height * 0.8, x + dx + width, y + dy + height * 0.2)
-            inside = box[0] >= left and box[2] <= right + self.right - 2 and box[1] >= top - 8 and box[3] <= bottom
-            if inside and not any(_overlap(box, other) for other in self.boxes):
-                self.text(x + dx, y + dy, content, css)
-                self.boxes.append(box)
-                return True
-        return False
+    def label(self, x: float, y: float, content: str, css: str) -> None:
+        """Text beside a point; left out where there is no room for it."""
+        found = self.placer.place(x, y, 6.6 * len(content), 9.0, 7.0)
+        if found is not None:
+            self.text(*found, content, css)
 
     def svg(self, css: str = "") -> str:
         """The picture as an ``<svg>`` element."""
@@ -134,7 +128,3 @@ def _polygon(x: float, y: float, shape: str, r: float) -> str:
     else:
         points = [(x, y - r * 1.25), (x + r * 1.25, y), (x, y + r * 1.25), (x - r * 1.25, y)]
     return " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
