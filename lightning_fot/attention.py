@@ -2,8 +2,9 @@
 
     out(q) = sum over (k, v) in A ∪ C≤q of softmax(<q, k> · scale) · v
 
-``C`` is the causal local context, ``A`` the pairs from outside: retrieved ones, a whole memory, or windows shown by crossbatch.
-Pure functions of tensors. B rows, H query heads, G KV heads, R = H/G, T queries, S local keys, K retrieved pairs, D head size.
+``C`` is the causal local context, ``A`` the pairs from outside: retrieved ones, a whole memory, or windows shown by
+crossbatch. Pure functions of tensors. B rows, H query heads, G KV heads, R = H/G, T queries, S local keys, K retrieved
+pairs, D head size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 # Scores held at once. Bounds what a dense read of a large memory takes: 2**26 fp32 scores are 256 MiB.
 MAX_SCORES = 2**26

@@ -1,19 +1,21 @@
 """Attaching memory layers to a Hugging Face model through its public attention interface, and detaching them again.
 
-No forward is patched and no parameter is renamed. A hook on each attention layer passes memory layers an identity rotation, so that
-queries and keys reach the attention function after biases and norms, yet not rotated (design: the identity-rotary trick).
+No forward is patched and no parameter is renamed. A hook on each attention layer passes memory layers an identity
+rotation, so that queries and keys reach the attention function after biases and norms, yet not rotated.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fot.attention import attend
 from lightning_fot.config import MemoryConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.passes import AttentionFn, LayerCall, Pass, StopForward, WindowPass, memory_attention_forward
@@ -143,7 +145,7 @@ class Attachment:
                 if self._probing:
                     replacement = tuple(torch.full_like(part, torch.nan) for part in embeddings)
                 else:
-                    length = kwargs.get("hidden_states", args[0] if args else None).shape[1]
+                    length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
                     replacement = identity_rotary(tuple(part[:, -length:] for part in embeddings))
                 kwargs["position_embeddings"] = replacement
                 rotates = not self._probing and self.facts[index].rotates
@@ -158,17 +160,17 @@ class Attachment:
         """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
         from lightning_fot.cache import MemoryCache
 
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         outer: list[Pass | None] = []
 
         def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
             if not isinstance(cache, MemoryCache):
                 return
-            inputs = kwargs.get("input_ids", args[0] if args else None)
-            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            inputs = args[0] if args else kwargs.get("input_ids")
+            rows, length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
             mask = kwargs.get("attention_mask")
-            valid = torch.ones(inputs.shape[:2]) if mask is None else mask[:, -inputs.shape[1] :]
+            valid = torch.ones(rows, length) if mask is None else mask[:, -length:]
             cache.begin(valid.bool())
             outer.append(self._current)
             self._current = cache
@@ -242,7 +244,7 @@ class Attachment:
         self.facts = probe.facts
 
     def _check_parity(self, reference: Tensor) -> None:
-        """An attached model with an empty memory must be the backbone; checked with rotary positions as the backbone has them."""
+        """An attached model with an empty memory must be the backbone (checked with the backbone's own positions)."""
         positions, self._positions = self._positions, "first"
         try:
             with self.during(_EmptyMemoryPass()):
@@ -265,7 +267,7 @@ class Attachment:
     def _logits(self) -> Tensor:
         """Logits of a few fixed tokens, in evaluation mode."""
         training = self.model.training
-        self.model.eval()
+        self.model.train(False)
         try:
             vocabulary = _text_config(self.model).vocab_size
             ids = (torch.arange(_SELF_TEST_TOKENS) * 7 + 3) % vocabulary
@@ -285,8 +287,6 @@ class _EmptyMemoryPass(WindowPass):
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        from lightning_fot.attention import attend
-
         local_query, local_key, _ = call.local(query, key)
         return attend(local_query, local_key, value, scale=scale, softcap=softcap)
 
@@ -320,6 +320,12 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
             "model", type(model).__name__, "already has a memory attached", "Call detach() on the first one."
         )
     return MemoryLM(Attachment(model, config), config)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The stack of layers without the language-model head."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder
 
 
 def _text_config(model: PreTrainedModel) -> Any:
@@ -356,10 +362,8 @@ def _attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 def _backend(implementation: str, layer: nn.Module) -> AttentionFn:
     """The attention function that transformers would choose for a layer."""
-    import sys
-
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
     function: AttentionFn = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function

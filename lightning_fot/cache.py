@@ -1,7 +1,8 @@
 """``MemoryCache``: a transformers ``Cache`` whose local window moves in strides and hands what leaves it to the memory.
 
-transformers' ``generate`` refuses keyword arguments that it does not know, so the memory travels in the cache. Local keys are kept
-un-rotated and rotated when used, so that positions always count from the start of the local window, however far a text has come.
+The ``generate`` of transformers refuses keyword arguments that it does not know, so the memory travels in the cache.
+Local keys are kept un-rotated and rotated when used, so that positions always count from the start of the local window,
+however far a text has come.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from lightning_fot.memory import Memory
 
 
-class LocalLayer(CacheLayerMixin):
+class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Local keys (not rotated) and values of one layer, each (B, G, S, D)."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, cache: MemoryCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -91,7 +95,8 @@ class MemoryCache(Cache, Pass):
         overlap: int | None = None,
         recorder: dict[int, list[Tensor]] | None = None,
     ) -> None:
-        super().__init__(layers=[LocalLayer(self) for _ in range(num_layers)])
+        self.local_layers = [LocalLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.local_layers))
         self.memory = memory
         self.config = config
         self.overlap = config.overlap if overlap is None else overlap
@@ -144,7 +149,7 @@ class MemoryCache(Cache, Pass):
             self.seen += self.valid.shape[1] - self._committed
         else:
             columns = torch.arange(self._committed, device=self.valid.device)
-            for layer in self.layers:
+            for layer in self.local_layers:
                 if layer.is_initialized and layer.keys.shape[2] > self._committed:
                     layer.select(columns=columns)
             self.valid = self.valid[:, : self._committed]
@@ -179,7 +184,7 @@ class MemoryCache(Cache, Pass):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gives row i what row ``beam_idx[i]`` has (beam search)."""
-        for layer in self.layers:
+        for layer in self.local_layers:
             layer.select(rows=beam_idx)
         beam_idx = beam_idx.to(self.valid.device)
         self.valid, self.storable = self.valid[beam_idx], self.storable[beam_idx]
@@ -190,7 +195,7 @@ class MemoryCache(Cache, Pass):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row, memory included."""
         rows = torch.arange(self.memory.batch_size, device=self.valid.device).repeat_interleave(repeats)
-        for layer in self.layers:
+        for layer in self.local_layers:
             layer.select(rows=rows)
         self.valid, self.storable = self.valid[rows], self.storable[rows]
         self.memory = self.memory.select_rows(rows)
@@ -214,7 +219,7 @@ class MemoryCache(Cache, Pass):
             order = torch.argsort((~storable).int(), dim=1, stable=True)[:, : int(counts.max())]
             pairs = {}
             for index in self.memory.layers:
-                layer = self.layers[index]
+                layer = self.local_layers[index]
                 moved = []
                 for tensor in (self._zero[index](layer.keys), layer.values):
                     part = tensor.index_select(2, columns)
@@ -225,6 +230,6 @@ class MemoryCache(Cache, Pass):
                 self.memory.append(pairs, counts)
             self.memory.tokens_seen += self.valid[:, columns].sum(1).cpu()
             self._diverged = True
-        for layer in self.layers:
+        for layer in self.local_layers:
             layer.select(columns=kept)
         self.valid, self.storable = self.valid[:, kept], self.storable[:, kept]

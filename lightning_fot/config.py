@@ -14,7 +14,9 @@ def _at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-            raise SettingError(f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it.")
+            raise SettingError(
+                f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
+            )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Crossbatch: which rows of a batch each row sees in its memory layers (FoT paper section 3.2, LongLLaMA's packed recipe)."""
+"""Crossbatch: which rows of a batch each row sees in its memory layers (FoT paper section 3.2, LongLLaMA's recipe)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_fot.attention import causal_mask
 from lightning_fot.config import CrossbatchConfig
@@ -19,8 +19,8 @@ def packed_rows(batch_size: int, pack: int, context_range: int, stepping: bool) 
     """Rows that each row sees in the ``packed`` layout, nearest first.
 
     Rows p·j ... p·j+p-1 are consecutive windows of one stream. Row i sees the ``n_i - 1`` rows before it, with
-    ``step = ceil((c+1) / max(p-1, 1))`` and ``n_i = min((i mod p)·step + 1, c+1, i+1)`` when stepping. Rows never wrap: with two
-    memory layers the future would leak through the other layer.
+    ``step = ceil((c+1) / max(p-1, 1))`` and ``n_i = min((i mod p)·step + 1, c+1, i+1)`` when stepping. Rows never wrap:
+    with two memory layers the future would leak through the other layer.
 
     Args:
         batch_size: Rows.
@@ -52,7 +52,10 @@ def paper_rows(batch_size: int, d: int) -> RowTable:
     """
     if d > batch_size:
         raise SettingError(
-            "model.crossbatch.d", d, f"is more than the {batch_size} rows of a batch", "Lower d or raise data.batch_size."
+            "model.crossbatch.d",
+            d,
+            f"is more than the {batch_size} rows of a batch",
+            "Lower d or raise data.batch_size.",
         )
     return [[(row + other) % batch_size for other in range(d)] for row in range(batch_size)]
 

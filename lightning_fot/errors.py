@@ -43,7 +43,9 @@ class MissingLibraryError(ImportError):
 
     def __init__(self, library: str, install: str, needed_for: str, reason: str | None = None) -> None:
         detail = f" ({reason})" if reason else ""
-        super().__init__(f"{needed_for} needs the library {library!r}, which cannot be imported{detail}. Run: {install}")
+        super().__init__(
+            f"{needed_for} needs the library {library!r}, which cannot be imported{detail}. Run: {install}"
+        )
         self.library = library
         self.install = install
         self.needed_for = needed_for

