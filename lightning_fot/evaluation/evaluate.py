@@ -86,7 +86,7 @@ def evaluate(
         tokenizer: Tokenizer of the model, for the passkey prompts.
         documents: Held-out documents.
         config: What to measure.
-        progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan` gives its phases.
+        progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
         on_result: Called with name and record of each phase as it ends, such as to write them to disk.
 

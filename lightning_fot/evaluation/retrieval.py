@@ -286,10 +286,10 @@ def measure_capture(
         retriever = create_retriever(spec, keys.shape[-1], keys.shape[0])
         configured = {name: getattr(retriever, name) for name in retriever.query_args}
         grid = DEFAULT_QUERY_GRIDS.get(label, []) if config.query_grid is None else config.query_grid
-        # A grid for one backend says nothing to another, such as to exact search beside it.
-        grid = [setting for setting in grid if setting.keys() <= set(retriever.query_args)]
-        if not any({**configured, **setting} == configured for setting in grid):
-            grid = [configured, *grid]
+        # Whole settings, since each stays until it is changed; a grid for one backend says nothing to another, such as
+        # to exact search beside it.
+        grid = [{**configured, **setting} for setting in grid if setting.keys() <= set(retriever.query_args)]
+        grid = grid if configured in grid else [configured, *grid]
         past = capture.past.get(number)
         measured = measure_retriever(
             spec,
@@ -302,10 +302,8 @@ def measure_capture(
             repeats=config.retrieval_repeats,
         )
         for setting, row in zip(grid, measured, strict=True):
-            used = retriever.exact or keys.shape[1] >= retriever.min_index_size
-            note = {} if used or "index_used" in row else {"index_used": False}
-            mark = {"configured": True} if {**configured, **setting} == configured else {}
-            rows.append({"layer": number, **row, **note, **mark})
+            mark = {"configured": True} if setting == configured else {}
+            rows.append({"layer": number, **row, "retriever": label, **mark})
         if advance is not None:
             advance(1 / len(capture.lm.memory_layers))
     return rows

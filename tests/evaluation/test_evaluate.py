@@ -13,16 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation import evaluate, plan, summarise
+from lightning_fot.evaluation.evaluate import evaluate, summarise
+from lightning_fot.evaluation.plan import plan
 from lightning_fot.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
-WINDOW = 64
+WINDOW = 128
 CONFIG = EvaluationConfig(
     context_tokens=[256, 128],
-    target_tokens=300,
+    target_tokens=130,
     documents=2,
-    passkey_tokens=[512],
+    passkey_tokens=[384],
     passkey_samples=2,
     retrieval_queries=32,
     retrieval_repeats=2,
@@ -63,7 +64,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
     random = np.random.default_rng(0)
-    return [Document(f"d{tokens}", random.integers(3, 200, tokens)) for tokens in (100, 600, 557, 900)]
+    return [Document(f"d{tokens}", random.integers(3, 200, tokens)) for tokens in (100, 600, 386, 900)]
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_all_rows_are_there_and_say_how_many(
     assert sorted(cells) == sorted((kind, c) for kind in ("none", "exact", "hnsw") for c in (128, 256))
     for row in result["perplexity"]:
         assert row["value"] == pytest.approx(math.exp(row["nll"]))
-        assert (row["tokens"], row["documents"], row["blocks"]) == (600, 2, 4)
+        assert (row["tokens"], row["documents"], row["blocks"]) == (260, 2, 2)
         assert row["standard_error"] > 0
     none = [row for row in result["perplexity"] if row["memory"] == "none"]
     assert none[0]["value"] == none[1]["value"]
@@ -134,34 +135,31 @@ def test_all_rows_are_there_and_say_how_many(
             assert progress.units[name] == pytest.approx(cost, rel=0.05), name
 
 
-def test_one_phase_done_is_a_phase_less(
+def test_it_goes_on_where_it_stopped(
     lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:
     records: dict[str, Any] = {}
     whole = evaluate(lm, tokenizer, documents, CONFIG, on_result=records.__setitem__)
+    names = list(records)
+    retrieval = next(name for name in names if name.startswith("retrieval"))
 
     class Interrupted(Exception):
         pass
 
-    for stop in range(1, len(records)):
-        done = json.loads(json.dumps(dict(list(records.items())[:stop])))
+    # The middle one has lost the queries that the perplexity of the longest context left.
+    for name in (names[1], retrieval, names[-1]):
+        done = json.loads(json.dumps({other: records[other] for other in names[: names.index(name)]}))
         again: dict[str, Any] = {}
 
         def keep(name: str, record: Any, into: dict[str, Any] = again) -> None:
             into[name] = record
-            if len(into) == 1:
-                raise Interrupted
+            raise Interrupted
 
         with pytest.raises(Interrupted):
             evaluate(lm, tokenizer, documents, CONFIG, done=done, on_result=keep)
-        assert list(again) == [list(records)[stop]]
-        assert (
-            without_times(again) == pytest.approx_nested(without_times({name: records[name] for name in again}))
-            if hasattr(pytest, "approx_nested")
-            else True
-        )
-        partial = summarise({**done, **again}, CONFIG, lm.config.retriever)
-        assert json.dumps(partial)
+        assert list(again) == [name]
+        assert without_times(again[name]) == without_times(records[name])
+        assert json.dumps(summarise({**done, **again}, CONFIG, lm.config.retriever))
     assert summarise(records, CONFIG, lm.config.retriever) == whole
 
 
@@ -176,8 +174,8 @@ def test_below_the_size_of_an_index_exact_is_the_same_and_says_so(
     for ours, theirs in zip(reused, computed, strict=True):
         assert ours["same_as"] == "hnsw"
         assert "same_as" not in theirs
-        for field in ("value", "accuracy"):
-            assert ours.get(field) == pytest.approx(theirs.get(field), rel=1e-5)
+        field = "accuracy" if "task" in ours else "value"
+        assert ours[field] == pytest.approx(theirs[field], rel=1e-5)
     assert all(row["index_used"] is False for row in indexed["perplexity"] if row["memory"] == "hnsw")
     assert all(row["index_used"] is False for row in indexed["retrieval"])
     assert exact["retrieval"] == exact["exact"]
@@ -205,7 +203,7 @@ def test_the_model_is_left_as_it_was(
 def test_passkey_prompts_shorter_than_a_window_need_no_memory(attach: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     lm = attach("exact")
     lm.config.window = 1024
-    result = evaluate(lm, tokenizer, [], EvaluationConfig(context_tokens=[], passkey_tokens=[512]))
+    result = evaluate(lm, tokenizer, [], EvaluationConfig(context_tokens=[], passkey_tokens=[384]))
     accuracies = {row["memory"]: row["accuracy"] for row in result["tasks"]}
     assert accuracies["none"] == accuracies["exact"]
     assert result["perplexity"] == result["retrieval"] == []
