@@ -27,7 +27,7 @@ class FaissIVFRetriever(PerBankRetriever):
         dim: Head size D.
         banks: Independent key sets.
         nlist: Cells; None takes about 3 sqrt(n), a power of two.
-        nprobe: Cells scanned for a query; None takes nlist / 16.
+        nprobe: Cells scanned for a query; None takes nlist / 16, at least 8.
         **kwargs: Those of :class:`Retriever`.
 
     Raises:
@@ -97,7 +97,7 @@ class _IVFIndex:
 
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         nlist = self._index.nlist
-        self._index.nprobe = min(nlist, self.nprobe or max(1, nlist // 16))
+        self._index.nprobe = min(nlist, self.nprobe or max(8, nlist // 16))
         with _threads(self._faiss, self.threads):
             if self._l2:
                 _, rows = self._index.search(queries, k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class QueryReservoir:
         self._seen = [0] * banks
         self._generator = torch.Generator().manual_seed(seed)
         self._shared = False
+        self._lock = Lock()
 
     @property
     def nbytes(self) -> int:
@@ -36,12 +39,15 @@ class QueryReservoir:
     def observe(self, queries: Tensor) -> None:
         """Take in queries (banks, q, dim) float32."""
         count = queries.shape[1]
-        if count > _PER_CALL:
-            queries = queries[:, torch.randperm(count, generator=self._generator)[:_PER_CALL].to(queries.device)]
-        queries = queries.cpu()
-        self._own(max(self._seen) + queries.shape[1])
-        for bank in range(queries.shape[0]):
-            self._observe_bank(bank, queries[bank])
+        # Searches may run in several threads, and each observes.
+        with self._lock:
+            if count > _PER_CALL:
+                kept = torch.randperm(count, generator=self._generator)[:_PER_CALL]
+                queries = queries[:, kept.to(queries.device)]
+            queries = queries.cpu()
+            self._own(max(self._seen) + queries.shape[1])
+            for bank in range(queries.shape[0]):
+                self._observe_bank(bank, queries[bank])
 
     def _observe_bank(self, bank: int, queries: Tensor) -> None:
         seen, count = self._seen[bank], queries.shape[0]
@@ -70,6 +76,7 @@ class QueryReservoir:
         twin._generator = torch.Generator()
         twin._generator.set_state(self._generator.get_state())
         twin._shared = self._shared = True
+        twin._lock = Lock()
         return twin
 
     def restore(self, bank: int, queries: Tensor) -> None:
@@ -85,7 +92,8 @@ class QueryReservoir:
             self._seen[bank] = 0
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_generator": self._generator.get_state()}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {**kept, "_generator": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -93,3 +101,4 @@ class QueryReservoir:
         assert isinstance(saved, Tensor)
         self._generator = torch.Generator()
         self._generator.set_state(saved)
+        self._lock = Lock()

@@ -79,14 +79,16 @@ def rescore(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
     Returns:
         (Q, C) float32, -inf where the row is -1.
     """
-    step = max(1, _SCORE_BUDGET // max(1, rows.shape[1] * keys.shape[1]))
-    scores = [
-        torch.bmm(
-            keys[rows[first : first + step].clamp_min(0)].float(), queries[first : first + step].unsqueeze(2)
-        ).squeeze(2)
-        for first in range(0, rows.shape[0], step)
-    ]
-    return torch.cat(scores).masked_fill_(rows < 0, float("-inf")) if scores else rows.float()
+    if rows.numel() == 0:
+        return queries.new_zeros(rows.shape)
+    step = max(1, _SCORE_BUDGET // (rows.shape[1] * keys.shape[1]))
+    scores = []
+    for first in range(0, rows.shape[0], step):
+        part = rows[first : first + step]
+        gathered = keys.index_select(0, part.clamp_min(0).flatten()).float().view(*part.shape, -1)
+        # This order of operands is several times faster on CPUs than keys @ query.
+        scores.append((queries[first : first + step].unsqueeze(1) @ gathered.transpose(1, 2)).squeeze(1))
+    return torch.cat(scores).masked_fill_(rows < 0, float("-inf"))
 
 
 def best_of(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

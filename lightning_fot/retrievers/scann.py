@@ -22,7 +22,7 @@ class ScannRetriever(PerBankRetriever):
         dim: Head size D.
         banks: Independent key sets.
         num_leaves: Leaves of the tree; None takes about 1.5 sqrt(n), a power of two.
-        num_leaves_to_search: Leaves scanned for a query; None takes num_leaves / 16.
+        num_leaves_to_search: Leaves scanned for a query; None takes num_leaves / 8, at least 16.
         reorder: Candidates rescored exactly; at least k are. None takes 256 or 4 k.
         **kwargs: Those of :class:`Retriever`.
 
@@ -95,7 +95,7 @@ class _ScannIndex:
         self._searcher = builder.reorder(256).set_n_training_threads(self._build_threads).build()
 
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        leaves = min(self._leaves, self.num_leaves_to_search or max(1, self._leaves // 16))
+        leaves = min(self._leaves, self.num_leaves_to_search or max(16, self._leaves // 8))
         reorder = min(self._size, max(k, self.reorder or max(256, 4 * k)))
         search = self._searcher.search_batched if self.threads == 1 else self._searcher.search_batched_parallel
         rows, distances = search(

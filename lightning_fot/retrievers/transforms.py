@@ -81,7 +81,7 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
         spec: Which maps.
     """
     keys = keys.float()
-    mean = keys.mean(dim=0) if spec.center else keys.new_zeros(keys.shape[1])
+    mean = _robust_mean(keys) if spec.center else keys.new_zeros(keys.shape[1])
     key_map = query_map = None
     if spec.query_power and past_queries is not None and len(past_queries) >= _MIN_QUERIES_PER_DIM * keys.shape[1]:
         moment = (past_queries.T.double() @ past_queries.double()) / len(past_queries)
@@ -97,6 +97,12 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
         # Some room above: keys added later are a little longer.
         radius = max(1.1 * min(float(norms.max()), 1.5 * typical), 1e-6)
     return FittedTransform(mean, key_map, query_map, radius, spec.l2_augment)
+
+
+def _robust_mean(keys: Tensor) -> Tensor:
+    """Mean of the keys of usual length: one huge key must not carry the centre away."""
+    norms = keys.norm(dim=1)
+    return keys[norms <= 4 * norms.median()].mean(dim=0)
 
 
 def _map(vectors: Tensor, matrix: Tensor | None) -> Tensor:
