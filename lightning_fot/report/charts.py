@@ -83,6 +83,8 @@ def recall_speed(data: curves.RecallSpeed, form: str) -> str:
         css = f"c{series.color % 6}"
         front = [(x(data.place(point.recall)), y(point.qps)) for point in series.front()]
         own = len(series.steps())
+        tried = [(x(data.place(point.recall)), y(point.qps)) for point in series.tried()]
+        chart.path(tried, f"line faint {css}")
         chart.path(front[:own], f"line {css}")
         # Between the index's best and exact search nothing was measured.
         chart.path(front[max(0, own - 1) :], f"line dots {css}")

@@ -34,6 +34,10 @@ class Series:
     color: int
     points: tuple[Point, ...]
 
+    def tried(self) -> list[Point]:
+        """All settings of the index, from low to high recall."""
+        return sorted((point for point in self.points if not point.exact), key=lambda point: (point.recall, -point.qps))
+
     def steps(self) -> list[Point]:
         """The front without exact search: what the index itself offers."""
         return [point for point in self.front() if not point.exact]

@@ -136,6 +136,9 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
         front = series.front()
         places = [(data.place(point.recall), point.qps) for point in front]
         own = len(series.steps())
+        tried = series.tried()
+        axes.plot([data.place(point.recall) for point in tried], [point.qps for point in tried],
+                  color=color, linewidth=1, alpha=0.25, zorder=2)  # fmt: skip
         # Between the index's best and exact search nothing was measured: dotted.
         for part, style in ((places[:own], "-"), (places[max(0, own - 1) :], ":")):
             axes.plot([x for x, _ in part], [y for _, y in part], style, color=color, linewidth=1.8, zorder=3)
@@ -178,6 +181,8 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
 
 def _label_points(axes: Axes, data: curves.RecallSpeed) -> None:
     """Query settings beside their points, where they hide nothing."""
+    from matplotlib.patheffects import Normal, Stroke
+
     figure = axes.figure
     figure.draw_without_rendering()  # type: ignore[union-attr]
     # Pixels: matplotlib counts y upwards, the placer downwards.
@@ -197,4 +202,5 @@ def _label_points(axes: Axes, data: curves.RecallSpeed) -> None:
         if found is not None:
             offset = ((found[0] - x) / unit, (-found[1] - y) / unit)
             axes.annotate(point.label, (data.place(point.recall), point.qps), xytext=offset, zorder=6, fontsize=8.5,
-                          textcoords="offset points", color=COLORS[series.color % len(COLORS)])  # fmt: skip
+                          textcoords="offset points", color=COLORS[series.color % len(COLORS)],
+                          path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()])  # fmt: skip

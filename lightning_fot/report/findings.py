@@ -109,7 +109,7 @@ def _perplexity_caveat(row: read.Row, base_row: read.Row) -> tuple[str, bool]:
         return text if settled else f"{text} That is too close to zero to be sure of.", settled
     errors = [error for error in (read.standard_error(row), read.standard_error(base_row)) if error is not None]
     if not errors:
-        return f"{scored}; no standard error was recorded.", True
+        return f"{scored}, without a standard error: chance is not ruled out.", False
     text = f"{scored}; standard error of each number up to ±{formats.fixed(max(errors))}."
     settled = abs(float(row["value"]) - float(base_row["value"])) > 2 * math.hypot(*errors)
     # The same tokens are scored each time, so the difference varies less than either number: no reason to dismiss it.
@@ -201,7 +201,9 @@ def _retrieval(results: read.Row) -> Finding | None:
     ratios = [math.log(ratio) for row in chosen if (ratio := read.speed_ratio(results, row))]
     ratio = math.exp(sum(ratios) / len(ratios)) if ratios else None
     sentence, verdict = _speed(ratio)
-    value = formats.percent(recall) + ("" if ratio is None else f" at {formats.times(ratio)} speed")
+    value = formats.percent(recall)
+    if ratio is not None:
+        value += f" at {formats.times(ratio)} speed" if ratio >= 1 else f", {formats.times(1 / ratio)} slower"
     return Finding(topic, value, f"{text}.{sentence}", caveat.strip(), verdict)
 
 
@@ -213,7 +215,7 @@ def _speed(ratio: float | None) -> tuple[str, str]:
     if ratio > 0.95:
         return " A search takes as long as exact search in the same run.", "open"
     slower = f" A search takes {formats.times(1 / ratio)} as long as exact search in the same run:"
-    return f"{slower} at this size the index does not pay.", "bad"
+    return f"{slower} here the index does not pay.", "bad"
 
 
 def _training(results: read.Row) -> Finding | None:

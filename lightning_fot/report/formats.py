@@ -24,6 +24,8 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    # 99.97 to three digits is 100, which needs one decimal less.
+    decimals = digits - 1 - math.floor(math.log10(abs(round(value, decimals))))
     if decimals > 9:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, decimals)}f}"
@@ -52,7 +54,7 @@ def change(value: float, error: float | None) -> str:
 
 def times(value: float | None) -> str:
     """A ratio such as ``3.2×``."""
-    return MISSING if value is None else f"{significant(value, 2 if value < 10 else 3)}×"
+    return MISSING if value is None else f"{significant(value, 2 if value < 100 else 3)}×"
 
 
 def size(value: float | None) -> str:
@@ -81,6 +83,24 @@ def duration(seconds: float) -> str:
         return f"{significant(seconds, 2 if seconds < 10 else 3)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def brief(seconds: float | None) -> str:
+    """A short time with its unit.
+
+    Example:
+        >>> brief(0.0123), brief(2.5), brief(3e-7)
+        ('12 ms', '2.5 s', '<0.01 ms')
+    """
+    if seconds is None:
+        return MISSING
+    if seconds == 0:
+        return "0"
+    if seconds < 1e-5:
+        return "<0.01 ms"
+    return (
+        f"{significant(1e3 * seconds, 2)} ms" if seconds < 1 else f"{significant(seconds, 2 if seconds < 10 else 3)} s"
+    )
 
 
 def wilson_interval(successes: float, trials: float) -> tuple[float, float]:

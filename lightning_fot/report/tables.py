@@ -57,7 +57,7 @@ def perplexity(results: read.Row) -> Table | None:
     scored = {int(n) for row in measured if (n := read.number(row, "tokens", "n")) is not None}
     note = f"{formats.tokens(min(scored))} tokens scored, the same ones in every cell. " if len(scored) == 1 else ""
     note += "± one standard error. " if any(read.standard_error(row) is not None for row in measured) else ""
-    if len(body) > len(table):
+    if len(body) > len(table) and any(read.number(row, "gain_standard_error") is not None for row in measured):
         note += "A change compares the same tokens with and without memory: its error is smaller than a value's."
     columns = ("memory", *(formats.tokens(context) for context in contexts))
     return Table("Perplexity by context length in tokens (lower is better)", columns, body, note=note.strip())
@@ -137,10 +137,12 @@ def retrieval(results: read.Row) -> Table | None:
         notes.append("* The memory was too small for an index: searched exactly.")
     if chosen and not read.configured_is_certain(results):
         notes.append("The results do not name the run's query setting: the middle of those measured is shown.")
-    notes.append("Speed is relative to exact search of the same layer in the same run; ms are the median of one call.")
+    notes.append(
+        "Speed is relative to exact search of the same layer in the same run; a search time is the median of calls."
+    )
     k = read.number(chosen[0] if chosen else exact[0], "k")
-    columns = ("layer", "retriever", f"recall@{k:.0f}" if k else "recall", "mass recall", "search ms", "speed",
-               "insert s", "build s", "bytes")  # fmt: skip
+    columns = ("layer", "retriever", f"recall@{k:.0f}" if k else "recall", "mass recall", "search", "speed",
+               "insert", "build", "bytes")  # fmt: skip
     return Table("Retrieval by layer", columns, tuple(body), words=2, note=" ".join(notes))
 
 
@@ -155,7 +157,7 @@ def in_run(results: read.Row) -> Table | None:
         ("sink_share", "sinks", formats.percent),
         ("hub_share", "hubs", formats.percent),
         ("indexed_share", "indexed", formats.percent),
-        ("search_ms_p50", "search ms", formats.significant),
+        ("search_ms_p50", "search", lambda value: formats.brief(_seconds(value))),
         ("bytes", "bytes", formats.size),
     )
     shown = [field for field in fields if any(read.number(row, field[0]) is not None for row in listed)]
@@ -187,12 +189,16 @@ def _retrieval_cells(results: read.Row, row: read.Row, label: str) -> tuple[Cell
         Cell(label + mark, label),
         Cell(formats.percent(values["recall"]), values["recall"]),
         Cell(formats.percent(values["mass_recall"]), values["mass_recall"]),
-        Cell(formats.significant(values["search_ms_p50"]), values["search_ms_p50"]),
+        Cell(formats.brief(_seconds(values["search_ms_p50"])), values["search_ms_p50"]),
         Cell(formats.times(ratio), ratio),
-        Cell(formats.significant(values["add_s"], 2), values["add_s"]),
-        Cell(formats.significant(values["build_s"], 2), values["build_s"]),
+        Cell(formats.brief(values["add_s"]), values["add_s"]),
+        Cell(formats.brief(values["build_s"]), values["build_s"]),
         Cell(formats.size(values["bytes"]), values["bytes"]),
     )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 _FIELDS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -205,8 +211,8 @@ _FIELDS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("search_ms_p95", "ms p95", formats.significant),
     ("qps", "queries/s", formats.tokens),
     ("speed", "speed", formats.times),
-    ("add_s", "insert s", lambda value: formats.significant(value, 2)),
-    ("build_s", "build s", lambda value: formats.significant(value, 2)),
+    ("add_s", "insert", formats.brief),
+    ("build_s", "build", formats.brief),
     ("bytes", "bytes", formats.size),
 )
 
@@ -264,10 +270,17 @@ def print_tables(results: read.Row, console: Console) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    drawn = RichTable(box=None, pad_edge=False)
+    # Nine columns have to fit in 80 characters.
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 1 if len(table.columns) > 7 else 2, 0, 0))
     for index, heading in enumerate(table.columns):
         is_word = index < table.words
-        drawn.add_column(Text(heading, style="dim"), justify="left" if is_word else "right", no_wrap=not is_word)
+        # Names may be broken over lines on a narrow terminal, numbers may not.
+        drawn.add_column(
+            Text(heading, style="dim"),
+            justify="left" if is_word else "right",
+            no_wrap=index == 0 or not is_word,
+            min_width=12 if 0 < index < table.words else None,
+        )
     for row in table.rows:
         # Text, not str: a name with square brackets is no markup.
         drawn.add_row(*(Text(cell.text) for cell in row))

@@ -100,6 +100,7 @@ def test_tables_on_the_terminal(results: dict[str, Any]) -> None:
     text = printed(results)
     for shown in ("6.45 ± 0.20", "67% (4/6)", "hnsw ef_search=64", "97.4%", "2.7×", "40.1 MB", "96.1%", "2.0%"):
         assert shown in text
+    assert "40.1 MB" in printed(results, 80)
     assert all(len(line.rstrip()) <= 80 for line in printed(results, 80).splitlines())
 
 

@@ -81,7 +81,8 @@ def test_a_slower_index_is_called_slower(results: dict[str, Any]) -> None:
         row["qps"] *= 10
     finding = of(results, "Recall@32")
     assert finding.verdict == "bad"
-    assert "the index does not pay" in finding.text
+    assert "here the index does not pay" in finding.text
+    assert finding.value == "95.1%, 4.0× slower"
 
 
 def test_recall_of_an_unused_index_is_no_result(results: dict[str, Any]) -> None:
