@@ -178,7 +178,7 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
     caption = f"{formats.tokens(data.memory_tokens)} keys a head. " if data.memory_tokens else ""
     if data.label_names:
         caption += f"Numbers at the points: {' · '.join(data.label_names)}; point at one for its details. "
-    caption += "Strong lines join the settings that no other one of the layer beats in both (Pareto front); the others are faded. "
+    caption += "Strong lines join settings that no other one of the layer beats in both (Pareto front). "
     return caption + "The recall axis is logit-scaled: 0.9 to 0.99 takes as much room as 0.5 to 0.91. 1 stands apart."
 
 
