@@ -264,13 +264,14 @@ class CrossbatchDataModule(pl.LightningDataModule):
             before = [bos] if bos is not None and item.start == 0 else []
             after = [eos] if eos is not None and item.stop is None else []
             yield np.concatenate([np.asarray(before, np.int32), ids, np.asarray(after, np.int32)])
+        self._say_left_out()
 
     def _encode_ahead(self) -> None:
         """Encode what training will read first, and check that a batch can be filled."""
         selection, plan = self._open(), self._plan(self._world_size())
         batch = plan.rows * plan.window
         wanted = max(batch, min(self._planned_batches() * batch, _TOKENS_AHEAD))
-        count, before, said = 0, self._corpus.encoded_tokens, time.monotonic()
+        count, said = 0, time.monotonic()
         for ids in self._sequences(selection.order(plan.streams, 0)):
             count += len(ids)
             if count >= wanted:
@@ -287,10 +288,11 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 f"a batch takes {batch:,} tokens, but the training documents have {count:,}",
                 "Add documents, or lower data.batch_size or model.memory.window.",
             )
-        if self._corpus.encoded_tokens > before:
-            self._say_left_out(self._corpus)
+        self._say_left_out()
 
-    def _say_left_out(self, corpus: Corpus) -> None:
+    def _say_left_out(self) -> None:
+        """Say what was left out so far; documents are encoded as they are read, so more may follow."""
+        corpus = self._corpus
         if corpus.short:
             self._say(f"Left out as shorter than {self.min_tokens:,} tokens: {_listed(sorted(corpus.short))}.")
         if corpus.cut:

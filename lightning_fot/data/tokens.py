@@ -17,9 +17,11 @@ Ids = npt.NDArray[np.int32]
 
 PIECE_CHARACTERS = 256 * 1024
 _CACHED_CHARACTERS = 4 * 1024
-# Between a line that ends in a word and one that starts with a word, no byte-level BPE merges across the newline, so
-# pieces cut there get the same tokens as the whole text.
-_CUT = re.compile(r"\S\n(?=\S)")
+_MOST_CHARACTERS_A_TOKEN = 32
+# Byte-level BPE splits text into words first: no token reaches across these places (before the space between two words;
+# between two lines that end and start with a character), so pieces cut there have the tokens of the whole.
+_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=\S)")
+_PROBES = (("one", " two"), ("one\n", "two"))
 
 
 def default_cache_dir() -> Path:
@@ -48,9 +50,7 @@ class TextEncoder:
         self._cache_dir = cache_dir
         self._report = report
         self._fingerprint = _fingerprint(tokenizer)
-        probe = "one line\nanother"
-        cut = probe.index("\n") + 1
-        self._pieces_agree = self._ids(probe) == self._ids(probe[:cut]) + self._ids(probe[cut:])
+        self._pieces_agree = all(self._ids(a) + self._ids(b) == self._ids(a + b) for a, b in _PROBES)
 
     def encode(self, texts: Iterable[str], max_tokens: int | None = None) -> tuple[Ids, bool]:
         """Ids of the joined ``texts``, and whether text was left when ``max_tokens`` was reached.
@@ -65,7 +65,8 @@ class TextEncoder:
         parts: list[Ids] = []
         count = 0
         cut = False
-        for piece in self._cut(texts, max_tokens):
+        pieces = self._cut if self._pieces_agree else self._whole
+        for piece in pieces(texts, max_tokens):
             if max_tokens is not None and count >= max_tokens:
                 cut = True
                 break
@@ -78,24 +79,36 @@ class TextEncoder:
         return joined, cut
 
     def _cut(self, texts: Iterable[str], max_tokens: int | None) -> Iterator[str]:
-        if not self._pieces_agree:
-            yield "".join(texts)
-            return
-        # The first piece fits what is asked for (4 characters a token is usual), so that 8k tokens of a book cost 8k.
-        size = (
-            PIECE_CHARACTERS if max_tokens is None else min(PIECE_CHARACTERS, max(_CACHED_CHARACTERS, 6 * max_tokens))
-        )
+        # Pieces fit what is asked for (4 characters a token is usual), so that 8k tokens of a book cost about 8k.
+        size = PIECE_CHARACTERS
+        if max_tokens is not None:
+            size = min(size, max(_CACHED_CHARACTERS, 6 * max_tokens))
         waiting = ""
         for text in texts:
             waiting += text
             start = 0
-            while len(waiting) - start > size:
-                match = _CUT.search(waiting, start + size)
-                if match is None:
-                    break
-                yield waiting[start : match.end()]
-                start = match.end()
+            while len(waiting) - start > 2 * size:
+                match = _CUT.search(waiting, start + size, start + 2 * size)
+                # Text without words or lines is cut anywhere: a token or two differ from the whole.
+                end = start + 2 * size if match is None else match.end()
+                yield waiting[start:end]
+                start = end
             waiting = waiting[start:]
+        if waiting:
+            yield waiting
+
+    def _whole(self, texts: Iterable[str], max_tokens: int | None) -> Iterator[str]:
+        """The text as one piece, but for what lies beyond all that ``max_tokens`` could need."""
+        if max_tokens is None:
+            yield "".join(texts)
+            return
+        size = _MOST_CHARACTERS_A_TOKEN * max_tokens
+        waiting = ""
+        for text in texts:
+            waiting += text
+            while len(waiting) > size:
+                yield waiting[:size]
+                waiting = waiting[size:]
         if waiting:
             yield waiting
 

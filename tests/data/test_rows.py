@@ -63,9 +63,7 @@ def test_every_token_is_read_once_and_predicted_once(lengths: list[int], plan: R
 def test_streams_read_whole_documents_in_order(lengths: list[int], plan: RowPlan) -> None:
     documents = {int(document[0]): document.tolist() for document in numbered(lengths)}
     made = batches(list(numbered(lengths)), plan)
-    for inputs, targets in zip(
-        streams_of(made, plan, "input_ids"), streams_of(made, plan, "targets"), strict=True
-    ):
+    for inputs, targets in zip(streams_of(made, plan, "input_ids"), streams_of(made, plan, "targets"), strict=True):
         expected: list[int] = []
         expected_targets: list[int] = []
         for token in inputs:
