@@ -181,10 +181,10 @@ class PerBankRetriever(Retriever):
                 self._attempt(bank, length, None)
                 continue
             tail = length - built.size
-            can_extend = self.incremental and not built.shared and self._still_fits(built, length)
-            share = _SHARE_TO_EXTEND if can_extend else _SHARE_TO_REBUILD
+            in_place = self.incremental and not built.shared
+            share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
             if tail > 0 and (flush or tail > max(self._min_tail, share * built.size)):
-                self._attempt(bank, length, built if can_extend else None)
+                self._attempt(bank, length, built if in_place and self._still_fits(built, length) else None)
 
     @property
     def _min_tail(self) -> int:
@@ -241,8 +241,8 @@ class PerBankRetriever(Retriever):
     def _search_bank(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Rows (q, at most k) of one bank: index, exact tail and outliers merged."""
         built = self._built[bank]
-        if built is None or not len(queries) or k >= built.size:
-            # Asking an index for all it has is a scan with detours.
+        if built is None or not len(queries) or 2 * k >= built.size:
+            # Asking an index for most of what it has is a scan with detours.
             return self._scan(bank, queries, k)
         rows = self._ask(built, queries, k)
         if rows is None:
@@ -315,7 +315,7 @@ def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None)
     hidden = keys.float()
     if len(apart):
         hidden = hidden.clone()
-        hidden[apart] = transform.mean
+        hidden[apart] = transform.centre
     moved, outliers = transform.keys(hidden)
     return moved, torch.cat((apart, outliers)).sort().values
 

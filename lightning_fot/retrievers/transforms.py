@@ -21,7 +21,8 @@ class FittedTransform:
     """A transform with its constants, fitted when an index is built.
 
     Attributes:
-        mean: (D,) subtracted from keys.
+        mean: (D,) subtracted from keys; zero where they are not centred.
+        centre: (D,) mean of the keys in any case: a vector that no query looks for.
         key_map: (D, D) applied to centred keys, or None.
         query_map: (D, D) applied to queries, the inverse transpose of ``key_map``, or None.
         radius: Keys longer than this after the maps are outliers; they are shortened to it for the index.
@@ -29,6 +30,7 @@ class FittedTransform:
     """
 
     mean: Tensor
+    centre: Tensor
     key_map: Tensor | None
     query_map: Tensor | None
     radius: float
@@ -81,7 +83,8 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
         spec: Which maps.
     """
     keys = keys.float()
-    mean = _robust_mean(keys) if spec.center else keys.new_zeros(keys.shape[1])
+    centre = _robust_mean(keys)
+    mean = centre if spec.center else torch.zeros_like(centre)
     key_map = query_map = None
     if spec.query_power and past_queries is not None and len(past_queries) >= _MIN_QUERIES_PER_DIM * keys.shape[1]:
         moment = (past_queries.T.double() @ past_queries.double()) / len(past_queries)
@@ -96,7 +99,7 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
         typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
         # Some room above: keys added later are a little longer.
         radius = max(1.1 * min(float(norms.max()), 1.5 * typical), 1e-6)
-    return FittedTransform(mean, key_map, query_map, radius, spec.l2_augment)
+    return FittedTransform(mean, centre, key_map, query_map, radius, spec.l2_augment)
 
 
 def _robust_mean(keys: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 from fot_usearch import UsearchRetriever
+
 from lightning_fot.retrievers import available_retrievers, create_retriever
 from lightning_fot.testing import RetrieverContract
 

@@ -1,0 +1,101 @@
+"""Exact search equals brute force after any sequence of add, reset, search and fork."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_fot.retrievers import KeyStore, create_retriever
+from lightning_fot.retrievers.scan import topk_rows
+
+BANKS, DIM = 3, 8
+
+Operation = st.one_of(
+    st.tuples(st.just("add"), st.lists(st.integers(0, 40), min_size=BANKS, max_size=BANKS)),
+    st.tuples(st.just("reset"), st.lists(st.integers(0, BANKS - 1), unique=True)),
+    st.tuples(st.just("search"), st.integers(1, 60)),
+    st.tuples(st.just("fork"), st.booleans()),
+)
+
+
+class Model:
+    """Keys of each bank in plain lists beside the retriever under test."""
+
+    def __init__(self, shared: bool) -> None:
+        self.retriever = create_retriever("exact", dim=DIM, banks=BANKS)
+        self.store = KeyStore(DIM, BANKS) if shared else None
+        if self.store is not None:
+            self.retriever.use_store(self.store)
+        self.keys = [torch.zeros(0, DIM) for _ in range(BANKS)]
+
+    def add(self, keys: Tensor, counts: list[int]) -> None:
+        if self.store is not None:
+            self.store.append(keys, torch.tensor(counts))
+        self.retriever.add(keys, torch.tensor(counts))
+        self.keys = [torch.cat((old, keys[b, : counts[b]])) for b, old in enumerate(self.keys)]
+
+    def reset(self, banks: list[int]) -> None:
+        if self.store is not None:
+            self.store.reset(banks)
+        self.retriever.reset(banks)
+        for bank in banks:
+            self.keys[bank] = self.keys[bank][:0]
+
+    def fork(self) -> Model:
+        twin = Model.__new__(Model)
+        twin.store = self.store.fork() if self.store is not None else None
+        twin.retriever = self.retriever.fork(twin.store)
+        twin.keys = list(self.keys)
+        return twin
+
+    def check(self, queries: Tensor, k: int) -> None:
+        rows = self.retriever.search(queries, k)
+        assert self.retriever.lengths.tolist() == [len(keys) for keys in self.keys]
+        for bank, keys in enumerate(self.keys):
+            width = min(k, len(keys))
+            assert torch.equal(rows[bank, :, width:], torch.full((queries.shape[1], k - width), -1))
+            scores = (queries[bank] @ keys.T).gather(1, rows[bank, :, :width])
+            best = (queries[bank] @ keys.T).topk(width, dim=1).values
+            torch.testing.assert_close(scores, best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared=st.booleans(), operations=st.lists(Operation, max_size=14), seed=st.integers(0, 2**16))
+def test_any_sequence_equals_brute_force(shared: bool, operations: list[tuple[str, Any]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model, others = Model(shared), []
+    for name, value in operations:
+        if name == "add":
+            model.add(torch.randn(BANKS, 40, DIM, generator=generator), value)
+        elif name == "reset":
+            model.reset(value)
+        elif name == "search":
+            model.check(torch.randn(BANKS, 5, DIM, generator=generator), value)
+        else:
+            twin = model.fork()
+            others.append(model if value else twin)
+            model = twin if value else model
+    for each in [model, *others]:
+        each.check(torch.randn(BANKS, 5, DIM, generator=generator), 7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 70000),
+    k=st.integers(1, 80),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    q=st.integers(1, 3),
+)
+def test_blocks_and_two_levels_change_nothing(n: int, k: int, dtype: torch.dtype, q: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    keys, queries = torch.randn(n, 4, generator=generator).to(dtype), torch.randn(q, 4, generator=generator)
+    rows, scores = topk_rows(queries, keys, k)
+    every = queries @ keys.float().T
+    assert rows.shape == (q, min(k, n))
+    assert all(len(set(line)) == len(line) for line in rows.tolist())
+    torch.testing.assert_close(scores, every.topk(min(k, n), dim=1).values)
+    torch.testing.assert_close(every.gather(1, rows), scores)
