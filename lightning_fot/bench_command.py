@@ -30,8 +30,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "file",
         nargs="?",
         type=Path,
-        help=".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and optionally "
-        "<name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
+        help=".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and "
+        "optionally <name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
     )
     parser.add_argument(
         "--config", "-c", help="take the retriever and k from this configuration (file or shipped name)"
@@ -169,7 +169,7 @@ def _print(rows: Sequence[dict[str, Any]], file: Path) -> None:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in group:
             table.add_row(
-                _setting(row),
+                _setting(row, [other for other in group if other["retriever"] == row["retriever"]]),
                 f"{row['recall']:.1%}",
                 f"{row['mass_recall']:.1%}",
                 f"{row['qps']:,.0f}",
@@ -179,13 +179,14 @@ def _print(rows: Sequence[dict[str, Any]], file: Path) -> None:
             )
         console.print(table)
     console.print(
-        f"recall: share of the {rows[0]['k']} best keys found. mass: share of their attention that the found ones hold.",
+        f"recall: share of the {rows[0]['k']} best keys found. mass: share of their attention that those found hold.",
         highlight=False,
     )
 
 
-def _setting(row: dict[str, Any]) -> str:
-    """Name and the settings that are not defaults."""
-    words = [f"{name}={value}" for name, value in row["args"].items() if value is not None and name != "min_index_size"]
+def _setting(row: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """Name and the settings in which rows of one retriever differ."""
+    differ = [name for name, value in row["args"].items() if any(other["args"].get(name) != value for other in alike)]
+    words = [f"{name}={row['args'][name]}" for name in differ]
     note = "" if row["index_used"] else "(too few keys: searched exactly)"
     return " ".join(part for part in (row["retriever"], *words, note) if part)

@@ -177,6 +177,8 @@ def _merge(request: Request) -> None:
             raise SettingError("config", str(path), f"is not valid YAML ({problem})", "Correct the file.") from error
         if not OmegaConf.is_dict(loaded):
             raise SettingError("config", str(path), "holds no settings", "Write keys such as model: and data:.")
+        for section in ("trainer", "model", "model.memory", "model.crossbatch", "data", "evaluation"):
+            _check_section(loaded, section)
         merged = _overlay(merged, loaded)
     for key, value in _assignments(request.overrides):
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
@@ -188,6 +190,19 @@ def _merge(request: Request) -> None:
         raise SettingError(key, "${...}", f"cannot be resolved: {problem}", "Correct the reference.") from error
     assert isinstance(settings, dict)
     request.settings = {str(key): value for key, value in settings.items()}
+
+
+def _check_section(loaded: Any, section: str) -> None:
+    """Refuses a list or a single value where settings belong, which could not be merged with anything."""
+    node = loaded
+    for part in section.split("."):
+        if part not in node:
+            return
+        node = node[part]
+        if node is not None and not isinstance(node, Mapping):
+            raise SettingError(section, node, "must hold settings, not one value", f"Write {section}: with keys below.")
+        if node is None:
+            return
 
 
 def _overlay(base: Any, top: Any) -> Any:
@@ -244,10 +259,7 @@ def check_settings(request: Request) -> None:
         ("data", here / "data" / "datamodule.py", "CrossbatchDataModule"),
         ("trainer", _library_file("lightning", "pytorch/trainer/trainer.py"), "Trainer"),
     ):
-        given = request.get(section)
-        if given is not None and not isinstance(given, Mapping):
-            raise SettingError(section, given, "must hold settings, not one value", f"Write {section}.<name>=<value>.")
-        _check_keys(given, _arguments(source, owner), section)
+        _check_keys(request.get(section), _arguments(source, owner), section)
     for target in LINKS.values():
         if request.get(target) is not None:
             leader = next(key for key, value in LINKS.items() if value == target)
@@ -321,8 +333,6 @@ def _build(kind: Any, request: Request, key: str) -> Any:
     given = request.get(key)
     if given is None:
         return kind()
-    if not isinstance(given, Mapping):
-        raise SettingError(key, given, "must hold settings, not one value", f"Write {key}.<name>=<value>.")
     fields = {item.name: item for item in dataclasses.fields(kind)}
     _check_keys(given, list(fields), key)
     for name, value in given.items():
