@@ -128,6 +128,7 @@ class _Evaluation:
         on_result: Callable[[str, Record], None] | None,
     ) -> None:
         self.lm = lm
+        self.tokenizer = tokenizer
         self.config = config
         self.progress = progress
         self.records = records
@@ -136,15 +137,15 @@ class _Evaluation:
         self.documents = select_documents(documents, config)
         self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
         self.longest = max(config.context_tokens, default=0)
-        self.examples = self._examples(tokenizer)
+        self.examples = self._examples()
         self.capture: Capture | None = None
 
-    def _examples(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, PasskeyExample]]:
+    def _examples(self) -> list[tuple[int, PasskeyExample]]:
         """All prompts, before anything slow: a length that is too short is known at once."""
         from lightning_fot.data.passkey import passkey_prompt
 
         return [
-            (length, passkey_prompt(tokenizer, length, seed=sample))
+            (length, passkey_prompt(self.tokenizer, length, seed=sample))
             for length in sorted(set(self.config.passkey_tokens))
             for sample in range(self.config.passkey_samples)
         ]
@@ -257,9 +258,12 @@ class _Evaluation:
             length, example = self.examples[place]
             if memory is not None:
                 memory.flush()
+            # The answer is a part of the local tokens, all but its last one; it says nothing of where the key was told.
+            prompt = split[place][1][: len(split[place][1]) - len(example.answer_ids) + 1]
             rows.append(
                 {
                     "context_tokens": length,
+                    "key_in_window": str(example.number) in str(self.tokenizer.decode(prompt)),
                     "depth": example.depth,
                     "correct": answer_is_found(self.lm, example, split[place][1], memory),
                     "index_used": None if memory is None else index_used(memory),
@@ -276,6 +280,9 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     the delta method), ``nll`` in nats a token, ``gain_nats`` over no memory on the same tokens with its paired
     standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory ``none`` is each window of the
     target alone, the same at every context length.
+
+    Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window`` of
+    them the key was told within the local window, where no memory is needed.
 
     Args:
         records: Phase name to record.
@@ -359,6 +366,7 @@ def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:
                 "accuracy": correct / len(parts),
                 "n": len(parts),
                 "correct": correct,
+                "key_in_window": sum(part["key_in_window"] for part in parts),
                 "low": low,
                 "high": high,
             }

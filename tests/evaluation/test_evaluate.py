@@ -118,6 +118,7 @@ def test_all_rows_are_there_and_say_how_many(
     assert {(row["memory"], row["n"]) for row in result["tasks"]} == {("none", 2), ("exact", 2), ("hnsw", 2)}
     for row in result["tasks"]:
         assert row["low"] <= row["accuracy"] <= row["high"]
+        assert 0 <= row["key_in_window"] <= 2
     assert {row["layer"] for row in result["retrieval"]} == {1, 3}
     for row in result["retrieval"] + result["exact"]:
         assert row["memory_tokens"] == 256
@@ -204,6 +205,7 @@ def test_passkey_prompts_shorter_than_a_window_need_no_memory(attach: Any, token
     lm = attach("exact")
     lm.config.window = 1024
     result = evaluate(lm, tokenizer, [], EvaluationConfig(context_tokens=[], passkey_tokens=[384]))
+    assert all(row["key_in_window"] == row["n"] for row in result["tasks"])
     accuracies = {row["memory"]: row["accuracy"] for row in result["tasks"]}
     assert accuracies["none"] == accuracies["exact"]
     assert result["perplexity"] == result["retrieval"] == []
