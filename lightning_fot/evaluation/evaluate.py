@@ -281,8 +281,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory ``none`` is each window of the
     target alone, the same at every context length.
 
-    Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window`` of
-    them the key was told within the local window, where no memory is needed.
+    Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window``
+    of them the key was told within the local window, where no memory is needed.
 
     Args:
         records: Phase name to record.
