@@ -46,12 +46,14 @@ class RetrieverContract:
     Attributes:
         retriever: Name, ``{"name": name, **arguments}``, class path, class or factory.
         min_mass_recall: Least share of the exact top-32's softmax mass that must be found on real keys.
+        repeatable: Whether two builds with one seed and one thread give equal rows; False where the library cannot.
         index_from: Keys a bank from which the index is used in these tests; the product's default is 16384.
     """
 
     retriever: ClassVar[Any]
     min_mass_recall: ClassVar[float] = 0.95
     index_from: ClassVar[int] = 256
+    repeatable: ClassVar[bool] = True
 
     def make(self, dim: int = 64, banks: int = 1, **kwargs: Any) -> Retriever:
         """A retriever with one thread, so that graphs built twice are the same."""
@@ -89,6 +91,13 @@ class RetrieverContract:
             exact, _ = topk_rows(queries[bank].float(), keys[bank], rows.shape[2])
             hits += int((rows[bank].unsqueeze(2) == exact.unsqueeze(1)).any(dim=2).sum())
         return hits / rows.numel()
+
+    def check_same(self, rows: Tensor, others: Tensor) -> None:
+        """Two builds agree: on each row where the backend is repeatable, on most otherwise."""
+        if self.repeatable:
+            assert torch.equal(rows, others)
+        else:
+            assert float((rows.unsqueeze(3) == others.unsqueeze(2)).any(dim=3).float().mean()) > 0.9
 
     @pytest.mark.parametrize("head", ["L10h0", "L20h1"])
     def test_mass_recall_on_real_keys(self, head: str) -> None:
@@ -163,7 +172,7 @@ class RetrieverContract:
         other.flush()
         strided = queries.repeat_interleave(2, dim=2)[..., ::2]
         assert not strided.is_contiguous()
-        assert torch.equal(retriever.search(queries, 8), other.search(strided, 8))
+        self.check_same(retriever.search(queries, 8), other.search(strided, 8))
 
     def test_ragged_banks(self) -> None:
         _, keys, queries = self.filled(banks=3)
@@ -231,7 +240,8 @@ class RetrieverContract:
 
     def test_deterministic(self) -> None:
         (first, _, queries), (second, _, _) = self.filled(), self.filled()
-        assert torch.equal(first.search(queries, 16), second.search(queries, 16))
+        assert torch.equal(first.search(queries, 16), first.search(queries, 16))
+        self.check_same(first.search(queries, 16), second.search(queries, 16))
 
     def test_threads(self) -> None:
         threads = torch.get_num_threads()

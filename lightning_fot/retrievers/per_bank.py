@@ -114,16 +114,16 @@ class PerBankRetriever(Retriever):
         return super().nbytes + indexes + self._reservoir.nbytes
 
     def observe(self, queries: Tensor) -> None:
-        """Show past queries (banks, q, dim), rotated as they are searched with. ``search`` observes its own.
+        """Show past queries (banks, q, dim), rotated as they are searched with: for the query-aware map and for hubs.
+
+        A sample is kept; the next index that is built learns from it. ``search`` changes nothing.
 
         Raises:
             SettingError: Shapes do not fit or a query is not finite.
         """
-        self._observe(self._checked_queries(queries))
-
-    def _observe(self, queries: Tensor) -> None:
-        if self.transform.query_power and queries.shape[1]:
-            self._reservoir.observe(queries)
+        checked = self._checked_queries(queries)
+        if self.transform != TransformSpec() and checked.shape[1]:
+            self._reservoir.observe(checked)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -234,9 +234,7 @@ class PerBankRetriever(Retriever):
 
     def _search(self, queries: Tensor, k: int) -> Tensor:
         self._refresh()
-        rows = torch.stack([pad_rows(self._search_bank(bank, queries[bank], k), k) for bank in range(self.banks)])
-        self._observe(queries)
-        return rows
+        return torch.stack([pad_rows(self._search_bank(bank, queries[bank], k), k) for bank in range(self.banks)])
 
     def _search_bank(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Rows (q, at most k) of one bank: index, exact tail and outliers merged."""

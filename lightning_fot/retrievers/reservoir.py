@@ -39,7 +39,7 @@ class QueryReservoir:
     def observe(self, queries: Tensor) -> None:
         """Take in queries (banks, q, dim) float32."""
         count = queries.shape[1]
-        # Searches may run in several threads, and each observes.
+        # Rows of a batch may be read in several threads, and each observes.
         with self._lock:
             if count > _PER_CALL:
                 kept = torch.randperm(count, generator=self._generator)[:_PER_CALL]

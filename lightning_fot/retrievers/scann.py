@@ -16,7 +16,8 @@ from lightning_fot.retrievers.settings import TransformSpec, check_value
 class ScannRetriever(PerBankRetriever):
     """The fastest on large banks. Its tree is not extended: a bank is rebuilt when it has grown by half.
 
-    Keys are centred and mapped by past queries (p = 1/2) by default.
+    Keys are centred and mapped by past queries (p = 1/2) by default. ScaNN takes no seed for its training:
+    two trees over the same keys may differ in a few neighbours.
 
     Args:
         dim: Head size D.

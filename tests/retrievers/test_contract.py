@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from lightning_fot.testing import RetrieverContract
 
 
@@ -22,12 +20,4 @@ class TestFaissIVF(RetrieverContract):
 
 class TestScann(RetrieverContract):
     retriever = "scann"
-
-
-class TestHNSWWithArguments(RetrieverContract):
-    retriever: ClassVar[dict[str, Any]] = {
-        "name": "hnsw",
-        "M": 24,
-        "ef_search": 400,
-        "transform": {"center": True, "l2_augment": True},
-    }
+    repeatable = False
