@@ -81,6 +81,8 @@ class FocusedTransformer(L.LightningModule):
         self.backbone = model
         if len(self._lm.gates):
             self.gates = self._lm.gates
+        # Backbones come in evaluation mode; this module's mode is the one that counts.
+        model.train(self.training)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -125,7 +127,7 @@ class FocusedTransformer(L.LightningModule):
             batch.get("previous_valid"),
             self.crossbatch_config.differentiable,
         )
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = _mean_loss(logits, targets)
         if not bool(torch.isfinite(loss)):
             raise SettingError(
                 "train/loss",
@@ -157,8 +159,8 @@ class FocusedTransformer(L.LightningModule):
             ids, targets = (tensor.reshape(len(tensor) // pack, -1) for tensor in (ids, targets))
         logits = self.lm(ids, logits_to_keep=targets.shape[1]).logits
         assert logits is not None  # for the type checker: without labels there always are logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        weight = int((targets != -100).sum())
+        loss = _mean_loss(logits, targets)
+        weight = max(1, int((targets != -100).sum()))
         self.log(f"{prefix}/loss", loss, batch_size=weight, sync_dist=True)
         self.log(f"{prefix}/ppl", loss.exp(), batch_size=weight, prog_bar=True, sync_dist=True)
 
@@ -186,3 +188,9 @@ class FocusedTransformer(L.LightningModule):
         if made_with != now or missing:
             what = f"was made with {made_with}, this run has {now}" if made_with != now else f"lacks {missing[:3]}"
             raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of logits (B, T, V) and targets (B, T); 0 where there are none, as at a corpus' end."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total / (targets != -100).sum().clamp_min(1)

@@ -1,8 +1,7 @@
 """Memories on disk: safetensors and JSON, written so that a kill at any moment leaves the old memory or the new one.
 
 The folder holds ``memory.json``, which names a data file ``memory-<digest>.safetensors`` and its SHA-256. Data are
-written first, under a name of their own; replacing ``memory.json`` is the one step that counts, and the file system does
-whole.
+written first, under a name of their own; then ``memory.json`` is replaced, which file systems do whole.
 """
 
 from __future__ import annotations
