@@ -127,8 +127,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = float("-inf")
         self._saved_step = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a step is finished before the job stops."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on, with the weights read, a step is finished before the job stops."""
         self.guard.deferred = True
 
     def on_train_batch_end(
