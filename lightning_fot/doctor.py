@@ -105,13 +105,13 @@ def self_test() -> tuple[bool, str]:
     Returns:
         Whether it passed, and a sentence.
     """
-    began = time.perf_counter()
     import torch
 
     from lightning_fot.backbone import attach_memory
     from lightning_fot.config import MemoryConfig
     from lightning_fot.pretrained import load_backbone
 
+    began = time.perf_counter()
     model = load_backbone("tiny-random-llama")
     ids = torch.arange(3, 67)[None]
     with torch.no_grad():
