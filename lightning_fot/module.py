@@ -131,7 +131,7 @@ class FocusedTransformer(L.LightningModule):
         if not bool(torch.isfinite(loss)):
             raise SettingError(
                 "train/loss",
-                float(loss),
+                float(loss.detach()),
                 f"is not finite in batch {batch_idx}, optimiser step {self.global_step}",
                 "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
             )

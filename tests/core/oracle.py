@@ -36,8 +36,9 @@ def dense_logits(
 ) -> Tensor:
     """Logits (T, V) of one text, in one dense pass.
 
-    A token sees, in every layer, the tokens of its own window up to itself at rotary positions that restart with the window; in memory
-    layers also all keys of earlier windows, not rotated (``first``: as if at position 0), the ``top_k`` best of them if given.
+    A token sees, in every layer, the tokens of its own window up to itself at rotary positions that restart with the
+    window; in memory layers also all keys of earlier windows, not rotated (``first``: as if at position 0), the
+    ``top_k`` best of them if given.
     """
     config = model.config
     weights = {name: parameter.detach().double() for name, parameter in model.state_dict().items()}

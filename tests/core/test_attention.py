@@ -16,7 +16,7 @@ def random(seed, *shape):
 
 def written_out(query, key, value, far_keys, far_values, scale, softcap=None):
     """exp / sum of exp over local causal and outside pairs; far_*: (B, G, M, D)."""
-    rows, heads, length, dim = query.shape
+    rows, heads, length, _ = query.shape
     repeats = heads // key.shape[1]
     out = torch.zeros(rows, heads, length, value.shape[3], dtype=query.dtype)
     offset = key.shape[2] - length

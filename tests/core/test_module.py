@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig
+from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
 from lightning_fot.errors import SettingError
 
 MEMORY = MemoryConfig(memory_layers=[1, 3], window=16, top_k=8)
@@ -58,16 +58,25 @@ class TestTraining:
         assert all(name.startswith(("backbone.model.layers.1.", "backbone.model.layers.3.")) for name in saved)
 
     def test_resumed_training_is_undisturbed_training(self, tmp_path):
-        L.seed_everything(0)
+        text = tmp_path / "text"
+        text.mkdir()
+        for number in range(4):
+            (text / f"{number}.txt").write_text(" ".join(str(value * number) for value in range(900)))
+
+        def data():
+            return CrossbatchDataModule(
+                paths=[str(text)], tokenizer="tiny-random-llama", window=16, cache_dir=str(tmp_path / "cache")
+            )
+
         straight = FocusedTransformer("tiny-random-llama", MEMORY)
-        trainer(tmp_path, max_steps=4).fit(straight, loader(4))
-        first = FocusedTransformer("tiny-random-llama", MEMORY)
+        trainer(tmp_path, max_steps=4).fit(straight, datamodule=data())
         run = trainer(tmp_path, max_steps=2)
-        run.fit(first, loader(2))
+        run.fit(FocusedTransformer("tiny-random-llama", MEMORY), datamodule=data())
         run.save_checkpoint(tmp_path / "half.ckpt")
         resumed = FocusedTransformer("tiny-random-llama", MEMORY)
-        rest = DataLoader(list(batches(4))[2:] * 2, batch_size=None)
-        trainer(tmp_path, max_steps=4).fit(resumed, rest, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+        trainer(tmp_path, max_steps=4).fit(
+            resumed, datamodule=data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        )
         for name, value in straight.backbone.state_dict().items():
             assert torch.equal(value, resumed.backbone.state_dict()[name]), name
 
@@ -83,7 +92,7 @@ class TestTraining:
         module.configure_model()
         with torch.no_grad():
             module.backbone.lm_head.weight.fill_(torch.inf)
-        with pytest.raises(SettingError, match="train/loss.*batch 0"):
+        with pytest.raises(SettingError, match=r"train/loss.*batch 0"):
             trainer(tmp_path).fit(module, loader(1))
 
     def test_a_checkpoint_of_other_layers_is_refused(self, tmp_path):

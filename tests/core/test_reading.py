@@ -113,7 +113,7 @@ def test_padded_rows_equal_each_row_alone(side):
         out = lm(ids, attention_mask=mask, labels=ids)
         assert out.memory.lengths.tolist() == lengths
         losses = []
-        for row, length in enumerate(lengths):
+        for row in range(3):
             own = mask[row].bool()
             alone = lm(ids[row][own][None])
             torch.testing.assert_close(out.logits[row][own], alone.logits[0], atol=1e-4, rtol=1e-4)
