@@ -19,6 +19,7 @@ from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
 from lightning_fot.errors import SettingError
+from lightning_fot.inputs import beyond, tokens_first
 from lightning_fot.memory import Memory, MemoryShape
 from lightning_fot.passes import CollectPass, CrossbatchPass, WindowPass
 from lightning_fot.persistence import fingerprint, load_memory
@@ -135,7 +136,7 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask or the memory do not fit.
         """
-        ids, lengths, places = self._check_input(input_ids, attention_mask, memory)
+        ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         if labels is not None and labels.shape != input_ids.shape:
             raise SettingError("labels", tuple(labels.shape), f"is not {tuple(input_ids.shape)}", "Give one a token.")
         batch, length = ids.shape
@@ -152,7 +153,7 @@ class MemoryLM:
         logits = torch.cat(list(self._read(ids, memory, lengths, places is not None, keep_from)), dim=1)
         loss = None
         if labels is not None:
-            shifted = labels[:, 1:].masked_fill(_beyond(lengths, length, ids.device)[:, 1:], -100)
+            shifted = labels[:, 1:].masked_fill(beyond(lengths, length, ids.device)[:, 1:], -100)
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), shifted.flatten())
         if places is not None:
             full = logits.new_zeros(batch, length, logits.shape[-1])
@@ -186,7 +187,7 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask or the memory do not fit.
         """
-        ids, lengths, places = self._check_input(input_ids, attention_mask, memory)
+        ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         with _reporter(progress, ids.numel()) as report:
             for _ in self._read(ids, memory, lengths, places is not None, ids.shape[1], report):
                 pass
@@ -219,7 +220,7 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask or the memory do not fit.
         """
-        self._check_input(input_ids, attention_mask, memory)
+        self._rows(input_ids, attention_mask, memory)
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         if not bool(mask[:, -1].all()):
@@ -354,6 +355,23 @@ class MemoryLM:
         logits: Tensor = output.logits
         return logits
 
+    def _rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input checked, on the model's device, with each row's tokens first: see :func:`tokens_first`."""
+        rows = tokens_first(input_ids, attention_mask, self.device)
+        if memory is not None and memory.batch_size != len(input_ids):
+            raise SettingError(
+                "memory", f"{memory.batch_size} rows", f"does not fit input of {len(input_ids)} rows",
+                "Make it with new_memory(batch_size=...).",
+            )  # fmt: skip
+        if memory is not None and memory.shape != self._memory_shape():
+            raise SettingError(
+                "memory", str(memory.shape), f"does not fit this model's {self._memory_shape()}",
+                "Make it with this model's new_memory.",
+            )  # fmt: skip
+        return rows
+
     def _memory_shape(self) -> MemoryShape:
         facts = [self.attachment.facts[index] for index in self.memory_layers]
         dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
@@ -382,53 +400,6 @@ class MemoryLM:
             memory.append(pairs, stored)
         memory.tokens_seen += ids.shape[1] if counts is None else counts.cpu()
         return logits
-
-    def _check_input(
-        self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids with each row's tokens first, tokens a row, and where they came from (B, T); None where nothing moved."""
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise SettingError(
-                "input_ids", tuple(input_ids.shape), "is not (rows, tokens)", "Give at least one token a row."
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise SettingError("input_ids", str(input_ids.dtype), "is not a whole-number dtype", "Use torch.int64.")
-        if memory is not None:
-            if memory.batch_size != input_ids.shape[0]:
-                raise SettingError(
-                    "memory", f"{memory.batch_size} rows", f"does not fit input of {input_ids.shape[0]} rows",
-                    "Make it with new_memory(batch_size=...).",
-                )  # fmt: skip
-            if memory.shape != self._memory_shape():
-                raise SettingError(
-                    "memory", str(memory.shape), f"does not fit this model's {self._memory_shape()}",
-                    "Make it with this model's new_memory.",
-                )  # fmt: skip
-        ids = input_ids.to(self.device)
-        batch, length = ids.shape
-        if attention_mask is None:
-            return ids, torch.full((batch,), length), None
-        if attention_mask.shape != input_ids.shape:
-            raise SettingError(
-                "attention_mask",
-                tuple(attention_mask.shape),
-                f"is not {tuple(input_ids.shape)}",
-                "Give one value a token.",
-            )
-        valid = attention_mask.to(self.device).bool()
-        lengths = valid.sum(1).cpu()
-        if bool(valid.all()):
-            return ids, lengths, None
-        if int(lengths.min()) == 0:
-            raise SettingError("attention_mask", lengths.tolist(), "a row has no token", "Leave empty rows out.")
-        # Tokens first, padding last: a row then is cut into the windows it would have alone.
-        places = torch.argsort((~valid).int(), dim=1, stable=True)
-        return torch.gather(ids, 1, places), lengths, places
-
-
-def _beyond(lengths: Tensor, length: int, device: torch.device) -> Tensor:
-    """(B, T) bool: places behind a row's last token."""
-    return torch.arange(length, device=device) >= lengths.to(device)[:, None]
 
 
 @contextmanager
