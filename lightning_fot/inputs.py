@@ -1,4 +1,4 @@
-"""Checks token ids and masks, and brings padded rows into a form that is cut into windows as each row alone would be."""
+"""Checks token ids and masks, and moves padding behind tokens, so that a row is cut into windows as it would be alone."""
 
 from __future__ import annotations
 
