@@ -1,4 +1,4 @@
-"""Checks token ids and masks, and moves padding behind tokens: rows are then cut into windows as each would be alone."""
+"""Checks token ids and masks; moves padding behind tokens, so that rows are cut into windows as each alone would be."""
 
 from __future__ import annotations
 
