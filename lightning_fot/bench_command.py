@@ -97,7 +97,7 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
         return int(stop.code or 0)
     configured, k = None, options.k
     if options.config is not None:
-        from lightning_fot.preflight import read_request
+        from lightning_fot.request import read_request
 
         request = read_request("bench", ["--config", options.config])
         configured = request.get("model.memory.retriever")

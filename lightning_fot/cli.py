@@ -17,7 +17,7 @@ from lightning_fot._shim import CONFIG_VERBS, OTHER_VERBS
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 if TYPE_CHECKING:
-    from lightning_fot.preflight import Request
+    from lightning_fot.request import Request
 
 HELP = """\
 lightning-fot: a memory of long documents for Llama-style models (Focused Transformer)
@@ -91,7 +91,7 @@ def program_name() -> str:
 
 def _dispatch(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        from lightning_fot.preflight import SHIPPED
+        from lightning_fot.request import SHIPPED
 
         configs = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
         print(HELP.format(program=program_name(), configs=configs))
@@ -143,7 +143,8 @@ def _retrievers() -> int:
 
 
 def _with_config(verb: str, words: list[str], debug: bool) -> int:
-    from lightning_fot.preflight import check_folder, check_settings, read_request, required_bytes
+    from lightning_fot.preflight import check_folder, check_settings, required_bytes
+    from lightning_fot.request import read_request
     from lightning_fot.run_folder import choose
 
     program = program_name()
@@ -194,7 +195,7 @@ def _arguments(request: Request) -> list[str]:
 def _complete_parse(arguments: list[str]) -> int:
     """Lets jsonargparse print its help or the resolved configuration."""
     from lightning_fot.parsing import parse, quiet
-    from lightning_fot.preflight import Request
+    from lightning_fot.request import Request
 
     quiet()
     try:

@@ -22,7 +22,8 @@ from lightning_fot.config import EvaluationConfig
 from lightning_fot.data.datamodule import CrossbatchDataModule
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.module import FocusedTransformer
-from lightning_fot.preflight import LINKS, Request
+from lightning_fot.preflight import LINKS
+from lightning_fot.request import Request
 
 # The job has its own progress, its own evaluation after training, and writes every step's loss.
 TRAINER_DEFAULTS: dict[str, Any] = {

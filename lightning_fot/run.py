@@ -20,8 +20,8 @@ from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate, summarise
 from lightning_fot.evaluation.plan import plan, select_documents, tokens_needed
 from lightning_fot.parsing import JobCLI, parse, quiet
-from lightning_fot.preflight import Request
 from lightning_fot.progress import JobProgress, format_seconds
+from lightning_fot.request import Request
 from lightning_fot.run_folder import RunFolder, write_json, write_text
 from lightning_fot.stopping import StopGuard, Stopped
 from lightning_fot.training import (

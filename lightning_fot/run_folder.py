@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.preflight import Request
+from lightning_fot.request import Request
 
 ROOT = Path("runs")
 _CONTENTS = ("config.yaml", "results.json", "training.json", "checkpoints", "evaluation", "logs", "metrics.csv")

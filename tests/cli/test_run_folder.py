@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_fot.errors import SettingError
-from lightning_fot.preflight import Request, check_folder
+from lightning_fot.preflight import check_folder
+from lightning_fot.request import Request
 from lightning_fot.run_folder import RunFolder, choose, write_json, write_text
 
 
