@@ -1,10 +1,10 @@
 """``FocusedTransformer``: the LightningModule that trains a backbone's memory layers on crossbatches."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +27,7 @@ class FocusedTransformer(L.LightningModule):
         memory: Which layers get a memory, and how they read it.
         crossbatch: Which rows of a batch see each other in training.
         optimizer: Made from the trained parameters.
+        lr_scheduler: Made from the optimiser and advanced after each optimiser step; None keeps the rate.
         trainable: ``memory_layers``: their blocks only; ``from_first_memory_layer``: all blocks from the first one on;
             ``all``: everything. What lies below the first trained parameter is not differentiated.
         dtype: Dtype of the weights, ``float32`` or ``bfloat16``.
@@ -41,6 +42,7 @@ class FocusedTransformer(L.LightningModule):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008  (jsonargparse shows defaults; never changed)
         crossbatch: CrossbatchConfig = CrossbatchConfig(),  # noqa: B008
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
+        lr_scheduler: Optional[LRSchedulerCallable] = None,  # noqa: UP045  (a forward reference inside)
         trainable: Literal["memory_layers", "from_first_memory_layer", "all"] = "memory_layers",
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
@@ -49,6 +51,7 @@ class FocusedTransformer(L.LightningModule):
         self.memory_config = memory
         self.crossbatch_config = crossbatch
         self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.trainable = trainable
         self.weights_dtype = dtype
         self.backbone: nn.Module | None = None
@@ -165,8 +168,14 @@ class FocusedTransformer(L.LightningModule):
         self.log(f"{prefix}/ppl", loss.exp(), batch_size=weight, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over the trained parameters."""
-        return self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        """The optimiser over the trained parameters, and the scheduler if there is one."""
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves frozen weights out: they are the backbone's."""

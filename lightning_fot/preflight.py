@@ -154,6 +154,7 @@ def _check_paths(request: Request) -> None:
         paths = request.get(key)
         if paths is None:
             continue
+        paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise SettingError(key, paths, "must be a list of paths", f"Write --{key}=[folder,file.txt].")
         if not paths:

@@ -6,6 +6,7 @@ PyYAML and omegaconf only; jsonargparse reads the same words again, completely, 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.errors import SettingError
+from lightning_fot.errors import MissingLibraryError, SettingError
 
 SHIPPED = Path(__file__).parent / "configs"
+RETRIEVER = "model.memory.retriever"
 _OPTIONS_WITHOUT_VALUE = ("--print_config", "--help", "-h")
 
 
@@ -161,6 +163,7 @@ def _merge(request: Request) -> None:
         for section in ("trainer", "model", "model.memory", "model.crossbatch", "data", "evaluation"):
             _check_section(loaded, section)
         merged = _overlay(merged, loaded)
+    _keep_index_size(request, OmegaConf.select(merged, f"{RETRIEVER}.min_index_size"))
     for key, value in _assignments(request.overrides):
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
     try:
@@ -171,6 +174,26 @@ def _merge(request: Request) -> None:
         raise SettingError(key, "${...}", f"cannot be resolved: {problem}", "Correct the reference.") from error
     assert isinstance(settings, dict)
     request.settings = {str(key): value for key, value in settings.items()}
+
+
+def _keep_index_size(request: Request, size: int | None) -> None:
+    """Lets a retriever that the command line names alone keep the file's ``min_index_size``.
+
+    A file whose memories are smaller than the default size sets it so that an index is used at all; with another
+    retriever in its place that still is what the file is for.
+    """
+    from lightning_fot.retrievers.registry import check_retriever
+
+    names = [value for key, value in _assignments(request.overrides) if key == RETRIEVER]
+    if size is None or not names or not isinstance(names[-1], str):
+        return
+    spec = {"name": names[-1], "min_index_size": size}
+    try:
+        check_retriever(spec)
+    except (SettingError, MissingLibraryError):
+        return  # Not for us to say: a plug-in without this argument runs as it is, and a wrong name is refused later.
+    request.overrides = [*_without(request.overrides, [RETRIEVER]), f"--{RETRIEVER}={json.dumps(spec)}"]
+    request.notes.append(f"Retriever {names[-1]} keeps min_index_size={size} of the configuration.")
 
 
 def _check_section(loaded: Any, section: str) -> None:
@@ -191,9 +214,9 @@ def _overlay(base: Any, top: Any) -> Any:
 
     merged = OmegaConf.merge(base, top)
     # A later file's retriever replaces the earlier one's: arguments of another backend make no sense.
-    retriever = OmegaConf.select(top, "model.memory.retriever")
+    retriever = OmegaConf.select(top, RETRIEVER)
     if retriever is not None:
-        OmegaConf.update(merged, "model.memory.retriever", retriever, merge=False)
+        OmegaConf.update(merged, RETRIEVER, retriever, merge=False)
     return merged
 
 

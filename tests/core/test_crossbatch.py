@@ -33,7 +33,7 @@ def test_the_3b_recipe_has_its_positives_and_negatives():
 
 def test_paper_rows_start_with_the_own_context_and_wrap():
     assert paper_rows(4, 3) == [[0, 1, 2], [1, 2, 3], [2, 3, 0], [3, 0, 1]]
-    with pytest.raises(SettingError, match=r"crossbatch\\.d=5"):
+    with pytest.raises(SettingError, match=r"crossbatch\.d=5"):
         row_table(CrossbatchConfig(layout="paper", d=5), 4)
 
 
