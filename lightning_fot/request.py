@@ -185,7 +185,7 @@ def _keep_index_size(request: Request, size: int | None) -> None:
     from lightning_fot.retrievers.registry import check_retriever
 
     names = [value for key, value in _assignments(request.overrides) if key == RETRIEVER]
-    if size is None or not names or not isinstance(names[-1], str):
+    if size is None or not names or not isinstance(names[-1], str) or names[-1] == "exact":
         return
     spec = {"name": names[-1], "min_index_size": size}
     try:

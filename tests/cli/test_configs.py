@@ -52,8 +52,11 @@ def test_parses_and_says_how_to_run_it(name: str) -> None:
 @pytest.mark.parametrize("retriever", ["exact", "scann", "hnsw", "faiss_ivf"])
 def test_another_retriever_replaces_the_old_one_with_its_arguments(name: str, retriever: str) -> None:
     request, cli = _parse(name, f"--model.memory.retriever={retriever}", "--trainer.max_steps=0", "--run_dir=out")
-    assert cli.model.memory_config.retriever == retriever
-    assert request.get("model.memory.retriever") == retriever
+    before = read_request("run", ["--config", name]).get("model.memory.retriever")
+    kept = isinstance(before, dict) and retriever != "exact"
+    expected = {"name": retriever, "min_index_size": before["min_index_size"]} if kept else retriever
+    assert cli.model.memory_config.retriever == expected
+    assert request.get("model.memory.retriever") == expected
     assert cli.trainer.max_steps == 0
     assert cli.config.run_dir == "out"
 
