@@ -149,6 +149,15 @@ class JobProgress:
         """Seconds since this object was made."""
         return self._clock() - self._began
 
+    def spent(self) -> dict[str, float]:
+        """Seconds by kind of phase, its name's first word, for phases that have ended."""
+        seconds: dict[str, float] = {}
+        for phase in self._phases.values():
+            if phase.finished:
+                kind = phase.name.partition(" ")[0].rstrip(":")
+                seconds[kind] = seconds.get(kind, 0.0) + phase.seconds
+        return seconds
+
     def remaining(self) -> float:
         """Estimated seconds left over all phases."""
         now = self._clock()

@@ -18,7 +18,7 @@ from rich.console import Console
 from lightning_fot.doctor import environment
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate, summarise
-from lightning_fot.evaluation.plan import plan, select_documents, tokens_needed
+from lightning_fot.evaluation.plan import fit_to_documents, plan, select_documents, tokens_needed
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
 from lightning_fot.request import Request
@@ -78,6 +78,7 @@ class Job:
         callbacks = [self.record, TrainingProgress(progress), LastCheckpoint(folder, guard)]
         self.cli: JobCLI = parse(request, arguments, callbacks, [logger], folder.path)
         self.config = self.cli.config_dict(run_dir=str(folder.path), ckpt_path=None)
+        self.evaluation = self.cli.evaluation
         self.records: dict[str, Any] = {}
         self.documents: list[Any] = []
 
@@ -103,7 +104,7 @@ class Job:
             phases.append((TRAIN_PHASE, TRAIN_COST * tokens))
         if evaluation:
             memory = self.cli.model.memory_config
-            phases += [*plan(self.cli.evaluation, memory.retriever, memory.window), (REPORT_PHASE, REPORT_COST)]
+            phases += [*plan(self.evaluation, memory.retriever, memory.window), (REPORT_PHASE, REPORT_COST)]
         self.progress.plan(phases)
         self.progress.start(DOCUMENTS_PHASE)
         data = self.cli.datamodule
@@ -119,12 +120,27 @@ class Job:
         return f"# {self.request.program} {self.request.verb} --config {self.folder.config}\n"
 
     def _heldout(self) -> list[Any]:
-        data, config = self.cli.datamodule, self.cli.evaluation
+        data, config = self.cli.datamodule, self.evaluation
         if not config.context_tokens:
             return []
-        # Refuses documents that are too short now, not after training; only then all are read, to name the longest.
         found = data.heldout_documents(min_tokens=tokens_needed(config), limit=config.documents)
-        return list(select_documents(found or data.heldout_documents(), config))
+        if found:
+            return list(select_documents(found, config))
+        found = data.heldout_documents()
+        memory = self.cli.model.memory_config
+        # A file's contexts are a proposal for documents of any kind; those of the command line are meant.
+        if not any(word.startswith("--evaluation.context_tokens") for word in self.request.overrides):
+            self.evaluation = fit_to_documents(found, config, memory.window)
+        # Refuses documents that are too short even so now, not after training.
+        chosen = list(select_documents(found, self.evaluation))
+        self.progress.message(
+            f"Held-out documents have at most {max(len(document.ids) for document in found)} tokens: perplexity of "
+            f"{self.evaluation.target_tokens} tokens at contexts {self.evaluation.context_tokens}, not of "
+            f"{config.target_tokens} at {config.context_tokens}."
+        )
+        self.progress.plan([(name, 0.0) for name, _ in plan(config, memory.retriever, memory.window)])
+        self.progress.plan(plan(self.evaluation, memory.retriever, memory.window))
+        return chosen
 
     def _note_changes(self) -> None:
         """Says what differs from the settings that the run began with."""
@@ -183,7 +199,7 @@ class Job:
             self.cli.model.lm,
             self.cli.datamodule.tokenizer_object,
             self.documents,
-            self.cli.evaluation,
+            self.evaluation,
             self.progress,
             done=dict(self.records),
             on_result=keep,
@@ -202,6 +218,7 @@ class Job:
             "schema": SCHEMA,
             "complete": complete,
             "seconds": self.progress.elapsed,
+            "time": self.progress.spent(),
             "config": self.config,
             "environment": environment(),
             "training": self.folder.read_training() or self.record.results(),
@@ -215,7 +232,7 @@ class Job:
             self.folder.write_metrics()
         if self.records:
             memory = self.cli.model.memory_config
-            measured = summarise(self.records, self.cli.evaluation, memory.retriever)
+            measured = summarise(self.records, self.evaluation, memory.retriever)
             write_json(self.folder.results, self.results(measured, complete=False))
         console.print()
         if not self.folder.resumable:

@@ -45,8 +45,9 @@ class PasskeyExample:
 def passkey_prompt(tokenizer: Any, n_tokens: int, seed: int) -> PasskeyExample:
     """A prompt of exactly ``n_tokens`` tokens; number and place are drawn uniformly with ``seed``.
 
-    The filler's sentences are whole but for the first, which is cut to make the length exact. A start token is put
-    first when the tokenizer does that by itself.
+    The filler's sentences are whole but for the first after the number, which is cut to make the length exact. Up to
+    the number all prompts are alike, so that an evaluation can read what they share once. A start token is put first
+    when the tokenizer does that by itself.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -72,16 +73,16 @@ def passkey_prompt(tokenizer: Any, n_tokens: int, seed: int) -> PasskeyExample:
             f"Use {_rounded_up(n_tokens - room)} or more.",
         )
     sentences = [_continuation(tokenizer, ".", sentence) for sentence in _FILLER]
-    after: list[int] = []
+    before: list[int] = []
     for sentence in itertools.cycle(sentences):
-        if len(after) + len(sentence) > (1 - place) * room:
+        if len(before) + len(sentence) > place * room:
             break
-        after += sentence
-    before_length = room - len(after)
+        before += sentence
+    after_length = room - len(before)
     cycle = list(itertools.chain(*sentences))
-    repeats = -(-before_length // len(cycle))
-    before = (cycle * repeats)[len(cycle) * repeats - before_length :]
-    depth = before_length / room if room else 0.0
+    repeats = -(-after_length // len(cycle))
+    after = (cycle * repeats)[len(cycle) * repeats - after_length :]
+    depth = len(before) / room if room else 0.0
     return PasskeyExample(start + before + needle + after + question, answer, depth, number)
 
 

@@ -6,7 +6,7 @@ A phase is the unit of progress and of resuming: its name is the key of its reco
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from lightning_fot.errors import SettingError
@@ -146,6 +146,36 @@ def plan(
 def tokens_needed(config: EvaluationConfig) -> int:
     """Tokens that a document needs: the longest context, the target, and one more to predict."""
     return max(config.context_tokens, default=0) + config.target_tokens + 1
+
+
+def fit_to_documents(documents: Sequence[HasIds], config: EvaluationConfig, window: int) -> EvaluationConfig:
+    """The same evaluation with contexts that the held-out documents have room for.
+
+    Contexts that are too long give way to the longest that fits, in whole windows. Where not even the shortest fits,
+    a third of a document is scored and the rest is its context.
+
+    Args:
+        documents: Held-out documents.
+        config: What to measure.
+        window: Local context in tokens.
+
+    Returns:
+        ``config`` itself when everything fits, or when nothing can: :func:`select_documents` then says why.
+    """
+    lengths = sorted((len(document.ids) for document in documents), reverse=True)
+    if not config.context_tokens or not lengths or lengths[0] >= tokens_needed(config):
+        return config
+    # As many documents as asked for, unless that halves the length.
+    several = lengths[min(config.documents, len(lengths)) - 1]
+    length = several if 2 * several >= lengths[0] else lengths[0]
+    target = config.target_tokens
+    if length - target - 1 < min(*config.context_tokens, length):
+        target = min(target, length // 3 // window * window)
+    room = (length - target - 1) // window * window
+    if target < 1 or room < 1:
+        return config
+    kept = [context for context in config.context_tokens if context < room]
+    return replace(config, context_tokens=[*kept, room], target_tokens=target)
 
 
 def select_documents(documents: Sequence[DocumentT], config: EvaluationConfig) -> list[DocumentT]:

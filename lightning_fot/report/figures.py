@@ -119,7 +119,10 @@ def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
     axes.set_xticks(contexts, [formats.tokens(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
-    box = axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="best", alignment="left")
+    # Lines and error bars may fill the frame: the legend gets room of its own below them.
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.42 * (high - low), high)
+    box = axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="lower left", alignment="left")
     if lines[0].paired:
         box.set_title("bars: standard error of the\ndifference from no memory", prop=FontProperties(size=8.5))
         box.get_title().set_color(FAINT)

@@ -10,7 +10,14 @@ import pytest
 
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.plan import MIN_INDEX_SIZE, phases, plan, retriever_label, select_documents
+from lightning_fot.evaluation.plan import (
+    MIN_INDEX_SIZE,
+    fit_to_documents,
+    phases,
+    plan,
+    retriever_label,
+    select_documents,
+)
 
 
 @dataclass
@@ -78,3 +85,28 @@ def test_documents_that_are_too_short_are_an_error_that_says_what_would_work(tok
     config = EvaluationConfig(context_tokens=[100], target_tokens=50)
     with pytest.raises(SettingError, match=r"evaluation\.context_tokens.*151 tokens.*data\.paths"):
         select_documents([document(count) for count in tokens], config)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "contexts", "target"),
+    [
+        ([9000, 8000], [1024, 2048], 512),  # everything fits
+        ([2000, 1900, 50], [1024, 1280], 512),  # both documents serve: 1900 tokens leave room for five windows
+        ([2000, 700], [1024, 1280], 512),  # the second is too short to care for
+        ([900], [512], 256),  # not even the shortest context: a third is scored
+    ],
+)
+def test_contexts_are_fitted_to_the_documents(lengths: list[int], contexts: list[int], target: int) -> None:
+    config = EvaluationConfig(context_tokens=[1024, 2048], target_tokens=512, documents=2)
+    documents = [document(length) for length in lengths]
+    fitted = fit_to_documents(documents, config, window=256)
+    assert (fitted.context_tokens, fitted.target_tokens) == (contexts, target)
+    assert select_documents(documents, fitted)
+
+
+def test_documents_shorter_than_two_windows_are_refused_still() -> None:
+    config = EvaluationConfig(context_tokens=[1024], target_tokens=512)
+    documents = [document(400)]
+    assert fit_to_documents(documents, config, window=256) is config
+    with pytest.raises(SettingError, match="the longest of 1 has 400"):
+        select_documents(documents, config)
