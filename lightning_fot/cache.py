@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lightning_fot.attention import attend, causal_mask, fold_heads
+from lightning_fot.attention import attend, causal_mask
 from lightning_fot.errors import SettingError
-from lightning_fot.passes import LayerCall, Pass
+from lightning_fot.passes import LayerCall, Pass, searched_queries
 
 if TYPE_CHECKING:
     from lightning_fot.config import MemoryConfig
@@ -174,12 +174,8 @@ class MemoryCache(Cache, Pass):
         outside = None
         if call.is_memory_layer:
             self._zero[call.layer_idx] = call.to_position_zero
-            layer = self.memory.layers[call.layer_idx]
-            folded = fold_heads(local_query, layer.kv_heads)
-            layer.retriever.observe(folded.detach().flatten(0, 1))
-            if self.recorder is not None:
-                self.recorder.setdefault(call.layer_idx, []).append(folded.detach().flatten(0, 1).clone())
-            outside = layer.read(folded, self.config.top_k)
+            queries = searched_queries(self.memory, call.layer_idx, local_query, self.recorder)
+            outside = self.memory.layers[call.layer_idx].read(queries, self.config.top_k)
         return attend(local_query, local_key, value, outside, scale=scale, mask=mask, softcap=softcap, gate=call.gate)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lightning_fot.backbone import Attachment, decoder_of
+from lightning_fot.backbone import Attachment
 from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
 from lightning_fot.errors import SettingError
+from lightning_fot.generation import forward_cached, generate
 from lightning_fot.inputs import beyond, tokens_first
 from lightning_fot.memory import Memory, MemoryShape
 from lightning_fot.passes import CollectPass, CrossbatchPass, WindowPass
@@ -223,10 +224,6 @@ class MemoryLM:
         self._rows(input_ids, attention_mask, memory)
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
-        if not bool(mask[:, -1].all()):
-            raise SettingError(
-                "attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left."
-            )
         kept = self.new_memory(len(ids)) if memory is None else memory
         cache = MemoryCache(
             kept if update_memory else kept.snapshot(),
@@ -235,28 +232,7 @@ class MemoryLM:
             self.config.overlap or self.config.window // 2,
             self._recorder,
         )
-        while cache.seen < ids.shape[1] - 1:
-            stop = min(ids.shape[1] - 1, cache.seen + cache.room)
-            self._forward_cached(ids[:, cache.seen : stop], mask[:, :stop], cache)
-        beams = int(kwargs.get("num_beams") or 1)
-        if update_memory and beams * int(kwargs.get("num_return_sequences") or 1) > 1:
-            raise SettingError(
-                "update_memory", True, "several continuations of one prompt cannot share its memory",
-                "Generate with one beam and one sequence, or ingest the one you keep.",
-            )  # fmt: skip
-        expand = max(beams, int(kwargs.get("num_return_sequences") or 1))
-        if expand > 1:
-            cache.batch_repeat_interleave(expand)
-        generated = cast(Any, self.model).generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
-        if update_memory:
-            sequences = generated if isinstance(generated, Tensor) else generated.sequences
-            rest = sequences[:, cache.seen :]
-            if rest.shape[1]:
-                padded = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
-                self._forward_cached(rest, padded, cache)
-            cache.finish()
-        result: Tensor = generated
-        return result
+        return generate(self.model, ids, mask, cache, update_memory, kwargs)
 
     def crossbatch(
         self,
@@ -329,7 +305,9 @@ class MemoryLM:
             valid = torch.arange(length, device=ids.device) < lengths.to(ids.device)[:, None]
             while cache.seen < length:
                 start, stop = cache.seen, min(length, cache.seen + cache.room)
-                logits = self._forward_cached(ids[:, start:stop], valid[:, :stop], cache, stop - max(start, keep_from))
+                logits = forward_cached(
+                    self.model, ids[:, start:stop], valid[:, :stop], cache, stop - max(start, keep_from)
+                )
                 if logits is not None:
                     yield logits
                 report(ids[:, start:stop].numel())
@@ -343,17 +321,6 @@ class MemoryLM:
             if logits is not None:
                 yield logits
             report(part.numel())
-
-    def _forward_cached(self, ids: Tensor, mask: Tensor, cache: MemoryCache, logits_to_keep: int = 0) -> Tensor | None:
-        """Reads (B, L) ids beside the local window of a cache. Logits (B, logits_to_keep, V); None for 0 or less."""
-        if logits_to_keep <= 0:
-            decoder_of(self.model)(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            return None
-        output = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
-        )
-        logits: Tensor = output.logits
-        return logits
 
     def _rows(
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None

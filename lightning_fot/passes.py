@@ -24,6 +24,17 @@ Pairs = dict[int, tuple[Tensor, Tensor]]
 AttentionFn = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+def searched_queries(memory: Memory, layer_idx: int, query: Tensor, recorder: dict[int, list[Tensor]] | None) -> Tensor:
+    """Queries (B, H, T, D) in the form of a search, (B, G, R·T, D); the retriever and the recorder see them."""
+    layer = memory.layers[layer_idx]
+    folded = fold_heads(query, layer.kv_heads)
+    seen = folded.detach().flatten(0, 1)
+    layer.retriever.observe(seen)
+    if recorder is not None:
+        recorder.setdefault(layer_idx, []).append(seen.clone())
+    return folded
+
+
 class StopForward(Exception):
     """Ends a forward once the last memory layer has its keys and values: reading needs nothing above."""
 
@@ -103,14 +114,10 @@ class WindowPass(Pass):
     ) -> Tensor:
         local_query, local_key, stored_key = call.local(query, key)
         self.pairs[call.layer_idx] = (stored_key, value)
-        layer = self.memory.layers[call.layer_idx]
-        folded = fold_heads(local_query, layer.kv_heads)
-        layer.retriever.observe(folded.detach().flatten(0, 1))
-        if self.recorder is not None:
-            self.recorder.setdefault(call.layer_idx, []).append(folded.detach().flatten(0, 1).clone())
+        queries = searched_queries(self.memory, call.layer_idx, local_query, self.recorder)
         if call.layer_idx == self.stop_layer:
             raise StopForward
-        outside = layer.read(folded, self.top_k)
+        outside = self.memory.layers[call.layer_idx].read(queries, self.top_k)
         return attend(local_query, local_key, value, outside, scale=scale, softcap=softcap, gate=call.gate)
 
 

@@ -3,8 +3,9 @@
 Importing this package imports neither torch nor lightning; the names below load when first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_fot._lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_fot.data.datamodule import CrossbatchDataModule as CrossbatchDataModule
@@ -25,12 +26,4 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)
