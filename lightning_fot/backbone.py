@@ -93,9 +93,17 @@ class Attachment:
             self._select_interface()
             self._probe()
             self._check_parity(reference)
-        except BaseException:
+        except BaseException as error:
             self.detach()
-            raise
+            if isinstance(error, SettingError) or not isinstance(error, Exception):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise SettingError(
+                "model.backbone",
+                type(model).__name__,
+                f"its attention cannot be served ({type(error).__name__}: {reason})",
+                "Memory layers need keys that are rotated as a whole after their projection, as in Llama.",
+            ) from error
 
     def detach(self) -> None:
         """Takes the hooks away; the model computes what it computed before, bit for bit."""

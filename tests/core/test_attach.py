@@ -23,6 +23,12 @@ SIZES = {
     "pad_token_id": None,
 }
 FULL = {"layer_types": ["full_attention"] * 4}
+
+
+def rope(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, **more}}
+
+
 FAMILIES = {
     "Llama": {},
     "Mistral": {"sliding_window": None},
@@ -30,6 +36,13 @@ FAMILIES = {
     "Qwen3": {},
     "Gemma": {},
     "Gemma2": {**FULL, "query_pre_attn_scalar": 16},
+    "Gemma3": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+    },
+    "GPTNeoX": {},
+    "Olmo3": FULL,
     "Olmo2": {},
     "SmolLM3": {"no_rope_layers": [1, 0, 1, 1]},
     "Granite": {},
@@ -42,15 +55,40 @@ FAMILIES = {
 }
 
 
-def family(name):
+LATENT = {
+    "head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 4,
+}
+# Rotary variants on Llama, and partial rotation on Phi-3.
+VARIANTS = {
+    "linear": ("Llama", rope("linear")),
+    "dynamic": ("Llama", rope("dynamic")),
+    "yarn": ("Llama", rope("yarn", original_max_position_embeddings=128)),
+    "llama3": (
+        "Llama",
+        rope("llama3", original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+    "partial": ("Phi3", {"partial_rotary_factor": 0.5}),
+}
+CASES = {name: (name, changes) for name, changes in FAMILIES.items()} | VARIANTS
+
+
+def family(name, changes):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | FAMILIES[name])
+    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, config_name)(**SIZES | changes)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_family_equals_its_backbone_and_detaches_bit_for_bit(name):
-    model, ids = family(name), tokens(2, 12)
+    model, ids = family(*CASES[name]), tokens(2, 12)
     with torch.no_grad():
         before = model(ids).logits
         tolerance = 1e-4 * float(before.std())
@@ -129,6 +167,23 @@ def test_models_that_cannot_be_served_are_refused_and_left_as_they_were():
         assert "model.backbone" in str(error)  # noqa: PT017  (either outcome is right, if it is honest)
     else:
         lm.detach()
+    assert torch.equal(model(tokens(1, 8)).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        # Latent attention rotates a part of the key that is shared by all heads.
+        ("DeepseekV3", LATENT, "cannot be served"),
+        # Attention sinks: one more logit in each softmax.
+        ("GptOss", {**FULL, "num_local_experts": 2, "num_experts_per_tok": 1}, "logits differ"),
+    ],
+)
+def test_attention_of_another_kind_is_refused_with_the_reason(name, changes, reason):
+    model = family(name, changes)
+    before = model(tokens(1, 8)).logits
+    with pytest.raises(SettingError, match=reason):
+        attach_memory(model, settings())
     assert torch.equal(model(tokens(1, 8)).logits, before)
 
 
