@@ -55,12 +55,6 @@ def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
 
 
-def unfold_heads(folded: Tensor, heads: int) -> Tensor:
-    """(B, G, R·T, D) → (B, H, T, D), the inverse of :func:`fold_heads`."""
-    batch, groups, rows, dim = folded.shape
-    return folded.reshape(batch, heads, rows * groups // heads, dim)
-
-
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """(T, S) bool: the last query sees all keys, the one before all but the last, and so on."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fot.attention import attend
 from lightning_fot.config import MemoryConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.passes import AttentionFn, LayerCall, Pass, StopForward, WindowPass, memory_attention_forward
+from lightning_fot.passes import AttentionFn, CollectPass, LayerCall, Pass, StopForward, memory_attention_forward
 from lightning_fot.positions import find_rotary, identity_rotary
 
 if TYPE_CHECKING:
@@ -255,7 +254,7 @@ class Attachment:
         """An attached model with an empty memory must be the backbone (checked with the backbone's own positions)."""
         positions, self._positions = self._positions, "first"
         try:
-            with self.during(_EmptyMemoryPass()):
+            with self.during(CollectPass()):
                 logits = self._logits()
         finally:
             self._positions = positions
@@ -284,19 +283,6 @@ class Attachment:
             self.model.train(training)
         logits: Tensor = output.logits
         return logits
-
-
-class _EmptyMemoryPass(WindowPass):
-    """A window beside a memory that holds nothing."""
-
-    def __init__(self) -> None:
-        self.pairs = {}
-
-    def attend(
-        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        local_query, local_key, _ = call.local(query, key)
-        return attend(local_query, local_key, value, scale=scale, softcap=softcap)
 
 
 def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:

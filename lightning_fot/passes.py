@@ -123,13 +123,13 @@ class WindowPass(Pass):
 
 @dataclass
 class CollectPass(Pass):
-    """Embeds the previous windows of the ``paper`` layout: local attention only, pairs kept with their graph.
+    """Local attention only, pairs kept with their graph: embeds the previous windows of the ``paper`` layout.
 
     Args:
-        stop_layer: Last memory layer: nothing above it is needed.
+        stop_layer: Memory layer above which nothing is needed; None computes the whole forward.
     """
 
-    stop_layer: int
+    stop_layer: int | None = None
     pairs: Pairs = field(default_factory=dict)
 
     def attend(

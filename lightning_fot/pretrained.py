@@ -153,19 +153,12 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
             torch.manual_seed(0)
             model: PreTrainedModel = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
         return _ready(model, torch_dtype)
-    arguments: dict[str, Any] = {"dtype": torch_dtype}
-    source = name
+    source, arguments = _source(info)
     if name == SMOLLM2:
-        source = str(_smollm2_folder())
         # Without dequantisation transformers keeps the weights packed: 2 to 4 times slower and not trainable.
-        arguments |= {
-            "gguf_file": _SMOLLM2_FILE,
-            "quantization_config": transformers.GgufConfig(dequantize=True),
-        }
-    elif info.source == "local folder":
-        source = str(Path(name).expanduser())
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **arguments)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **arguments)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
     if name == SMOLLM2:
@@ -200,17 +193,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == TINY:
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()
         return tokenizer
-    arguments: dict[str, Any] = {}
-    source = name
-    if name == SMOLLM2:
-        source, arguments = str(_smollm2_folder()), {"gguf_file": _SMOLLM2_FILE}
-    elif info.source == "local folder":
-        source = str(Path(name).expanduser())
+    source, arguments = _source(info)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
     return tokenizer
+
+
+def _source(info: BackboneInfo) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for a backbone that it reads: a place, and further arguments."""
+    if info.name == SMOLLM2:
+        return str(_smollm2_folder()), {"gguf_file": _SMOLLM2_FILE}
+    if info.source == "local folder":
+        return str(Path(info.name).expanduser()), {}
+    return info.name, {}
 
 
 def _cannot_load(name: str, error: Exception) -> SettingError:

@@ -71,7 +71,6 @@ class Corpus:
         self.skipped: Counter[str] = Counter()
         self.short: set[str] = set()
         self.cut: set[str] = set()
-        self.encoded_tokens = 0
         self._kept: OrderedDict[DocumentSource, Ids] = OrderedDict()
         self._kept_tokens = 0
         self._read: set[DocumentSource] = set()
@@ -105,7 +104,6 @@ class Corpus:
         skipped = None if source in self._read else self.skipped
         self._read.add(source)
         ids, cut = self.encoder.encode(source.pieces(skipped), self.max_document_tokens)
-        self.encoded_tokens += len(ids)
         if cut:
             self.cut.add(source.name)
         self._kept[source] = ids
