@@ -220,6 +220,37 @@ class RetrieverContract:
         retriever.reset()
         assert torch.equal(twin.search(queries, 8).clamp_max(2048), before)
 
+    @pytest.mark.parametrize("share", [0.05, 0.9])
+    def test_removed_rows_are_never_returned(self, share: float) -> None:
+        retriever, keys, queries = self.filled(banks=2)
+        gone = (torch.rand(2048, generator=torch.Generator().manual_seed(0)) < share).nonzero()[:, 0]
+        retriever.remove([gone, None])
+        rows = retriever.search(queries, 32)
+        self.check_rows(rows, [2048, 2048], 32)
+        assert not bool(torch.isin(rows[0], gone).any())
+        assert int((rows[0] >= 0).sum()) == 32 * 256
+        left = torch.ones(2048, dtype=torch.bool).index_fill(0, gone, False).nonzero()[:, 0]
+        exact = left[topk_rows(queries[0], keys[0][left], 32)[0]]
+        assert float((rows[0].unsqueeze(2) == exact.unsqueeze(1)).any(2).float().mean()) > 0.7
+        assert bool(torch.isin(rows[1], gone).any())
+        retriever.remove([left, None])
+        assert int(retriever.search(queries, 4)[0].max()) == -1
+
+    def test_chosen_banks(self) -> None:
+        retriever, _, queries = self.filled(banks=2)
+        store = retriever.store.select([1, 1, 0])
+        chosen = retriever.select([1, 1, 0], store)
+        if chosen is None:  # it keeps keys of its own
+            return
+        before = retriever.search(queries, 8)
+        assert torch.equal(chosen.search(queries[[1, 1, 0]], 8), before[[1, 1, 0]])
+        loud = 100 * queries[[1, 1, 0], :1]
+        store.append(loud)
+        chosen.add(loud)
+        chosen.flush()
+        assert (chosen.search(queries[[1, 1, 0], :1], 1) == 2048).all()
+        assert torch.equal(retriever.search(queries, 8), before)
+
     def test_save_and_load(self, tmp_path: Path) -> None:
         retriever, keys, queries = self.filled(banks=2)
         retriever.save(tmp_path / "saved")

@@ -7,6 +7,7 @@ import json
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Self
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers.scan import pad_rows, topk_rows
+from lightning_fot.retrievers.checks import checked_banks
+from lightning_fot.retrievers.removed import Removed
+from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
 from lightning_fot.retrievers.settings import SETTING, TransformSpec, check_value, resolve_transform
 from lightning_fot.retrievers.stats import RetrieverStats
-from lightning_fot.retrievers.store import KeyStore, checked_banks
+from lightning_fot.retrievers.store import KeyStore
 
 
 class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it searches, and exact search is complete
@@ -68,6 +71,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self.min_index_size = min_index_size
         self._store = KeyStore(dim, banks)
         self._owns_store = True
+        self._removed = Removed(banks)
         self._stats = RetrieverStats()
 
     @property
@@ -130,9 +134,28 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._stats.adds += 1
         self._stats.add_seconds += perf_counter() - start
 
+    @torch.no_grad()
+    def remove(self, rows: Sequence[Tensor | None]) -> None:
+        """Never return some rows again; the numbers of the others stay.
+
+        Args:
+            rows: For each bank row numbers (n,) int64, or None.
+
+        Raises:
+            SettingError: There is not one entry a bank, or a row is not there.
+        """
+        self._removed.add(rows, self._store.lengths_list)
+
+    def renumber(self) -> None:
+        """Take the keys of the store anew, after its owner dropped rows and numbered the others from 0."""
+        self._removed = Removed(self.banks)
+        if type(self).add is not Retriever.add and not self._owns_store:
+            self.reset()
+            self.add(self._store.view(), self._store.lengths)
+
     def _check_finite(self, keys: Tensor, counts: list[int]) -> None:
         # Cast first: what overflows in the stored dtype is as bad as inf.
-        stored = keys.detach().to(self._store.dtype)
+        stored = keys.detach().to(self._store.float_dtype)
         if len(set(counts)) == 1:
             finite = bool(torch.isfinite(stored[:, : counts[0]]).all())
         else:
@@ -160,7 +183,10 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             raise SettingError("k", k, "must be a whole number of at least 1", "Try 32.")
         checked = self._checked_queries(queries)
         start, built = perf_counter(), self._stats.build_seconds
-        rows = self._search(checked, k).to(queries.device)
+        if self._removed.any and type(self)._search is not Retriever._search:
+            rows = self._search_the_others(checked, k).to(queries.device)
+        else:
+            rows = self._search(checked, k).to(queries.device)
         self._stats.searches += 1
         self._stats.queries += checked.shape[0] * checked.shape[1]
         self._stats.search_seconds += perf_counter() - start - (self._stats.build_seconds - built)
@@ -185,11 +211,26 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         """Rows (banks, q, k) for checked queries (banks, q, dim): float32, contiguous, on the store's device."""
         return torch.stack([pad_rows(self._scan(bank, queries[bank], k), k) for bank in range(self.banks)])
 
+    def _search_the_others(self, queries: Tensor, k: int) -> Tensor:
+        """As ``_search``, without removed rows: asks for more, and scans for queries that get too few all the same."""
+        wider = self._search(
+            queries, min(self._removed.wider(k, self._store.lengths_list), max(self._store.lengths_list))
+        )
+        found = []
+        for bank, part in enumerate(wider):
+            rows = part.masked_fill(self._removed.of(bank, part), -1)
+            keys = rescore(queries[bank], partial(self._store.take, bank), rows)
+            rows = pad_rows(best_of(rows, keys, k)[0], k)
+            short = ((rows >= 0).sum(1) < min(k, self._store.lengths_list[bank] - self._removed.count(bank))).nonzero()
+            if len(short):
+                rows[short[:, 0]] = pad_rows(self._scan(bank, queries[bank][short[:, 0]], k), k)
+            found.append(rows)
+        return torch.stack(found)
+
     def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
-        """Exact rows (q, min(k, n)) of one bank."""
-        keys = self._store.bank(bank)
-        self._stats.rows_scanned += queries.shape[0] * keys.shape[0]
-        return topk_rows(queries, keys, k)[0]
+        """Exact rows (q, min(k, n)) of one bank; -1 where rows were removed and fewer are left."""
+        self._stats.rows_scanned += queries.shape[0] * self._store.lengths_list[bank]
+        return topk_blocks(queries, self._store.scan(bank, len(queries)), k, self._removed.mask(bank))[0]
 
     def observe(self, queries: Tensor) -> None:
         """Show past queries (banks, q, dim), rotated as they are searched with; backends may learn from them.
@@ -213,6 +254,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             SettingError: A bank number is out of range.
         """
         numbers = checked_banks(banks, self.banks)
+        self._removed.reset(numbers)
         if self._owns_store:
             self._store.reset(numbers)
 
@@ -249,7 +291,25 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         twin._store = self._store.fork() if store is None else store
         twin._owns_store = self._owns_store if store is None else False
         twin.num_threads = self.num_threads
+        twin._removed = self._removed.select(range(self.banks))
         twin._stats = RetrieverStats()
+        return twin
+
+    def select(self, banks: Sequence[int], store: KeyStore) -> Self | None:
+        """A snapshot whose bank i is bank ``banks[i]`` of this retriever, sharing what is built.
+
+        Args:
+            banks: Bank numbers, repeated ones too.
+            store: The keys of those banks (:meth:`KeyStore.select`).
+
+        Returns:
+            None where a subclass keeps keys of its own: make a new one and add the keys.
+        """
+        if type(self).add is not Retriever.add:
+            return None
+        twin = self.fork(store)
+        twin.banks = len(banks)
+        twin._removed = self._removed.select(banks)
         return twin
 
     def save(self, folder: str | Path) -> None:
@@ -285,7 +345,10 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._restore_tensors(load_file(path / "keys.safetensors"))
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
-        return {"keys": self._store.view().contiguous(), "lengths": self._store.lengths}
+        removed = {
+            f"removed.{bank}": mask for bank in range(self.banks) if (mask := self._removed.mask(bank)) is not None
+        }
+        return {"keys": self._store.view().contiguous(), "lengths": self._store.lengths, **removed}
 
     def _restore_tensors(self, tensors: dict[str, Tensor]) -> None:
         keys = tensors["keys"]
@@ -293,6 +356,8 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             self._store = KeyStore(self.dim, self.banks, keys.dtype, self._store.device)
             self._store.append(keys, tensors["lengths"])
         self.add(keys[:, :0])
+        masks = [tensors.get(f"removed.{bank}") for bank in range(self.banks)]
+        self.remove([None if mask is None else mask.nonzero()[:, 0] for mask in masks])
 
     def __getstate__(self) -> dict[str, Any]:
         # After a multi-threaded call a forked child hangs in OpenMP: what travels to another process uses one thread.

@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, Protocol, Self
 from weakref import WeakSet
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers.base import Retriever
+from lightning_fot.retrievers.checks import checked_banks
 from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.reservoir import QueryReservoir
-from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_rows
+from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks, topk_rows
 from lightning_fot.retrievers.settings import TransformSpec
-from lightning_fot.retrievers.store import KeyStore, checked_banks
+from lightning_fot.retrievers.store import KeyStore
 from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
 
 _MIN_TAIL = 2048
@@ -59,9 +61,9 @@ class _Built:
     apart: Tensor
     owners: WeakSet[PerBankRetriever] = field(default_factory=WeakSet)
 
-    @property
-    def shared(self) -> bool:
-        return len(self.owners) > 1
+    def shared_with(self, owner: PerBankRetriever) -> bool:
+        """Whether another retriever, or another bank of the same one, answers with this index."""
+        return len(self.owners) > 1 or sum(built is self for built in owner._built) > 1
 
 
 class PerBankRetriever(Retriever):
@@ -161,11 +163,38 @@ class PerBankRetriever(Retriever):
                 built.owners.add(twin)
         return twin
 
+    def select(self, banks: Sequence[int], store: KeyStore) -> Self | None:
+        """A snapshot whose bank i is bank ``banks[i]`` of this retriever, sharing its indexes.
+
+        Args:
+            banks: Bank numbers, repeated ones too.
+            store: The keys of those banks.
+        """
+        twin = super().select(banks, store)
+        if twin is not None:
+            for built in self._built:
+                if built is not None:
+                    built.owners.discard(twin)
+            twin._built = [self._built[bank] for bank in banks]
+            twin._failed_at = [self._failed_at[bank] for bank in banks]
+            twin._reservoir = self._reservoir.select(banks)
+            for built in twin._built:
+                if built is not None:
+                    built.owners.add(twin)
+        return twin
+
+    def renumber(self) -> None:
+        """Drop all indexes, after the owner of the store numbered its rows anew; observed queries stay."""
+        for bank in range(self.banks):
+            self._drop(bank)
+            self._failed_at[bank] = 0
+        super().renumber()
+
     def _drop(self, bank: int) -> None:
         built = self._built[bank]
-        if built is not None:
-            built.owners.discard(self)
         self._built[bank] = None
+        if built is not None and not any(other is built for other in self._built):
+            built.owners.discard(self)
 
     def _refresh(self, flush: bool = False) -> None:
         """Build or extend the indexes whose exact tail has grown too long."""
@@ -181,7 +210,7 @@ class PerBankRetriever(Retriever):
                 self._attempt(bank, length, None)
                 continue
             tail = length - built.size
-            in_place = self.incremental and not built.shared
+            in_place = self.incremental and not built.shared_with(self)
             share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
             if tail > 0 and (flush or tail > max(self._min_tail, share * built.size)):
                 self._attempt(bank, length, built if in_place and self._still_fits(built, length) else None)
@@ -212,7 +241,7 @@ class PerBankRetriever(Retriever):
             self._stats.build_seconds += perf_counter() - start
 
     def _build(self, bank: int, length: int) -> None:
-        keys = self._store.bank(bank)[:length].cpu()
+        keys = self._store.rows(bank, 0, length).cpu()
         past = self._reservoir.bank(bank)
         transform = fit_transform(keys, past, self.transform)
         hubs = fit_hubs(keys, past) if self.transform != TransformSpec() else None
@@ -226,7 +255,7 @@ class PerBankRetriever(Retriever):
         self._stats.rebuilds += 1
 
     def _extend(self, built: _Built, bank: int, length: int) -> None:
-        keys = self._store.bank(bank)[built.size : length].cpu()
+        keys = self._store.rows(bank, built.size, length).cpu()
         moved, apart = _prepare(keys, built.transform, built.hubs)
         built.index.add(moved.numpy())
         built.apart = torch.cat((built.apart, apart + built.size))
@@ -245,19 +274,19 @@ class PerBankRetriever(Retriever):
         rows = self._ask(built, queries, k)
         if rows is None:
             return self._scan(bank, queries, k)
-        keys = self._store.bank(bank)
-        if len(built.apart) == 0 and len(keys) == built.size:
+        length = self._store.lengths_list[bank]
+        if len(built.apart) == 0 and length == built.size:
             return rows
+        take = partial(self._store.take, bank)
         apart = built.apart.to(rows.device)
         rows = rows.masked_fill(torch.isin(rows, apart), -1)
-        found = [(rows, rescore(queries, keys, rows))]
+        found = [(rows, rescore(queries, take, rows))]
         if len(apart):
-            picked, scores = topk_rows(queries, keys[apart], k)
+            picked, scores = topk_rows(queries, take(apart), k)
             found.append((apart[picked], scores))
-        if len(keys) > built.size:
-            picked, scores = topk_rows(queries, keys[built.size :], k)
-            found.append((picked + built.size, scores))
-        self._stats.rows_scanned += len(queries) * (len(keys) - built.size + len(apart) + k)
+        if length > built.size:
+            found.append(topk_blocks(queries, self._store.scan(bank, len(queries), built.size), k))
+        self._stats.rows_scanned += len(queries) * (length - built.size + len(apart) + k)
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
     def _ask(self, built: _Built, queries: Tensor, k: int) -> Tensor | None:

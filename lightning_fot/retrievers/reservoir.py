@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import Lock
 
 import torch
@@ -77,6 +78,12 @@ class QueryReservoir:
         twin._generator.set_state(self._generator.get_state())
         twin._shared = self._shared = True
         twin._lock = Lock()
+        return twin
+
+    def select(self, banks: Sequence[int]) -> QueryReservoir:
+        """A copy whose bank i is bank ``banks[i]`` of this one."""
+        twin = self.fork()
+        twin._kept, twin._seen = self._kept[list(banks)], [self._seen[bank] for bank in banks]
         return twin
 
     def restore(self, bank: int, queries: Tensor) -> None:

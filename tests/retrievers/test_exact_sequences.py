@@ -1,9 +1,10 @@
-"""Exact search equals brute force after any sequence of add, reset, search and fork."""
+"""Exact search, and an index asked for everything, equal brute force after any sequence of operations."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,18 +20,27 @@ Operation = st.one_of(
     st.tuples(st.just("reset"), st.lists(st.integers(0, BANKS - 1), unique=True)),
     st.tuples(st.just("search"), st.integers(1, 60)),
     st.tuples(st.just("fork"), st.booleans()),
+    st.tuples(st.just("remove"), st.floats(0.01, 0.9)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, BANKS - 1), min_size=BANKS, max_size=BANKS)),
 )
+
+SPECS: dict[str, Any] = {
+    "exact": "exact",
+    "faiss_ivf": {"name": "faiss_ivf", "min_index_size": 48, "nlist": 4, "nprobe": 4},
+    "hnsw": {"name": "hnsw", "min_index_size": 48, "M": 16, "ef_construction": 200, "ef_search": 2000},
+}
 
 
 class Model:
     """Keys of each bank in plain lists beside the retriever under test."""
 
-    def __init__(self, shared: bool) -> None:
-        self.retriever = create_retriever("exact", dim=DIM, banks=BANKS)
+    def __init__(self, shared: bool, spec: Any) -> None:
+        self.retriever = create_retriever(spec, dim=DIM, banks=BANKS, num_threads=1)
         self.store = KeyStore(DIM, BANKS) if shared else None
         if self.store is not None:
             self.retriever.use_store(self.store)
         self.keys = [torch.zeros(0, DIM) for _ in range(BANKS)]
+        self.removed: list[set[int]] = [set() for _ in range(BANKS)]
 
     def add(self, keys: Tensor, counts: list[int]) -> None:
         if self.store is not None:
@@ -43,36 +53,55 @@ class Model:
             self.store.reset(banks)
         self.retriever.reset(banks)
         for bank in banks:
-            self.keys[bank] = self.keys[bank][:0]
+            self.keys[bank], self.removed[bank] = self.keys[bank][:0], set()
+
+    def remove(self, share: float, generator: torch.Generator) -> None:
+        gone = [(torch.rand(len(keys), generator=generator) < share).nonzero()[:, 0] for keys in self.keys]
+        self.retriever.remove([rows if len(rows) else None for rows in gone])
+        self.removed = [old | set(rows.tolist()) for old, rows in zip(self.removed, gone, strict=True)]
+
+    def select(self, banks: list[int]) -> None:
+        store = self.retriever.store.select(banks)
+        chosen = self.retriever.select(banks, store)
+        assert chosen is not None
+        self.retriever, self.store = chosen, store
+        self.keys = [self.keys[bank] for bank in banks]
+        self.removed = [self.removed[bank] for bank in banks]
 
     def fork(self) -> Model:
         twin = Model.__new__(Model)
         twin.store = self.store.fork() if self.store is not None else None
         twin.retriever = self.retriever.fork(twin.store)
-        twin.keys = list(self.keys)
+        twin.keys, twin.removed = list(self.keys), list(self.removed)
         return twin
 
     def check(self, queries: Tensor, k: int) -> None:
         rows = self.retriever.search(queries, k)
         assert self.retriever.lengths.tolist() == [len(keys) for keys in self.keys]
         for bank, keys in enumerate(self.keys):
-            width = min(k, len(keys))
+            gone = torch.tensor(sorted(self.removed[bank]), dtype=torch.int64)
+            width = min(k, len(keys) - len(gone))
             assert torch.equal(rows[bank, :, width:], torch.full((queries.shape[1], k - width), -1))
-            scores = (queries[bank] @ keys.T).gather(1, rows[bank, :, :width])
-            best = (queries[bank] @ keys.T).topk(width, dim=1).values
-            torch.testing.assert_close(scores, best)
+            assert not bool(torch.isin(rows[bank], gone).any())
+            scores = (queries[bank] @ keys.T).index_fill(1, gone, float("-inf"))
+            torch.testing.assert_close(scores.gather(1, rows[bank, :, :width]), scores.topk(width, dim=1).values)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@settings(max_examples=40, deadline=None)
 @given(shared=st.booleans(), operations=st.lists(Operation, max_size=14), seed=st.integers(0, 2**16))
-def test_any_sequence_equals_brute_force(shared: bool, operations: list[tuple[str, Any]], seed: int) -> None:
+def test_any_sequence_equals_brute_force(spec: Any, shared: bool, operations: list[tuple[str, Any]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    model, others = Model(shared), []
+    model, others = Model(shared, spec), []
     for name, value in operations:
         if name == "add":
             model.add(torch.randn(BANKS, 40, DIM, generator=generator), value)
         elif name == "reset":
             model.reset(value)
+        elif name == "remove":
+            model.remove(value, generator)
+        elif name == "select":
+            model.select(value)
         elif name == "search":
             model.check(torch.randn(BANKS, 5, DIM, generator=generator), value)
         else:
