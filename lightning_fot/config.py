@@ -35,8 +35,12 @@ class MemoryConfig:
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
         integration: ``softmax``: one softmax over local and retrieved pairs (FoT); ``gate``: a learned mix per head
             (Memorizing Transformers).
-        dtype: Stored dtype of keys and values, ``float32`` or ``bfloat16``; None takes the model's.
+        dtype: Stored dtype of keys and values: ``float32``, ``bfloat16`` or ``int8`` (a byte a coordinate and a scale a
+            vector); None takes the model's.
         capacity: Tokens kept a row, oldest out; None keeps all.
+        offload_dir: Folder for memory that the operating system pages in and out of a file, so that it may be larger
+            than RAM; None keeps all in RAM. The file is gone with the process; ``Memory.save`` is what lasts.
+        offload: What goes there: ``values`` (keys are searched, so they stay in RAM) or ``all``.
         last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
 
     Raises:
@@ -52,8 +56,10 @@ class MemoryConfig:
     sink_tokens: int = 0
     skip_window_start: int = 0
     integration: Literal["softmax", "gate"] = "softmax"
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None
     capacity: int | None = None
+    offload_dir: str | None = None
+    offload: Literal["values", "all"] = "values"
     last_context_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +69,8 @@ class MemoryConfig:
         for name, choices in (
             ("positions", ("first", "none")),
             ("integration", ("softmax", "gate")),
-            ("dtype", (None, "float32", "bfloat16")),
+            ("dtype", (None, "float32", "bfloat16", "int8")),
+            ("offload", ("values", "all")),
         ):
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices)

@@ -1,4 +1,4 @@
-"""The memory: stored (key, value) pairs of every memory layer, and a retriever over the keys of each.
+"""The memory: stored (key, value) pairs of every memory layer, and which text they came from.
 
 A memory is a value: :meth:`Memory.snapshot` costs nothing and neither copy sees what is added to the other.
 """
@@ -8,21 +8,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fot.attention import Retrieved, Shown
+from lightning_fot.documents import Document, TokenLog, TokensRead
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers.registry import create_retriever
-from lightning_fot.retrievers.store import KeyStore
+from lightning_fot.memory_layer import MemoryLayer
 
-if TYPE_CHECKING:
-    from lightning_fot.retrievers.base import Retriever
+# Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
+PACKED_SHARE = 8
 
-# A full memory drops this share of its capacity at once, so that the index is not rebuilt for every window.
-EVICTED_SHARE = 8
+Pairs = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class MemoryShape:
         kv_heads: G of each memory layer.
         head_dim: D of each memory layer's keys.
         value_dim: D of each memory layer's values.
-        dtype: Stored dtype.
+        dtype: Stored dtype; ``torch.int8`` stands for a byte a coordinate and a scale a vector.
         device: Where the pairs are kept.
     """
 
@@ -46,150 +44,6 @@ class MemoryShape:
     device: torch.device
 
 
-class MemoryLayer:
-    """Pairs of one layer: banks (row, KV head) of keys and values, and the retriever over the keys.
-
-    Args:
-        batch_size: B, independent rows.
-        kv_heads: G.
-        head_dim: D of keys.
-        value_dim: D of values.
-        retriever: Specification as ``MemoryConfig.retriever``.
-        dtype: Stored dtype.
-        device: Where the pairs are kept.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        retriever: Any,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        banks = batch_size * kv_heads
-        self.batch_size = batch_size
-        self.kv_heads = kv_heads
-        self.key_store = KeyStore(head_dim, banks, dtype=dtype, device=device)
-        self.value_store = KeyStore(value_dim, banks, dtype=dtype, device=device)
-        self.retriever: Retriever = create_retriever(retriever, head_dim, banks)
-        self.retriever.use_store(self.key_store)
-
-    @property
-    def keys(self) -> Tensor:
-        """(B, G, M, D), a view; rows shorter than M end in unused places."""
-        return self._rows(self.key_store)
-
-    @property
-    def values(self) -> Tensor:
-        """(B, G, M, D), a view, as :attr:`keys`."""
-        return self._rows(self.value_store)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and index."""
-        return self.key_store.nbytes + self.value_store.nbytes + self.retriever.nbytes
-
-    def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
-        """Stores pairs behind those already there.
-
-        Args:
-            keys: (B, G, n, D), as if at position 0.
-            values: (B, G, n, D).
-            lengths: (B,) pairs that count in each row; None means n.
-        """
-        per_bank = None if lengths is None else lengths.repeat_interleave(self.kv_heads)
-        folded = keys.flatten(0, 1)
-        self.key_store.append(folded, per_bank)
-        self.value_store.append(values.flatten(0, 1), per_bank)
-        self.retriever.add(folded, per_bank)
-
-    def search(self, queries: Tensor, k: int) -> Tensor:
-        """Row numbers of the k largest inner products.
-
-        Args:
-            queries: (B, G, Q, D), rotated as the layer uses them.
-            k: Pairs wanted.
-
-        Returns:
-            (B, G, Q, k) int64, -1 where a row holds fewer.
-        """
-        rows = self.retriever.search(queries.flatten(0, 1), k)
-        return self._split(rows)
-
-    def gather(self, rows: Tensor) -> Retrieved:
-        """The pairs of row numbers (B, G, Q, K)."""
-        folded = rows.flatten(0, 1)
-        valid = folded >= 0
-        index = folded.clamp_min(0).flatten(1)
-
-        def take(store: KeyStore) -> Tensor:
-            view = store.view()
-            bank = torch.arange(view.shape[0], device=view.device)[:, None]
-            return view[bank, index.to(view.device)].reshape(*rows.shape, view.shape[-1])
-
-        return Retrieved(take(self.key_store), take(self.value_store), self._split(valid))
-
-    def read(self, queries: Tensor, k: int) -> Retrieved | Shown | None:
-        """What the queries (B, G, Q, D) attend to: the k nearest pairs, all when there are no more, None when empty."""
-        stored = self.key_store.view().shape[1]
-        if stored == 0:
-            return None
-        if stored <= k:
-            places = torch.arange(stored, device=self.keys.device)
-            row_lengths = self.key_store.lengths[:: self.kv_heads].to(places.device)
-            return Shown(self.keys, self.values, places < row_lengths[:, None])
-        return self.gather(self.search(queries, k))
-
-    def keep_last(self, counts: Tensor) -> None:
-        """Keeps the last ``counts`` (B,) pairs of each row; row numbers start from 0 again."""
-        per_bank = counts.repeat_interleave(self.kv_heads)
-        width = int(per_bank.max())
-        start = self.key_store.lengths - per_bank
-        places = (start[:, None] + torch.arange(width)).to(self.keys.device)
-        bank = torch.arange(len(per_bank), device=places.device)[:, None]
-        keys, values = (
-            self._split(view[bank, places.clamp_max(view.shape[1] - 1)])
-            for view in (self.key_store.view(), self.value_store.view())
-        )
-        self.reset()
-        self.append(keys, values, counts)
-
-    def select_rows(self, rows: Tensor, retriever: Any) -> MemoryLayer:
-        """A new layer whose row i holds what row ``rows[i]`` holds here."""
-        keys, values = self.keys, self.values
-        other = MemoryLayer(
-            len(rows), self.kv_heads, keys.shape[3], values.shape[3], retriever, keys.dtype, keys.device
-        )
-        lengths = self.key_store.lengths[:: self.kv_heads].cpu()[rows.cpu()]
-        if keys.shape[2]:
-            other.append(keys[rows.to(keys.device)], values[rows.to(keys.device)], lengths)
-        return other
-
-    def reset(self) -> None:
-        """Forgets all pairs."""
-        self.key_store.reset()
-        self.value_store.reset()
-        self.retriever.reset()
-
-    def snapshot(self) -> MemoryLayer:
-        """An independent layer that shares what is stored so far: O(1)."""
-        other = object.__new__(MemoryLayer)
-        other.batch_size, other.kv_heads = self.batch_size, self.kv_heads
-        other.key_store, other.value_store = self.key_store.fork(), self.value_store.fork()
-        other.retriever = self.retriever.fork(other.key_store)
-        return other
-
-    def _rows(self, store: KeyStore) -> Tensor:
-        return self._split(store.view())
-
-    def _split(self, folded: Tensor) -> Tensor:
-        """(B·G, ...) → (B, G, ...)."""
-        return folded.reshape(self.batch_size, self.kv_heads, *folded.shape[1:])
-
-
 class Memory:
     """The external memory of an attached model: pairs of every memory layer, row by row.
 
@@ -197,8 +51,11 @@ class Memory:
         shape: Layers, heads, sizes and dtype of the model it belongs to.
         batch_size: B, independent rows.
         retriever: Specification as ``MemoryConfig.retriever``; one retriever is made for each layer.
-        capacity: Tokens kept a row, oldest out (an eighth of the capacity at a time); None keeps all.
+        capacity: Tokens kept a row, oldest out; None keeps all.
         fingerprint: Names the model when the memory is saved, JSON-able; called then, since it reads weights.
+        key_folder: Keep keys in files of this folder, paged in and out by the operating system; None keeps them in
+            memory.
+        value_folder: The same for values.
 
     Raises:
         SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
@@ -211,29 +68,35 @@ class Memory:
         retriever: Any,
         capacity: int | None = None,
         fingerprint: Callable[[], dict[str, Any]] | None = None,
+        key_folder: str | None = None,
+        value_folder: str | None = None,
     ) -> None:
-        if batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
         self.shape = shape
         self.batch_size = batch_size
         self.retriever = retriever
         self.capacity = capacity
         self.fingerprint = fingerprint
-        self.tokens_seen = torch.zeros(batch_size, dtype=torch.int64)
+        self.log = TokenLog(batch_size)
+        self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
+        """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
         self.layers: dict[int, MemoryLayer] = {
-            layer: MemoryLayer(batch_size, heads, dim, value_dim, retriever, shape.dtype, shape.device)
+            layer: MemoryLayer(
+                batch_size, heads, dim, value_dim, retriever, shape.dtype, shape.device, key_folder, value_folder
+            )
             for layer, heads, dim, value_dim in zip(
                 shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True
             )
         }
+        # What is on disk already, so that saving again writes what is new: see persistence.
+        self.saved: dict[str, Any] = {}
 
     @property
     def lengths(self) -> Tensor:
         """(B,) int64: tokens stored in each row."""
         layer = next(iter(self.layers.values()), None)
-        if layer is None:
-            return torch.zeros(self.batch_size, dtype=torch.int64)
-        return layer.key_store.lengths[:: layer.kv_heads].cpu().clone()
+        return torch.tensor([0] * self.batch_size if layer is None else layer.lengths, dtype=torch.int64)
 
     def __len__(self) -> int:
         """Tokens stored in the longest row."""
@@ -241,71 +104,165 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values and indexes of all layers."""
-        return sum(layer.nbytes for layer in self.layers.values())
+        """Bytes of keys, values, indexes and the log of tokens, in memory or on disk."""
+        return sum(layer.nbytes for layer in self.layers.values()) + self.log.nbytes
 
-    def append(self, pairs: Mapping[int, tuple[Tensor, Tensor]], lengths: Tensor | None = None) -> None:
-        """Stores the pairs of all memory layers, or of none if a layer is missing.
+    @property
+    def tokens_seen(self) -> Tensor:
+        """(B,) int64: tokens read in each row, stored or not; padding does not count."""
+        return self.log.seen
+
+    @property
+    def documents(self) -> list[Document]:
+        """What was read, in the order in which each row began it."""
+        return self.log.documents
+
+    def append(self, pairs: Pairs, lengths: Tensor | None = None, read: TokensRead | None = None) -> None:
+        """Stores the pairs of all memory layers, or of none where something is wrong.
 
         Args:
             pairs: For each memory layer keys and values (B, G, n, D), keys as if at position 0.
             lengths: (B,) pairs that count in each row; None means n.
+            read: The tokens of this step, of which the pairs are a part; None: unknown ones.
 
         Raises:
-            SettingError: A memory layer's pairs are missing.
+            SettingError: A memory layer's pairs are missing, misshapen or not finite, or the disk is full.
         """
+        counts = self._checked(pairs, lengths)
+        before = self.lengths.tolist()
+        try:
+            for number, layer in self.layers.items():
+                keys, values = pairs[number]
+                # Stored pairs outlive the pass: no graph, and no inference tensors that training could not use.
+                layer.append(keys.detach(), values.detach(), lengths)
+        except BaseException:
+            for layer in self.layers.values():
+                layer.truncate(before)
+            raise
+        if read is not None:
+            self.log.extend(read)
+        else:
+            self.log.skip(counts)
+        self._drop_oldest()
+
+    def _checked(self, pairs: Pairs, lengths: Tensor | None) -> Tensor:
+        """Pairs that each row gets, (B,), once everything about them is known to be right."""
         missing = [layer for layer in self.layers if layer not in pairs]
         if missing:
             raise SettingError("pairs", sorted(pairs), f"lacks memory layers {missing}", "Give all memory layers.")
-        added = torch.tensor([next(iter(pairs.values()))[0].shape[2]]) if pairs else torch.zeros(1, dtype=torch.int64)
-        self._make_room(added if lengths is None else lengths)
+        new = {pairs[number][0].shape[2:3] for number in self.layers} or {torch.Size([0])}
         for number, layer in self.layers.items():
-            keys, values = pairs[number]
-            # Stored pairs outlive the pass: no graph, and no inference tensors that training could not use.
-            layer.append(keys.detach(), values.detach(), lengths)
+            for name, tensor, dim in (
+                ("keys", pairs[number][0], layer.key_store.dim),
+                ("values", pairs[number][1], layer.value_store.dim),
+            ):
+                wanted = (self.batch_size, layer.kv_heads, *min(new), dim)
+                if tuple(tensor.shape) != wanted or not tensor.is_floating_point():
+                    raise SettingError(
+                        f"pairs[{number}]", f"{name} {tuple(tensor.shape)} {tensor.dtype}",
+                        f"is not {wanted} (rows, KV heads, tokens, size) in a floating dtype", "Give one pair a token.",
+                    )  # fmt: skip
+                if not bool(torch.isfinite(tensor).all()):
+                    self._refuse_unless_padding(number, name, tensor, lengths)
+        width = int(min(new)[0])
+        if lengths is None:
+            return torch.full((self.batch_size,), width)
+        counts = lengths.cpu().to(torch.int64)
+        if counts.shape != (self.batch_size,) or not 0 <= int(counts.min()) <= int(counts.max()) <= width:
+            raise SettingError(
+                "lengths", lengths.tolist(), f"is not {self.batch_size} numbers from 0 to {width}", "Give one a row."
+            )
+        return counts
 
-    def _make_room(self, added: Tensor) -> None:
+    def _refuse_unless_padding(self, number: int, name: str, tensor: Tensor, lengths: Tensor | None) -> None:
+        counts = torch.full((self.batch_size,), tensor.shape[2]) if lengths is None else lengths.cpu()
+        for row, count in enumerate(counts.tolist()):
+            if not bool(torch.isfinite(tensor[row, :, :count]).all()):
+                raise SettingError(
+                    f"pairs[{number}]", f"{name} with nan or inf", f"are not finite in row {row}",
+                    "Check the model's activations and its dtype.",
+                )  # fmt: skip
+
+    def _drop_oldest(self) -> None:
         if self.capacity is None or not self.layers:
             return
-        if int(added.max()) > self.capacity:
-            raise SettingError(
-                "model.memory.capacity",
-                self.capacity,
-                f"is less than the {int(added.max())} tokens of one window",
-                "Raise it to a few windows at least.",
-            )
-        lengths = self.lengths
-        if int((lengths + added).max()) <= self.capacity:
+        excess = (self.lengths - self.capacity).clamp_min(0)
+        if not bool(excess.any()):
             return
-        room = (self.capacity - self.capacity // EVICTED_SHARE - added).clamp_min(0).expand_as(lengths)
+        kept = [torch.arange(length) >= count for length, count in zip(self.lengths.tolist(), excess, strict=True)]
         for layer in self.layers.values():
-            layer.keep_last(torch.minimum(lengths, room))
+            layer.drop_oldest(excess.tolist())
+            if layer.unpacked > self.capacity // PACKED_SHARE:
+                layer.pack()
+        self.log.keep(kept)
+        self.forgotten = self.forgotten + excess
+        self.saved = {}
+
+    def forget(self, document: str) -> int:
+        """Forgets a document in every row; indexes are built anew.
+
+        Args:
+            document: The name it was read under.
+
+        Returns:
+            Pairs that went, of each layer and KV head.
+
+        Raises:
+            SettingError: No row holds a document of that name.
+        """
+        found = self.log.find(document)
+        if not found:
+            names = sorted({known.name for known in self.documents if known.name is not None})
+            raise SettingError(
+                "document", document, "is not in this memory", f"It holds: {', '.join(names) or 'none'}."
+            )
+        masks = [torch.ones(length, dtype=torch.bool) for length in self.lengths.tolist()]
+        for known in found:
+            masks[known.row][self.log.rows_of(known.number)] = False
+        for layer in self.layers.values():
+            layer.keep(masks)
+        self.log.end()
+        self.log.keep(masks)
+        self.saved = {}
+        return sum(known.stored for known in found)
 
     def snapshot(self) -> Memory:
         """An independent memory that shares what is stored so far: O(1), copied on write."""
-        other = object.__new__(Memory)
-        other.__dict__.update(self.__dict__)
-        other.tokens_seen = self.tokens_seen.clone()
-        other.layers = {number: layer.snapshot() for number, layer in self.layers.items()}
-        return other
+        return self._with({number: layer.snapshot() for number, layer in self.layers.items()}, self.log.fork())
 
     def select_rows(self, rows: Tensor) -> Memory:
-        """A new memory whose row i holds a copy of what row ``rows[i]`` holds here (beam search)."""
+        """A memory whose row i is a snapshot of row ``rows[i]`` (beam search): nothing is copied.
+
+        Args:
+            rows: (n,) int64, repeated ones too.
+        """
+        index = rows.tolist()
+        other = self._with(
+            {n: layer.select_rows(index) for n, layer in self.layers.items()}, self.log.select_rows(rows)
+        )
+        other.batch_size, other.saved = len(index), {}
+        other.forgotten = self.forgotten[index]
+        return other
+
+    def _with(self, layers: dict[int, MemoryLayer], log: TokenLog) -> Memory:
         other = object.__new__(Memory)
         other.__dict__.update(self.__dict__)
-        other.batch_size = len(rows)
-        other.tokens_seen = self.tokens_seen[rows.cpu()]
-        other.layers = {number: layer.select_rows(rows, self.retriever) for number, layer in self.layers.items()}
+        other.layers, other.log = layers, log
+        other.saved = dict(self.saved)
         return other
 
     def reset(self) -> None:
         """Forgets everything stored."""
-        self.tokens_seen.zero_()
+        self.log = TokenLog(self.batch_size)
+        self.forgotten = torch.zeros(self.batch_size, dtype=torch.int64)
+        self.saved = {}
         for layer in self.layers.values():
             layer.reset()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the memory as safetensors and JSON; what the folder held before is replaced whole or not at all.
+
+        Saved again into the same folder, only what was added since is written.
 
         Raises:
             SettingError: The folder cannot be written.

@@ -1,7 +1,8 @@
 """Memories on disk: safetensors and JSON, written so that a kill at any moment leaves the old memory or the new one.
 
-The folder holds ``memory.json``, which names a data file ``memory-<digest>.safetensors`` and its SHA-256. Data are
-written first, under a name of their own; then ``memory.json`` is replaced, which file systems do whole.
+The folder holds ``memory.json``, which names data files and their SHA-256. Files are written first, under names of
+their own; then ``memory.json`` is replaced, which file systems do whole. Pairs never change, so a memory that grew is
+saved by one more file with what is new.
 """
 
 from __future__ import annotations
@@ -9,40 +10,61 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_fot.documents import TokenLog
 from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.quantiser import Quantiser
+from lightning_fot.tensor_files import Entry, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_fot.lm import MemoryLM
     from lightning_fot.memory import Memory
+    from lightning_fot.memory_layer import MemoryLayer
+    from lightning_fot.retrievers.store import KeyStore
 
-FORMAT = 1
+FORMAT = 2
 INDEX_FILE = "memory.json"
+# A folder of more data files than this is written anew as one.
+MOST_FILES = 64
+_SAMPLED = 1024
 
 
 def fingerprint(lm: MemoryLM) -> dict[str, Any]:
     """What a memory must share with the model that reads it, JSON-able.
 
-    Keys depend on the weights of the memory layers (and of those below), so their digest is part of it.
+    Stored keys depend on the weights of the memory layers and on all below them. The attention weights of memory layers
+    are digested whole, the others by a thousand numbers of each parameter: a model of any size takes a moment.
     """
     digest = hashlib.sha256()
+    top = max(lm.memory_layers, default=-1)
     for index in lm.memory_layers:
         for name, parameter in sorted(lm.attachment.attentions[index].named_parameters()):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, parameter in lm.model.named_parameters():
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        if layer is not None and int(layer.group(1)) <= top:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    config = lm.model.config.get_text_config()
     return {
-        "model_type": str(lm.model.config.get_text_config().model_type),
+        "model_type": str(config.model_type),
         "memory_layers": list(lm.memory_layers),
         "kv_heads": [lm.attachment.facts[index].kv_heads for index in lm.memory_layers],
         "head_dim": [lm.attachment.facts[index].head_dim for index in lm.memory_layers],
         "positions": lm.config.positions,
+        "dtype": lm.config.dtype or str(lm.model.dtype).removeprefix("torch."),
+        "rotary": json.loads(json.dumps(getattr(config, "rope_parameters", None), default=str, sort_keys=True)),
         "weights": digest.hexdigest(),
     }
 
@@ -57,38 +79,100 @@ def save_memory(memory: Memory, folder: str | os.PathLike[str]) -> None:
     Raises:
         SettingError: The folder cannot be written, or the memory was not made by a model.
     """
-    from safetensors.torch import save_file
-
     if memory.fingerprint is None:
         raise SettingError("memory", repr(memory), "belongs to no model", "Make it with the model's new_memory.")
     target = Path(folder)
-    tensors: dict[str, Tensor] = {"lengths": memory.lengths, "tokens_seen": memory.tokens_seen}
-    for number, layer in memory.layers.items():
-        tensors[f"{number}.keys"] = layer.keys.contiguous().cpu()
-        tensors[f"{number}.values"] = layer.values.contiguous().cpu()
+    lengths = memory.lengths.tolist()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary)
-            digest = _digest(Path(temporary))
-            data_file = f"memory-{digest[:16]}.safetensors"
-            _sync(Path(temporary))
-            os.replace(temporary, target / data_file)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        index = {"format": FORMAT, "data": data_file, "sha256": digest, "fingerprint": memory.fingerprint()}
-        _replace_text(target / INDEX_FILE, json.dumps(index, indent=1))
+        shards, done = _already_there(memory, target)
+        if not shards or lengths != done:
+            file = _write(target, "memory", _pairs(memory, done, lengths))
+            shards = [*shards, {**file, "start": done, "stop": lengths}]
+        log, documents = memory.log.state()
+        log_file = _write(target, "log", _log_entries(memory, log))
+        index = {
+            "format": FORMAT,
+            "fingerprint": memory.fingerprint(),
+            "rows": memory.batch_size,
+            "lengths": lengths,
+            "pairs": shards,
+            "log": log_file,
+            "documents": documents,
+        }
+        text = json.dumps(index, indent=1)
+        _replace_text(target / INDEX_FILE, text)
     except OSError as error:
         raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
-    for old in target.glob("memory-*.safetensors"):
-        if old.name != data_file:
+    memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}
+    named = {file["file"] for file in (*shards, log_file)}
+    for old in [*target.glob("memory-*.safetensors"), *target.glob("log-*.safetensors")]:
+        if old.name not in named:
             old.unlink(missing_ok=True)
 
 
+def _already_there(memory: Memory, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Data files in the folder that hold the start of this memory, and how far each row is in them."""
+    nothing: tuple[list[dict[str, Any]], list[int]] = ([], [0] * memory.batch_size)
+    digest, lengths = memory.saved.get(str(target.resolve()), (None, []))
+    index_file = target / INDEX_FILE
+    if digest is None or not index_file.is_file():
+        return nothing
+    text = index_file.read_text(encoding="utf-8")
+    if _text_digest(text) != digest:
+        return nothing
+    shards = json.loads(text)["pairs"]
+    if len(shards) >= MOST_FILES or not all((target / shard["file"]).is_file() for shard in shards):
+        return nothing
+    return shards, list(lengths)
+
+
+def _pairs(memory: Memory, start: list[int], stop: list[int]) -> list[Entry]:
+    entries = []
+    for number, layer in memory.layers.items():
+        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+            entries += _store_entries(f"{number}.{name}", layer, store, start, stop)
+    return entries
+
+
+def _store_entries(name: str, layer: MemoryLayer, store: KeyStore, start: list[int], stop: list[int]) -> list[Entry]:
+    """Pairs ``start[b]`` to ``stop[b]`` of each row b as (banks, n, dim), shorter banks filled with zeros."""
+    width = max(end - begin for begin, end in zip(start, stop, strict=True))
+
+    def pieces(scales: bool) -> Iterator[Tensor]:
+        for bank in range(store.banks):
+            row = bank // layer.kv_heads
+            first, last = (number + layer.dropped[row] for number in (start[row], stop[row]))
+            for data, scale in store.raw(bank, first, last):
+                yield scale if scales and scale is not None else data
+            missing = width - (last - first)
+            if missing:
+                yield (
+                    torch.zeros(missing, dtype=torch.float16)
+                    if scales
+                    else torch.zeros(missing, store.dim, dtype=store.dtype)
+                )
+
+    entries = [Entry(name, store.dtype, (store.banks, width, store.dim), pieces(False))]
+    if store.dtype == torch.int8:
+        entries.append(Entry(f"{name}.scales", torch.float16, (store.banks, width), pieces(True)))
+    return entries
+
+
+def _log_entries(memory: Memory, log: dict[str, Tensor]) -> list[Entry]:
+    tensors = dict(log)
+    for number, layer in memory.layers.items():
+        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+            if store.quantiser is not None:
+                tensors[f"{number}.{name}.centre"] = store.quantiser.centre
+                tensors[f"{number}.{name}.spread"] = store.quantiser.spread
+    return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
+
+
 def load_memory(lm: MemoryLM, folder: str | os.PathLike[str]) -> Memory:
-    """Reads a memory that the same model wrote. Indexes are built again.
+    """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
+
+    Pairs in one file are mapped, not read: the operating system brings in what is used.
 
     Args:
         lm: The model that will read it.
@@ -97,43 +181,104 @@ def load_memory(lm: MemoryLM, folder: str | os.PathLike[str]) -> Memory:
     Raises:
         SettingError: There is none, it is damaged, or it belongs to another model.
     """
-    from safetensors.torch import load_file
-
     source = Path(folder)
+    index, text = _read_index(source, folder)
+    _refuse_other_model(lm, index["fingerprint"], folder)
+    memory = lm.new_memory(index["rows"])
+    try:
+        log = _read_checked(source, index["log"], folder)
+        memory.log = TokenLog.restore(log, index["documents"])
+        for shard in index["pairs"]:
+            tensors = _read_checked(source, shard, folder)
+            for number, layer in memory.layers.items():
+                counts = [b - a for a, b in zip(shard["start"], shard["stop"], strict=True)]
+                per_bank = [count for count in counts for _ in range(layer.kv_heads)]
+                for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+                    key = f"{number}.{name}"
+                    if f"{key}.centre" in log:
+                        centre, spread = log[f"{key}.centre"], log[f"{key}.spread"]
+                        store.quantiser = Quantiser(centre.to(store.device), spread.to(store.device))
+                    data, scales = tensors[key].to(store.device), tensors.get(f"{key}.scales")
+                    scales = None if scales is None else scales.to(store.device)
+                    if len(index["pairs"]) == 1:
+                        store.adopt(data, scales, per_bank)
+                    else:
+                        store.append_raw(data, scales, per_bank)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(folder, f"its files do not fit together: {error}") from error
+    if memory.lengths.tolist() != (index["lengths"] if memory.layers else [0] * index["rows"]):
+        raise _damaged(folder, "its files hold more or fewer tokens than memory.json says")
+    for layer in memory.layers.values():
+        layer.retriever.renumber()
+    memory.saved = {str(source.resolve()): (_text_digest(text), index["lengths"])}
+    return memory
+
+
+def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     index_file = source / INDEX_FILE
     if not index_file.is_file():
         raise SettingError("folder", str(folder), f"holds no {INDEX_FILE}", "Give a folder that Memory.save wrote.")
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        data_file, digest, written = source / index["data"], index["sha256"], index["fingerprint"]
+        text = index_file.read_text(encoding="utf-8")
+        index = json.loads(text)
+        written = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
-    if index.get("format") != FORMAT:
-        raise SettingError("folder", str(folder), f"has format {index.get('format')}", f"This version reads {FORMAT}.")
-    own = fingerprint(lm)
-    if written != own:
-        named = written if isinstance(written, dict) else {}
-        different = [name for name in own if named.get(name) != own[name]]
+    if written != FORMAT:
         raise SettingError(
-            "folder",
-            str(folder),
-            f"the memory was made by another model: {', '.join(different)} differ"
-            f" ({', '.join(f'{name}: {named.get(name)} there, {own[name]} here' for name in different)})",
-            "Load the model and settings that wrote it, or ingest the documents again.",
+            "folder", str(folder), f"has format {written}, this version reads {FORMAT}", "Ingest the documents again."
         )
-    if not data_file.is_file() or _digest(data_file) != digest:
-        raise _damaged(folder, f"{data_file.name} is missing, cut short or altered")
-    tensors = load_file(data_file)
-    memory = lm.new_memory(len(tensors["lengths"]))
-    pairs = {number: (tensors[f"{number}.keys"], tensors[f"{number}.values"]) for number in memory.layers}
-    if int(tensors["lengths"].max()):
-        memory.append(pairs, tensors["lengths"])
-    memory.tokens_seen = tensors["tokens_seen"]
-    return memory
+    missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
+    if missing:
+        raise _damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
+    return index, text
+
+
+def _refuse_other_model(lm: MemoryLM, written: Any, folder: str | os.PathLike[str]) -> None:
+    own = fingerprint(lm)
+    if written == own:
+        return
+    named = written if isinstance(written, dict) else {}
+    different = [name for name in own if named.get(name) != own[name]]
+    raise SettingError(
+        "folder",
+        str(folder),
+        f"the memory was made by another model: {', '.join(different)} differ"
+        f" ({', '.join(f'{name}: {named.get(name)} there, {own[name]} here' for name in different)})",
+        "Load the model and settings that wrote it, or ingest the documents again.",
+    )
+
+
+def _read_checked(source: Path, named: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = source / str(named["file"])
+    if not path.is_file() or _digest(path) != named["sha256"]:
+        raise _damaged(folder, f"{path.name} is missing, cut short or altered")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
 
 
 def _damaged(folder: str | os.PathLike[str], reason: str) -> SettingError:
     return SettingError("folder", str(folder), f"the memory is damaged: {reason}", "Ingest the documents again.")
+
+
+def _write(target: Path, kind: str, entries: list[Entry]) -> dict[str, Any]:
+    """Writes a data file under a name of its content; gives its name and digest."""
+    handle, temporary = tempfile.mkstemp(dir=target, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            digest = write_tensors(stream, entries)
+            stream.flush()
+            os.fsync(stream.fileno())
+        name = f"{kind}-{digest[:16]}.safetensors"
+        os.replace(temporary, target / name)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return {"file": name, "sha256": digest}
 
 
 def _digest(path: Path) -> str:
@@ -141,9 +286,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _replace_text(path: Path, text: str) -> None:

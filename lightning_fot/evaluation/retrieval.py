@@ -20,7 +20,8 @@ from lightning_fot.evaluation.plan import retriever_label
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
     from lightning_fot.lm import MemoryLM
-    from lightning_fot.memory import Memory, MemoryLayer
+    from lightning_fot.memory import Memory
+    from lightning_fot.memory_layer import MemoryLayer
 
 # Scores held at once: 2**24 fp32 scores are 64 MiB.
 MAX_SCORES = 2**24
