@@ -9,6 +9,7 @@ pairs, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,13 @@ class Retrieved:
         keys: (B, G, R·T, K, D), as if at position 0.
         values: (B, G, R·T, K, D).
         valid: (B, G, R·T, K) bool; False where fewer than K pairs were found.
+        rows: (B, G, R·T, K) int64 numbers of the pairs in the memory, -1 where there is none; None if they have none.
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     gate: Tensor | None = None,
+    dropout: float = 0.0,
     max_scores: int = MAX_SCORES,
+    on_weights: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Attention over local and outside pairs in one softmax.
 
@@ -84,20 +89,23 @@ def attend(
         softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
         gate: (H,) logits; given, the two attentions are normalised apart and mixed by sigmoid(gate) (Memorizing
             Transformers, arXiv 2203.08913, section 3.2) instead of sharing one softmax.
+        dropout: Share of weights set to 0, the others raised to make up for it (training alone).
         max_scores: Scores held at once; queries are cut in chunks to stay below. Changes no result beyond rounding.
+        on_weights: Called once, where there are outside pairs, with their weights (B, G, R·T, K or M) as they enter the
+            output: what is left to 1 is local.
 
     Returns:
         (B, H, T, D) in the dtype of ``query``.
     """
     batch, heads, length, _ = query.shape
     if outside is None and gate is None and softcap is None:
-        return _local(query, key, value, scale, mask)
+        return _local(query, key, value, scale, mask, dropout)
     groups = key.shape[1]
     repeats = heads // groups
     full_mask = _additive(mask, query, key)
     columns = key.shape[2] + (outside.keys.shape[-2] if outside is not None else 0)
     step = max(1, min(length, max_scores // max(1, batch * heads * columns)))
-    chunks = []
+    chunks, weights = [], []
     for start in range(0, length, step):
         stop = min(start + step, length)
         part = query[:, :, start:stop].reshape(batch, groups, repeats, stop - start, -1)
@@ -105,19 +113,27 @@ def attend(
         local = _cap(local, softcap) + _group(full_mask[:, :, start:stop], groups)
         pairs = _slice(outside, repeats, start, stop)
         far = None if pairs is None else _far_scores(part, pairs, scale, softcap)
-        chunks.append(_combine(local, value, far, pairs, gate))
+        mixed, far_weights = _combine(local, value, far, pairs, gate, dropout)
+        chunks.append(mixed)
+        if on_weights is not None and far_weights is not None:
+            weights.append(far_weights.detach())
+    if on_weights is not None and weights:
+        on_weights(torch.cat(weights, dim=3).flatten(2, 3))
     return torch.cat(chunks, dim=2).to(query.dtype)
 
 
-def _local(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    if mask is None and query.shape[2] != key.shape[2]:
-        mask = causal_mask(query.shape[2], key.shape[2], query.device)
+def _local(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
+    # A single query is the last: it sees every key.
+    causal = mask is None and query.shape[2] > 1
+    if causal and query.shape[2] != key.shape[2]:
+        mask, causal = causal_mask(query.shape[2], key.shape[2], query.device), False
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=mask is None,
+        dropout_p=dropout,
+        is_causal=causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -173,24 +189,35 @@ def _far_scores(part: Tensor, pairs: Retrieved | Shown, scale: float, softcap: f
 
 
 def _combine(
-    local: Tensor, value: Tensor, far: Tensor | None, pairs: Retrieved | Shown | None, gate: Tensor | None
-) -> Tensor:
-    """Weights from scores, then the values' sum: (B, H, t, D)."""
+    local: Tensor,
+    value: Tensor,
+    far: Tensor | None,
+    pairs: Retrieved | Shown | None,
+    gate: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Weights from scores, then the values' sum (B, H, t, D), and the outside pairs' weights (B, G, R, t, K or M)."""
     batch, groups, repeats, length, local_keys = local.shape
     if far is None or pairs is None:
-        mixed = _sum(local.softmax(-1), value, None)
+        far_weights = None
+        mixed = _sum(F.dropout(local.softmax(-1), dropout), value, None)
     elif gate is None:
         # Equation of fot-semantics section 1: one softmax over the union.
-        weights = torch.cat([local, far], dim=-1).softmax(-1)
-        mixed = _sum(weights[..., :local_keys], value, None) + _sum(weights[..., local_keys:], pairs.values, pairs)
+        weights = F.dropout(torch.cat([local, far], dim=-1).softmax(-1), dropout)
+        far_weights = weights[..., local_keys:]
+        mixed = _sum(weights[..., :local_keys], value, None) + _sum(far_weights, pairs.values, pairs)
     else:
         far_weights = far.softmax(-1)
+        share = gate.sigmoid().reshape(1, groups, repeats, 1, 1).to(local.dtype)
         if pairs.valid is not None:
             valid = pairs.valid if isinstance(pairs, Retrieved) else pairs.valid[:, None, None, None, :]
             far_weights = far_weights * valid
-        share = gate.sigmoid().reshape(1, groups, repeats, 1, 1).to(local.dtype)
-        mixed = share * _sum(far_weights, pairs.values, pairs) + (1 - share) * _sum(local.softmax(-1), value, None)
-    return mixed.reshape(batch, groups * repeats, length, -1)
+            # A row without a memory attends locally alone, as it would in a batch of its own.
+            share = share * valid.any(-1, keepdim=True)
+        far_weights = F.dropout(share * far_weights, dropout)
+        local_weights = F.dropout((1 - share) * local.softmax(-1), dropout)
+        mixed = _sum(far_weights, pairs.values, pairs) + _sum(local_weights, value, None)
+    return mixed.reshape(batch, groups * repeats, length, -1), far_weights
 
 
 def _sum(weights: Tensor, values: Tensor, pairs: Retrieved | Shown | None) -> Tensor:

@@ -6,19 +6,28 @@ rotation, so that queries and keys reach the attention function after biases and
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fot.config import MemoryConfig
+from lightning_fot.documents import UNKNOWN_TOKEN
 from lightning_fot.errors import SettingError
-from lightning_fot.passes import AttentionFn, CollectPass, LayerCall, Pass, StopForward, memory_attention_forward
-from lightning_fot.positions import find_rotary, identity_rotary
+from lightning_fot.facts import LayerFacts, ProbePass
+from lightning_fot.layers import (
+    attention_function,
+    attention_layers,
+    check_replay,
+    checkpointing,
+    decoder_of,
+    evaluation_mode,
+    text_config,
+)
+from lightning_fot.passes import CollectPass, LayerCall, Pass, StopForward, memory_attention_forward
+from lightning_fot.positions import Embeddings, find_rotary, identity_rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,34 +38,9 @@ INTERFACE = "lightning_fot"
 # Largest difference of logits, relative to their spread, that still is rounding.
 _PARITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _SELF_TEST_TOKENS = 8
-
-
-@dataclass
-class LayerFacts:
-    """What one probing forward tells of a memory layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    rotates: bool
-
-
-class _ProbePass(Pass):
-    """Notes shapes, and whether a layer rotates: a cosine of NaN only reaches queries that are rotated."""
-
-    serves_all_layers = True
-
-    def __init__(self) -> None:
-        self.facts: dict[int, LayerFacts] = {}
-
-    def attend(
-        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        self.facts[call.layer_idx] = LayerFacts(
-            query.shape[1], key.shape[1], key.shape[3], value.shape[3], bool(query.isnan().any())
-        )
-        return torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
+# Attribute of a cosine table that names the pass which its layers served: the table outlives the pass where layers are
+# run again in the backward pass.
+_PASS = "lightning_fot_pass"
 
 
 class Attachment:
@@ -72,26 +56,32 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, config: MemoryConfig) -> None:
         self.model = model
-        self.attentions = _attention_layers(model)
+        self.attentions = attention_layers(model)
         self.memory_layers = config.resolve_layers(len(self.attentions))
+        self._text_config = text_config(model)
         self._positions = config.positions
         self._current: Pass | None = None
         self._probing = False
+        self._replayable = False
+        # Layers of one forward share their rotary embeddings: what is derived from them is made once.
+        self._identities: dict[int, tuple[Embeddings, Embeddings]] = {}
         self.facts: dict[int, LayerFacts] = {}
         self.gates: dict[int, nn.Parameter] = {}
         self._refuse_sliding_layers()
-        self._original = _implementation(model)
-        self._backends = {index: _backend(self._original, layer) for index, layer in self.attentions.items()}
+        self._original = self._implementation
+        self._backends = {index: attention_function(self._original, layer) for index, layer in self.attentions.items()}
         self._handles = [
             layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
             for index, layer in self.attentions.items()
         ]
         self._handles += self._cache_hooks()
         try:
-            reference = self._logits()
-            self._select_interface()
-            self._probe()
-            self._check_parity(reference)
+            with torch.no_grad(), evaluation_mode(model):
+                reference = self._logits()
+                self._select_interface()
+                self._probe()
+                self._refuse_narrow_layers(config.window)
+                self._check_parity(reference)
         except BaseException as error:
             self.detach()
             if isinstance(error, SettingError) or not isinstance(error, Exception):
@@ -104,88 +94,146 @@ class Attachment:
                 "Memory layers need keys that are rotated as a whole after their projection, as in Llama.",
             ) from error
 
+    @property
+    def _implementation(self) -> str:
+        return str(self._text_config._attn_implementation)
+
     def detach(self) -> None:
         """Takes the hooks away; the model computes what it computed before, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if _implementation(self.model) != self._original:
+        if self._implementation != self._original:
             self.model.set_attn_implementation(self._original)
+
+    def check_attached(self) -> None:
+        """Refuses to go on where the memory layers would be plain layers without a word.
+
+        Raises:
+            SettingError: The memory was detached, or the model was given another attention since.
+        """
+        if not self._handles:
+            raise SettingError(
+                "model", type(self.model).__name__, "the memory is detached from it", "Attach the memory again."
+            )
+        if self._implementation != INTERFACE:
+            raise SettingError(
+                "attn_implementation",
+                self._implementation,
+                "was set after the memory was attached, so that the memory layers are plain layers",
+                "Detach the memory, set it, and attach the memory again.",
+            )
 
     @contextmanager
     def during(self, current: Pass) -> Iterator[None]:
-        """Memory layers serve ``current`` inside the block; a forward that it stops early ends quietly."""
-        if not self._handles:
-            raise RuntimeError("the memory is detached from this model: attach it again")
-        outer, self._current = self._current, current
+        """Memory layers serve ``current`` inside the block; a forward that it stops early ends quietly.
+
+        Raises:
+            SettingError: The memory is detached, or the pass cannot be run again as gradient checkpointing would.
+        """
+        self.check_attached()
+        outer = self._enter(current)
         try:
             yield
         except StopForward:
             pass
         finally:
-            self._current = outer
+            self._leave(outer)
+
+    def _enter(self, current: Pass) -> tuple[Pass | None, bool]:
+        """Makes ``current`` what memory layers serve; gives what they served before."""
+        outer = self._current, self._replayable
+        functions = checkpointing(self.model)
+        if functions:
+            check_replay(current, functions)
+        self._current, self._replayable = current, bool(functions)
+        return outer
+
+    def _leave(self, outer: tuple[Pass | None, bool]) -> None:
+        self._current, self._replayable = outer
+        self._identities.clear()
 
     def _hook(self, index: int) -> Any:
         rotary = find_rotary(self.attentions[index])
         is_memory_layer = index in self.memory_layers
 
         def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Without our interface the call would reach a foreign attention function as an unknown argument.
-            if _implementation(self.model) != INTERFACE:
+            # Without our interface the call would reach a foreign attention function as an unknown argument. Within a
+            # pass it is known to be ours: asking transformers' configuration takes longer than the rest of this hook.
+            if self._current is None and self._implementation != INTERFACE:
                 return None
             call = LayerCall(index, self._backends[index], is_memory_layer=is_memory_layer)
             kwargs = {**kwargs, "fot_layer": call}
+            embeddings: Embeddings | None = kwargs.get("position_embeddings")
             current = self._current
+            if current is None and embeddings is not None:
+                # A layer that is run again in the backward pass: its embeddings are those of the first run.
+                current = getattr(embeddings[0], _PASS, None)
             if current is None or not (is_memory_layer or current.serves_all_layers):
                 return args, kwargs
             call.current = current
             call.gate = self.gates.get(index)
-            embeddings = kwargs.get("position_embeddings")
-            if embeddings is None and rotary is not None and is_memory_layer:
-                raise SettingError(
-                    "model.backbone",
-                    type(self.model).__name__,
-                    f"layer {index} is not given its rotary embeddings by name",
-                    "This model class cannot have memory layers yet.",
-                )
-            if embeddings is not None:
-                if self._probing:
-                    replacement = tuple(torch.full_like(part, torch.nan) for part in embeddings)
-                else:
-                    length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-                    replacement = identity_rotary(tuple(part[:, -length:] for part in embeddings))
-                kwargs["position_embeddings"] = replacement
-                rotates = not self._probing and self.facts[index].rotates
-                # positions="none" concerns memory layers alone.
-                if rotates and (self._positions == "first" or not is_memory_layer):
-                    call.position_embeddings, call.rotary = embeddings, rotary
+            if embeddings is None:
+                if (rotary is not None and is_memory_layer) or self._replayable:
+                    raise SettingError(
+                        "model.backbone",
+                        type(self.model).__name__,
+                        f"layer {index} is not given its rotary embeddings by name",
+                        "This model class cannot have memory layers yet, or not with gradient checkpointing.",
+                    )
+                return args, kwargs
+            if self._replayable:
+                setattr(embeddings[0], _PASS, current)
+            if self._probing:
+                call.position_embeddings = embeddings
+                kwargs["position_embeddings"] = tuple(torch.full_like(part, torch.nan) for part in embeddings)
+                return args, kwargs
+            length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
+            kwargs["position_embeddings"] = self._identity(embeddings, length)
+            facts = self.facts[index]
+            # positions="none" concerns memory layers alone.
+            if facts.rotates and (self._positions == "first" or not is_memory_layer):
+                call.position_embeddings, call.rotary = embeddings, rotary
+                call.plain_at_zero = facts.plain_at_zero
             return args, kwargs
 
         return before_attention
+
+    def _identity(self, embeddings: Embeddings, length: int) -> Embeddings:
+        """(cos, sin) that rotate nothing, for the last ``length`` columns of the real ones."""
+        known = self._identities.get(id(embeddings))
+        if known is not None and known[0] is embeddings:
+            return known[1]
+        cos, sin = embeddings
+        identity = identity_rotary((cos[:, -length:], sin[:, -length:]))
+        if self._current is not None:
+            self._identities[id(embeddings)] = embeddings, identity
+        return identity
 
     def _cache_hooks(self) -> list[Any]:
         """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
         from lightning_fot.cache import MemoryCache
 
         decoder = decoder_of(self.model)
-        outer: list[Pass | None] = []
+        outer: list[tuple[Pass | None, bool]] = []
 
         def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
             if not isinstance(cache, MemoryCache):
                 return
+            self.check_attached()
             inputs = args[0] if args else kwargs.get("input_ids")
-            rows, length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
+            if inputs is None:
+                embeddings = kwargs["inputs_embeds"]
+                inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
             mask = kwargs.get("attention_mask")
-            valid = torch.ones(rows, length) if mask is None else mask[:, -length:]
-            cache.begin(valid.bool())
-            outer.append(self._current)
-            self._current = cache
+            cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
+            outer.append(self._enter(cache))
 
         def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(kwargs.get("past_key_values"), MemoryCache) and outer:
                 kwargs["past_key_values"].end(completed=output is not None)
-                self._current = outer.pop()
+                self._leave(outer.pop())
 
         def local_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not isinstance(self._current, MemoryCache):
@@ -205,7 +253,7 @@ class Attachment:
         ]
 
     def _refuse_sliding_layers(self) -> None:
-        types = getattr(_text_config(self.model), "layer_types", None) or []
+        types = getattr(self._text_config, "layer_types", None) or []
         for index in self.memory_layers:
             sliding = index < len(types) and types[index] not in ("full_attention", None)
             if sliding:
@@ -217,6 +265,18 @@ class Attachment:
                     f"Choose among its layers of full attention: {full}.",
                 )
 
+    def _refuse_narrow_layers(self, window: int) -> None:
+        for index in self.memory_layers:
+            seen = self.facts[index].sliding_window
+            if seen is not None and seen < window:
+                raise SettingError(
+                    "model.memory.window",
+                    window,
+                    f"layer {index} of this backbone sees {seen} tokens back, so that a part of each window would be "
+                    "in neither its local context nor its memory",
+                    f"Use a window of at most {seen}.",
+                )
+
     def _select_interface(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import eager_mask, sdpa_mask
@@ -224,7 +284,7 @@ class Attachment:
         AttentionInterface.register(INTERFACE, memory_attention_forward)
         AttentionMaskInterface.register(INTERFACE, eager_mask if self._original == "eager" else sdpa_mask)
         self.model.set_attn_implementation(INTERFACE)
-        if _implementation(self.model) != INTERFACE:
+        if self._implementation != INTERFACE:
             raise SettingError(
                 "model.backbone",
                 type(self.model).__name__,
@@ -233,7 +293,7 @@ class Attachment:
             )
 
     def _probe(self) -> None:
-        probe = _ProbePass()
+        probe = ProbePass()
         self._probing = True
         try:
             with self.during(probe):
@@ -270,18 +330,10 @@ class Attachment:
                 "Choose other memory layers, or report the model class to lightning-fot.",
             )
 
-    @torch.no_grad()
     def _logits(self) -> Tensor:
-        """Logits of a few fixed tokens, in evaluation mode."""
-        training = self.model.training
-        self.model.train(False)
-        try:
-            vocabulary = _text_config(self.model).vocab_size
-            ids = (torch.arange(_SELF_TEST_TOKENS) * 7 + 3) % vocabulary
-            output = self.model(input_ids=ids[None].to(self.model.device), use_cache=False)
-        finally:
-            self.model.train(training)
-        logits: Tensor = output.logits
+        """Logits of a few fixed tokens."""
+        ids = (torch.arange(_SELF_TEST_TOKENS) * 7 + 3) % self._text_config.vocab_size
+        logits: Tensor = self.model(input_ids=ids[None].to(self.model.device), use_cache=False).logits
         return logits
 
 
@@ -309,55 +361,8 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
     """
     from lightning_fot.lm import MemoryLM
 
-    if _implementation(model) == INTERFACE:
+    if text_config(model)._attn_implementation == INTERFACE:
         raise SettingError(
             "model", type(model).__name__, "already has a memory attached", "Call detach() on the first one."
         )
     return MemoryLM(Attachment(model, config), config)
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The stack of layers without the language-model head."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    return decoder
-
-
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
-
-
-def _implementation(model: PreTrainedModel) -> str:
-    return str(_text_config(model)._attn_implementation)
-
-
-def _attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules of the decoder by layer number."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__:
-            if index in found:
-                raise SettingError(
-                    "model.backbone",
-                    type(model).__name__,
-                    f"has two attention modules numbered {index}",
-                    "Only decoder-only language models can have memory layers.",
-                )
-            found[index] = module
-    if not found:
-        raise SettingError(
-            "model.backbone",
-            type(model).__name__,
-            "has no numbered attention layers",
-            "Give a decoder-only Llama-style model of transformers.",
-        )
-    return dict(sorted(found.items()))
-
-
-def _backend(implementation: str, layer: nn.Module) -> AttentionFn:
-    """The attention function that transformers would choose for a layer."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
-    function: AttentionFn = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    return function

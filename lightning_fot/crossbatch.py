@@ -77,6 +77,7 @@ def crossbatch_attention(
     *,
     scale: float,
     differentiable: bool = True,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Each row attends to its causal local window and, in the same softmax, to whole windows of other rows.
 
@@ -89,6 +90,7 @@ def crossbatch_attention(
         table: For each of the B rows the numbers it sees.
         scale: Factor on inner products.
         differentiable: Let gradients reach shown keys and values (FoT). False detaches them (Memorizing Transformers).
+        dropout: Share of attention weights set to 0.
 
     Returns:
         (B, H, T, D).
@@ -107,6 +109,7 @@ def crossbatch_attention(
                     query[row : row + 1],
                     key[row : row + 1],
                     value[row : row + 1],
+                    dropout_p=dropout,
                     is_causal=True,
                     scale=scale,
                     enable_gqa=grouped,
@@ -122,6 +125,7 @@ def crossbatch_attention(
                 torch.cat([far_keys.to(key.dtype), key[row]], dim=1)[None],
                 torch.cat([far_values.to(value.dtype), value[row]], dim=1)[None],
                 attn_mask=torch.cat([visible, local_mask], dim=1),
+                dropout_p=dropout,
                 scale=scale,
                 enable_gqa=grouped,
             )

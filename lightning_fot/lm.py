@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lightning_fot.attribution import AttentionTrace
 from lightning_fot.backbone import Attachment
 from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
+from lightning_fot.documents import TokensRead
 from lightning_fot.errors import SettingError
-from lightning_fot.generation import forward_cached, generate
-from lightning_fot.inputs import beyond, tokens_first
+from lightning_fot.generation import check_options, forward_cached, generate, read_cached, while_generating
+from lightning_fot.inputs import (
+    check_count,
+    check_ids,
+    check_memory,
+    check_switch,
+    check_table,
+    checked_labels,
+    tokens_first,
+)
+from lightning_fot.logits import LogitsCollector
 from lightning_fot.memory import Memory, MemoryShape
-from lightning_fot.passes import CollectPass, CrossbatchPass, WindowPass
+from lightning_fot.passes import CollectPass, CrossbatchPass, Recorder, WindowPass
 from lightning_fot.persistence import fingerprint, load_memory
+from lightning_fot.saving import save_attached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = bool | Callable[[int], None]
 
@@ -48,7 +63,8 @@ class MemoryLM:
         self.attachment = attachment
         self.model = attachment.model
         self.config = config
-        self._recorder: dict[int, list[Tensor]] | None = None
+        self._fingerprint = partial(fingerprint, self)
+        self._recorder: Recorder | None = None
         self.gates = nn.ParameterDict()
         if config.integration == "gate":
             for index in attachment.memory_layers:
@@ -92,6 +108,19 @@ class MemoryLM:
         """Sets the backbone's evaluation mode."""
         return self.train(False)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Writes a folder that any user of transformers opens, and ``attach_pretrained`` with its memory settings.
+
+        Args:
+            folder: Replaced as a whole if it is such a folder; the old one stays until the new one is complete.
+            tokenizer: Saved too; ``load_tokenizer`` and the command line need one in the folder.
+
+        Raises:
+            SettingError: The retriever is a Python object, or ``folder`` is a file, holds anything else, or cannot be
+                written.
+        """
+        save_attached(self, folder, tokenizer)
+
     def new_memory(self, batch_size: int = 1, retriever: Any = None) -> Memory:
         """An empty memory for this model.
 
@@ -100,7 +129,16 @@ class MemoryLM:
             retriever: In place of ``config.retriever``.
         """
         chosen = self.config.retriever if retriever is None else retriever
-        return Memory(self._memory_shape(), batch_size, chosen, self.config.capacity, partial(fingerprint, self))
+        folder = self.config.offload_dir
+        return Memory(
+            self._memory_shape(),
+            batch_size,
+            chosen,
+            self.config.capacity,
+            self._fingerprint,
+            key_folder=folder if self.config.offload == "all" else None,
+            value_folder=folder,
+        )
 
     def load_memory(self, folder: str | os.PathLike[str]) -> Memory:
         """Reads a memory that this model wrote with ``Memory.save``.
@@ -127,8 +165,9 @@ class MemoryLM:
             input_ids: (B, T) int64.
             attention_mask: (B, T), 0 or False for padding, on the left or on the right; None means no padding.
             memory: What was read before; None starts from an empty one.
-            labels: (B, T) int64, -100 where there is no target, not shifted (as in transformers).
-            logits_to_keep: Logits of the last tokens only; 0 gives all.
+            labels: (B, T) int64, -100 where there is no target, not shifted (as in transformers). Padding is no target.
+            logits_to_keep: Logits of the last columns only; 0 gives all. The loss is that of all tokens either way, so
+                that with 1 the loss of a text of any length takes the logits of one window at a time.
             update_memory: Add to ``memory`` itself. By default it stays as it is; ``out.memory`` is an extended copy.
 
         Returns:
@@ -137,32 +176,20 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask or the memory do not fit.
         """
+        check_count("logits_to_keep", logits_to_keep)
+        check_switch("update_memory", update_memory)
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise SettingError("labels", tuple(labels.shape), f"is not {tuple(input_ids.shape)}", "Give one a token.")
+        if labels is not None:
+            labels = checked_labels(labels, input_ids, self._vocabulary, self.device)
         batch, length = ids.shape
         if memory is None:
             memory = self.new_memory(batch)
         elif not update_memory:
             memory = memory.snapshot()
-        if places is not None and labels is not None:
-            labels = torch.gather(labels, 1, places)
-        keep_from = 0 if labels is not None or not logits_to_keep else max(0, length - logits_to_keep)
-        if places is not None and keep_from:
-            # Rows end at different places: the last logits of the shortest row may lie in an early window.
-            keep_from = max(0, int(lengths.min()) - logits_to_keep)
-        logits = torch.cat(list(self._read(ids, memory, lengths, places is not None, keep_from)), dim=1)
-        loss = None
-        if labels is not None:
-            shifted = labels[:, 1:].masked_fill(beyond(lengths, length, ids.device)[:, 1:], -100)
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), shifted.flatten())
-        if places is not None:
-            full = logits.new_zeros(batch, length, logits.shape[-1])
-            source = torch.nn.functional.pad(logits, (0, 0, length - logits.shape[1], 0))
-            logits = full.scatter(1, places[..., None].expand_as(full), source)
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
-        output = MemoryLMOutput(loss=loss, logits=logits)
+        collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
+        for logits in self._read(ids, memory, lengths, places is not None, collector.read_from):
+            collector.add(logits)
+        output = MemoryLMOutput(loss=collector.loss(), logits=collector.logits())
         output.memory = memory
         return output
 
@@ -173,6 +200,7 @@ class MemoryLM:
         memory: Memory,
         progress: Progress = False,
         attention_mask: Tensor | None = None,
+        document: str | Sequence[str | None] | None = None,
     ) -> Memory:
         """Reads a text into a memory, without logits: nothing above the last memory layer is computed.
 
@@ -181,17 +209,28 @@ class MemoryLM:
             memory: Extended in place, window by window; interrupted, it holds the windows read so far.
             progress: True draws a bar; a function is called with the tokens of each window.
             attention_mask: As in a call.
+            document: Name of the text, one for all rows or one a row, by which :attr:`Memory.documents` and passages
+                know it. A name given before continues that document. Without a name, a text that has none goes on.
 
         Returns:
             ``memory``.
 
         Raises:
-            SettingError: Shapes, dtypes, the mask or the memory do not fit.
+            SettingError: Shapes, dtypes, the mask, the names or the memory do not fit.
         """
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
-        with _reporter(progress, ids.numel()) as report:
-            for _ in self._read(ids, memory, lengths, places is not None, ids.shape[1], report):
-                pass
+        if document is not None:
+            names = [document] * len(ids) if isinstance(document, str) else list(document)
+            if len(names) != len(ids):
+                raise SettingError("document", names, f"is not {len(ids)} names", "Give one a row, or one for all.")
+            memory.log.begin(names)
+        try:
+            with _reporter(progress, ids.numel()) as report:
+                for _ in self._read(ids, memory, lengths, places is not None, ids.shape[1], report):
+                    pass
+        finally:
+            if document is not None:
+                memory.log.end()
         return memory
 
     @torch.no_grad()
@@ -202,37 +241,61 @@ class MemoryLM:
         attention_mask: Tensor | None = None,
         update_memory: bool = False,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """The ``generate`` of transformers beside a memory, for prompts and continuations of any length.
 
-        When the local window is full it moves by a stride and keeps ``config.overlap`` tokens, half a window where that
-        is 0: without an overlap the layers that have no memory would suddenly see a single token.
+        When the local window of a row is full it moves by a stride and keeps ``config.overlap`` tokens, and
+        ``config.sink_tokens`` of the start. Where ``overlap`` is 0 it keeps half a window and a few sinks all the same
+        (see :func:`~lightning_fot.generation.while_generating`). Rows of a batch get what they would get alone, in
+        tokens and in memory; what follows the end of a row is not stored.
+
+        With ``config.last_context_length``, a prompt longer than the window is cut as in LongLLaMA: its last
+        ``last_context_length`` tokens are the local context, all before is ingested. Shorter prompts are not cut.
 
         Args:
-            input_ids: (B, T) int64 prompts; padding on the left.
+            input_ids: (B, T) int64 prompts, each ending in the last column.
             memory: What was read before; None starts from an empty one.
-            attention_mask: (B, T), 0 for padding.
-            update_memory: Add prompt and continuation to ``memory``; by default it is not changed.
-            **kwargs: As ``generate`` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``.
+            attention_mask: (B, T), 0 for padding, on the left or in between.
+            update_memory: Add prompt and continuation to ``memory``, once they are complete; by default, and after an
+                error, it is as before.
+            **kwargs: As ``generate`` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``streamer``,
+                ``stopping_criteria``, ``generation_config``, ``return_dict_in_generate`` and so on.
 
         Returns:
-            (B, T + new) int64, as transformers gives them.
+            (B, T + new) int64 or an output object, as transformers gives them.
 
         Raises:
-            SettingError: Shapes, dtypes, the mask or the memory do not fit.
+            SettingError: Shapes, dtypes, the mask or the memory do not fit, or an option cannot work beside a memory:
+                the message names it.
         """
-        self._rows(input_ids, attention_mask, memory)
-        ids = input_ids.to(self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        check_options(self.model, kwargs, update_memory)
+        ids, lengths, _ = self._rows(input_ids, attention_mask, memory)
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise SettingError(
+                "attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left."
+            )
         kept = self.new_memory(len(ids)) if memory is None else memory
-        cache = MemoryCache(
-            kept if update_memory else kept.snapshot(),
-            self.config,
-            len(self.attachment.attentions),
-            self.config.overlap or self.config.window // 2,
-            self._recorder,
-        )
-        return generate(self.model, ids, mask, cache, update_memory, kwargs)
+        config = while_generating(self.config)
+        cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self._recorder)
+        read_prompt = partial(self._read_prompt, ids, lengths, cache)
+        generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
+        if update_memory:
+            vars(kept).update(vars(cache.memory))
+            cache.memory = kept
+        return generated
+
+    def _read_prompt(self, ids: Tensor, lengths: Tensor, cache: MemoryCache) -> None:
+        """Reads rows (B, T) of ``lengths`` (B,) tokens, all but the last of each."""
+        last = self.config.last_context_length
+        if last is not None and int(lengths.max()) > self.config.window:
+            before = torch.where(lengths > self.config.window, lengths - last, 0)
+            longest = int(before.max())
+            for _ in self._read(ids[:, :longest], cache.memory, before, True, longest):
+                pass
+            places = torch.arange(ids.shape[1] - int(before.min())) + before[:, None]
+            ids = ids.gather(1, places.clamp_max(ids.shape[1] - 1).to(ids.device))
+            lengths = lengths - before
+        read_cached(self.model, ids, lengths - 1, cache)
 
     def crossbatch(
         self,
@@ -255,13 +318,14 @@ class MemoryLM:
             (B, T, vocabulary).
 
         Raises:
-            SettingError: The table does not fit the batch.
+            SettingError: The table does not fit the batch, or there are no such tokens.
         """
-        if len(table) != len(input_ids):
-            raise SettingError("table", len(table), f"is not the batch's {len(input_ids)} rows", "Give one list a row.")
+        check_ids("input_ids", input_ids, self._vocabulary)
+        check_table(table, len(input_ids), len(input_ids) if previous_ids is None else len(previous_ids))
         if not self.memory_layers or previous_ids is None:
             current = CrossbatchPass(table, None, differentiable)
         else:
+            check_ids("previous_ids", previous_ids, self._vocabulary, dims=3)
             rows, windows, _ = previous_ids.shape
             collected = CollectPass(self.memory_layers[-1])
             with self.attachment.during(collected):
@@ -271,7 +335,9 @@ class MemoryLM:
                 [row * windows + back for row in seen for back in range(windows) if bool(valid[row, back])]
                 for seen in table
             ]
-            current = CrossbatchPass(shown, collected.pairs, differentiable)
+            # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
+            current = CrossbatchPass(shown, dict(collected.pairs), differentiable)
+            collected.pairs.clear()
         with self.attachment.during(current):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
@@ -283,9 +349,24 @@ class MemoryLM:
         Yields:
             By layer, a list of (B·G, R·T, D) tensors, one a window, rotated as searched; bank = row · G + KV head.
         """
-        outer, self._recorder = self._recorder, {}
+        queries: dict[int, list[Tensor]] = {}
+        outer, self._recorder = self._recorder, replace(self._recorder or Recorder(), queries=queries)
         try:
-            yield self._recorder
+            yield queries
+        finally:
+            self._recorder = outer
+
+    @contextmanager
+    def record_attention(self) -> Iterator[AttentionTrace]:
+        """Notes what memory layers attend to inside the block, for passages: see :class:`AttentionTrace`.
+
+        Example:
+            ``with lm.record_attention() as trace: lm.generate(ids, memory)``, then ``trace.passages(memory)``.
+        """
+        trace = AttentionTrace()
+        outer, self._recorder = self._recorder, replace(self._recorder or Recorder(), attention=trace)
+        try:
+            yield trace
         finally:
             self._recorder = outer
 
@@ -302,12 +383,10 @@ class MemoryLM:
         length = ids.shape[1]
         if self.config.overlap or self.config.sink_tokens:
             cache = MemoryCache(memory, self.config, len(self.attachment.attentions), recorder=self._recorder)
-            valid = torch.arange(length, device=ids.device) < lengths.to(ids.device)[:, None]
+            cache.ends = lengths
             while cache.seen < length:
                 start, stop = cache.seen, min(length, cache.seen + cache.room)
-                logits = forward_cached(
-                    self.model, ids[:, start:stop], valid[:, :stop], cache, stop - max(start, keep_from)
-                )
+                logits = forward_cached(self.model, ids[:, start:stop], cache, stop - max(start, keep_from))
                 if logits is not None:
                     yield logits
                 report(ids[:, start:stop].numel())
@@ -326,18 +405,15 @@ class MemoryLM:
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input checked, on the model's device, with each row's tokens first: see :func:`tokens_first`."""
-        rows = tokens_first(input_ids, attention_mask, self.device)
-        if memory is not None and memory.batch_size != len(input_ids):
-            raise SettingError(
-                "memory", f"{memory.batch_size} rows", f"does not fit input of {len(input_ids)} rows",
-                "Make it with new_memory(batch_size=...).",
-            )  # fmt: skip
-        if memory is not None and memory.shape != self._memory_shape():
-            raise SettingError(
-                "memory", str(memory.shape), f"does not fit this model's {self._memory_shape()}",
-                "Make it with this model's new_memory.",
-            )  # fmt: skip
+        self.attachment.check_attached()
+        rows = tokens_first(input_ids, attention_mask, self.device, self._vocabulary)
+        if memory is not None:
+            check_memory(memory, len(input_ids), self._memory_shape(), self._fingerprint)
         return rows
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     def _memory_shape(self) -> MemoryShape:
         facts = [self.attachment.facts[index] for index in self.memory_layers]
@@ -356,16 +432,16 @@ class MemoryLM:
         if not self.memory_layers and logits_to_keep == 0:
             return None
         stop = self.memory_layers[-1] if logits_to_keep == 0 else None
-        current = WindowPass(memory, self.config.top_k, stop, self._recorder)
+        places = torch.arange(ids.shape[1])
+        valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
+        current = WindowPass(memory, self.config.top_k, stop, self._recorder, None if counts is None else valid)
         logits: Tensor | None = None
         with self.attachment.during(current):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
         skip = min(self.config.skip_window_start, ids.shape[1])
         pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}
         stored = None if counts is None else (counts - skip).clamp_min(0)
-        if skip < ids.shape[1]:
-            memory.append(pairs, stored)
-        memory.tokens_seen += ids.shape[1] if counts is None else counts.cpu()
+        memory.append(pairs, stored, TokensRead(ids, valid, valid & (places >= skip)))
         return logits
 
 

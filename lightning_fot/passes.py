@@ -8,30 +8,66 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fot.attention import Shown, attend, fold_heads
+from lightning_fot.attention import Retrieved, Shown, attend, fold_heads
 from lightning_fot.crossbatch import RowTable, crossbatch_attention
 from lightning_fot.positions import RotaryFn, at_position_zero, rotate
 
 if TYPE_CHECKING:
+    from lightning_fot.attribution import AttentionTrace
     from lightning_fot.memory import Memory
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
 AttentionFn = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def searched_queries(memory: Memory, layer_idx: int, query: Tensor, recorder: dict[int, list[Tensor]] | None) -> Tensor:
+@dataclass(frozen=True)
+class Recorder:
+    """What is noted while memory layers read; None for what is not wanted.
+
+    Args:
+        queries: By layer, a list of searched queries (B·G, R·T, D), one a window.
+        attention: Collects the weights of memory pairs.
+    """
+
+    queries: dict[int, list[Tensor]] | None = None
+    attention: AttentionTrace | None = None
+
+    def on_weights(
+        self, memory: Memory, layer_idx: int, outside: Retrieved | Shown | None, valid: Tensor | None
+    ) -> Callable[[Tensor], None] | None:
+        """What :func:`~lightning_fot.attention.attend` calls with the weights of ``outside``; None where nothing does.
+
+        Args:
+            memory: What is attended to.
+            layer_idx: Layer.
+            outside: Pairs of the memory.
+            valid: (B, T) bool, False for queries of padding; None means that there is none.
+        """
+        if self.attention is None or outside is None:
+            return None
+        rows = outside.rows if isinstance(outside, Retrieved) else None
+        return partial(self.attention.add, layer_idx, rows=rows, valid=valid, forgotten=memory.forgotten)
+
+    def answering(self, answering: bool) -> None:
+        """Says whether the queries that come choose the tokens of an answer."""
+        if self.attention is not None:
+            self.attention.answering = answering
+
+
+def searched_queries(memory: Memory, layer_idx: int, query: Tensor, recorder: Recorder | None) -> Tensor:
     """Queries (B, H, T, D) in the form of a search, (B, G, R·T, D); the retriever and the recorder see them."""
     layer = memory.layers[layer_idx]
     folded = fold_heads(query, layer.kv_heads)
     seen = folded.detach().flatten(0, 1)
     layer.retriever.observe(seen)
-    if recorder is not None:
-        recorder.setdefault(layer_idx, []).append(seen.clone())
+    if recorder is not None and recorder.queries is not None:
+        recorder.queries.setdefault(layer_idx, []).append(seen.clone())
     return folded
 
 
@@ -52,6 +88,8 @@ class LayerCall:
         gate: (H,) logits of the memory's share, None for one softmax.
         is_memory_layer: Whether the layer attends to the memory.
         sliding_window: Local tokens that the backbone lets this layer see, None for all.
+        plain_at_zero: Whether rotation at position 0 leaves keys as they are, bit for bit.
+        dropout: Share of attention weights that the backbone drops, 0 outside training.
     """
 
     layer_idx: int
@@ -62,6 +100,8 @@ class LayerCall:
     gate: Tensor | None = None
     is_memory_layer: bool = True
     sliding_window: int | None = None
+    plain_at_zero: bool = False
+    dropout: float = 0.0
 
     def local(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, L, D), rotated keys, and the keys as if at position 0, both (B, G, S, D); L <= S."""
@@ -72,7 +112,7 @@ class LayerCall:
 
     def to_position_zero(self, key: Tensor) -> Tensor:
         """Keys (B, G, S, D) as the memory stores them."""
-        if self.rotary is None or self.position_embeddings is None:
+        if self.plain_at_zero or self.rotary is None or self.position_embeddings is None:
             return key
         cos, sin = self.position_embeddings
         # The first local column always is at position 0.
@@ -84,6 +124,8 @@ class Pass(ABC):
 
     serves_all_layers: ClassVar[bool] = False
     """Whether the other layers' attention is computed by the pass too, from keys that are not rotated."""
+    replayable: ClassVar[bool] = False
+    """Whether a layer may be run again with the same outcome, as gradient checkpointing does."""
 
     @abstractmethod
     def attend(
@@ -100,13 +142,15 @@ class WindowPass(Pass):
         memory: What is attended to; not changed by the pass.
         top_k: Pairs retrieved for each query.
         stop_layer: Memory layer above which nothing is needed; None computes the whole forward.
-        recorder: Where the searched queries are noted, (B·G, R·T, D) by layer; None keeps none.
+        recorder: Notes what is searched and attended to; None notes nothing.
+        valid: (B, T) bool, False for padding; None means there is none. Only a recorder needs it.
     """
 
     memory: Memory
     top_k: int
     stop_layer: int | None = None
-    recorder: dict[int, list[Tensor]] | None = None
+    recorder: Recorder | None = None
+    valid: Tensor | None = None
     pairs: Pairs = field(default_factory=dict)
 
     def attend(
@@ -118,7 +162,20 @@ class WindowPass(Pass):
         if call.layer_idx == self.stop_layer:
             raise StopForward
         outside = self.memory.layers[call.layer_idx].read(queries, self.top_k)
-        return attend(local_query, local_key, value, outside, scale=scale, softcap=softcap, gate=call.gate)
+        on_weights = None
+        if self.recorder is not None:
+            on_weights = self.recorder.on_weights(self.memory, call.layer_idx, outside, self.valid)
+        return attend(
+            local_query,
+            local_key,
+            value,
+            outside,
+            scale=scale,
+            softcap=softcap,
+            gate=call.gate,
+            dropout=call.dropout,
+            on_weights=on_weights,
+        )
 
 
 @dataclass
@@ -129,6 +186,7 @@ class CollectPass(Pass):
         stop_layer: Memory layer above which nothing is needed; None computes the whole forward.
     """
 
+    replayable: ClassVar[bool] = True
     stop_layer: int | None = None
     pairs: Pairs = field(default_factory=dict)
 
@@ -139,7 +197,7 @@ class CollectPass(Pass):
         self.pairs[call.layer_idx] = (shown_key, value)
         if call.layer_idx == self.stop_layer:
             raise StopForward
-        return attend(local_query, local_key, value, scale=scale, softcap=softcap)
+        return attend(local_query, local_key, value, scale=scale, softcap=softcap, dropout=call.dropout)
 
 
 @dataclass
@@ -152,6 +210,7 @@ class CrossbatchPass(Pass):
         differentiable: Let gradients reach shown keys and values.
     """
 
+    replayable: ClassVar[bool] = True
     table: RowTable
     shown: Pairs | None = None
     differentiable: bool = True
@@ -172,6 +231,7 @@ class CrossbatchPass(Pass):
             self.table,
             scale=scale,
             differentiable=self.differentiable,
+            dropout=call.dropout,
         )
 
     def _explicit(
@@ -199,7 +259,16 @@ class CrossbatchPass(Pass):
                 )
             part = slice(row, row + 1)
             outputs.append(
-                attend(query[part], key[part], value[part], outside, scale=scale, softcap=softcap, gate=call.gate)
+                attend(
+                    query[part],
+                    key[part],
+                    value[part],
+                    outside,
+                    scale=scale,
+                    softcap=softcap,
+                    gate=call.gate,
+                    dropout=call.dropout,
+                )
             )
         return torch.cat(outputs)
 
@@ -227,6 +296,7 @@ def memory_attention_forward(
     if call.current is None or query.device.type == "meta":
         return call.backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call.sliding_window = kwargs.get("sliding_window")
+    call.dropout = dropout
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = call.current.attend(call, query, key, value, scale, kwargs.get("softcap"))
     return output.transpose(1, 2).contiguous(), None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 RotaryFn = Callable[..., tuple[Tensor, Tensor]]
+# (cos, sin), each (B or 1, T, R) with R at most the head size.
+Embeddings = tuple[Tensor, Tensor]
 
 
 def find_rotary(attention: nn.Module) -> RotaryFn | None:
@@ -17,7 +19,7 @@ def find_rotary(attention: nn.Module) -> RotaryFn | None:
     return function if callable(function) else None
 
 
-def identity_rotary(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def identity_rotary(position_embeddings: Embeddings) -> Embeddings:
     """(cos, sin) that rotate nothing, in the shape and dtype of the real ones.
 
     Passed to a memory layer in place of the real ones, they let queries and keys reach the attention function after
@@ -27,9 +29,7 @@ def identity_rotary(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return torch.ones_like(cos), torch.zeros_like(sin)
 
 
-def rotate(
-    rotary: RotaryFn, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def rotate(rotary: RotaryFn, query: Tensor, key: Tensor, position_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     """Rotates queries (B, H, L, D) and keys (B, G, S, D) by (cos, sin), each (B or 1, S, R) with R <= D.
 
     The queries are those of the last L <= S keys.
@@ -38,13 +38,15 @@ def rotate(
     new, width = query.shape[2], key.shape[2]
     if new == width:
         return rotary(query, key, cos, sin)
-    return rotary(query, query, cos[:, width - new :], sin[:, width - new :])[0], rotary(key, key, cos, sin)[1]
+    # The functions rotate two tensors at a time: one head stands in for the one that is not needed.
+    rotated_query, _ = rotary(query, query[:, :1], cos[:, width - new :], sin[:, width - new :])
+    return rotated_query, rotary(key[:, :1], key, cos, sin)[1]
 
 
-def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: Embeddings) -> Tensor:
     """Keys as if at position 0, through the backbone's own rotary function.
 
-    The identity for plain rotary embeddings, bit for bit; a scale for variants that scale cos and sin (YaRN, longrope).
+    The identity for plain rotary embeddings; a scale for variants that scale cos and sin (YaRN, longrope).
 
     Args:
         rotary: The backbone's ``apply_rotary_pos_emb``.
@@ -52,7 +54,5 @@ def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: tuple[Tenso
         zero_embeddings: (cos, sin) at position 0, each (1, 1, R).
     """
     cos, sin = zero_embeddings
-    if bool((cos == 1).all()) and bool((sin == 0).all()):
-        return key
     shape = (key.shape[0], key.shape[2], cos.shape[-1])
-    return rotary(key, key, cos.to(key).expand(shape), sin.to(key).expand(shape))[1]
+    return rotary(key[:, :1], key, cos.to(key).expand(shape), sin.to(key).expand(shape))[1]

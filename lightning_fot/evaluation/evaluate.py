@@ -7,8 +7,7 @@ Each phase of the plan leaves a JSON-able record; :func:`summarise` turns the re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,6 +33,7 @@ from lightning_fot.evaluation.plan import (
     select_documents,
 )
 from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
+from lightning_fot.layers import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,20 +98,9 @@ def evaluate(
         SettingError: No document is long enough, or a passkey length is too short for the tokenizer.
     """
     run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result)
-    with _evaluation_mode(lm), torch.no_grad():
+    with evaluation_mode(lm.model), torch.no_grad():
         run.run()
     return summarise(run.records, config, lm.config.retriever)
-
-
-@contextmanager
-def _evaluation_mode(lm: MemoryLM) -> Iterator[None]:
-    modules = [(module, module.training) for module in lm.model.modules()]
-    lm.eval()
-    try:
-        yield
-    finally:
-        for module, training in modules:
-            module.training = training
 
 
 class _Evaluation:

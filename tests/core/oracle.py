@@ -29,16 +29,18 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def dense_logits(
     model: LlamaForCausalLM,
     ids: Sequence[int],
-    window: int,
+    window: int | Sequence[int],
     memory_layers: Sequence[int],
     positions: str = "first",
     top_k: int | None = None,
+    copies: int = 1,
 ) -> Tensor:
     """Logits (T, V) of one text, in one dense pass.
 
     A token sees, in every layer, the tokens of its own window up to itself at rotary positions that restart with the
     window; in memory layers also all keys of earlier windows, not rotated (``first``: as if at position 0), the
-    ``top_k`` best of them if given.
+    ``top_k`` best of them if given. ``window`` is one length, or the length of each window; ``copies`` says how often
+    each key of earlier windows is there.
     """
     config = model.config
     weights = {name: parameter.detach().double() for name, parameter in model.state_dict().items()}
@@ -46,7 +48,10 @@ def dense_logits(
     dim = config.head_dim
     theta = config.rope_parameters["rope_theta"]
     places = torch.arange(len(ids))
-    local_place, window_number = places % window, places // window
+    lengths = [window] * -(-len(ids) // window) if isinstance(window, int) else list(window)
+    window_number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[: len(ids)]
+    starts = torch.tensor([sum(lengths[:number]) for number in range(len(lengths))])
+    local_place = places - starts[window_number]
     same_window = window_number[:, None] == window_number[None, :]
     earlier_window = window_number[:, None] > window_number[None, :]
     local = same_window & (places[:, None] >= places[None, :])
@@ -73,7 +78,7 @@ def dense_logits(
                     best = far.topk(top_k, dim=1).indices
                     keep = torch.zeros_like(earlier_window).scatter_(1, best, True)
                     far = far.masked_fill(~keep, -math.inf)
-                weight = torch.cat([scores, far], dim=1).softmax(dim=1)
+                weight = torch.cat([scores, far + math.log(copies)], dim=1).softmax(dim=1)
                 outputs.append(weight[:, : len(ids)] @ v + weight[:, len(ids) :] @ v)
             else:
                 outputs.append(scores.softmax(dim=1) @ v)
