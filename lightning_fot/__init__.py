@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from lightning_fot.data.datamodule import CrossbatchDataModule as CrossbatchDataModule
     from lightning_fot.memory import Memory as Memory
     from lightning_fot.module import FocusedTransformer as FocusedTransformer
+    from lightning_fot.opening import attach_pretrained as attach_pretrained
 
 __version__ = "0.1.0"
 
 _HOME = {
     "attach_memory": "backbone",
+    "attach_pretrained": "opening",
     "CrossbatchConfig": "config",
     "CrossbatchDataModule": "data.datamodule",
     "EvaluationConfig": "config",

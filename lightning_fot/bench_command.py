@@ -6,22 +6,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lightning_fot.arguments import Parser
 from lightning_fot.errors import SettingError
 
 SHIPPED_KEYS = Path(__file__).parent / "testing_qk.npz"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises what the command line prints, like all its other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingError("arguments", message, "cannot be used", f"See {self.prog} --help")
-
-
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         description="Recall and speed of retrievers on keys and queries of a model, exact search beside them.",
         allow_abbrev=False,

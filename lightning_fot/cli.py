@@ -29,6 +29,7 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   validate    loss and perplexity on held-out documents, with memory
   test        the same, logged as test
   bench       recall and speed of retrievers on keys and queries in a file
+  export      write a trained run as a Hugging Face folder: export RUN_FOLDER OUT
   retrievers  every retriever found: built-in and plug-ins
   doctor      versions, devices, who owns the script name, a self-test
 
@@ -108,6 +109,10 @@ def _dispatch(words: list[str], debug: bool) -> int:
         from lightning_fot.bench_command import bench
 
         return bench(rest, f"{program_name()} bench")
+    if verb == "export":
+        from lightning_fot.export_command import export
+
+        return export(rest, f"{program_name()} export")
     if verb in OTHER_VERBS:
         if rest and rest[0] in ("-h", "--help"):
             print(f"Usage: {program_name()} {verb}")

