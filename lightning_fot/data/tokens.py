@@ -78,6 +78,11 @@ class TextEncoder:
             joined, cut = joined[:max_tokens], True
         return joined, cut
 
+    def stream(self, texts: Iterable[str]) -> Iterator[Ids]:
+        """Ids of the joined ``texts`` in parts of some 100k tokens, int32 (n,), as :meth:`encode` would give them."""
+        for piece in (self._cut if self._pieces_agree else self._whole)(texts, None):
+            yield self._cached(piece)
+
     def _cut(self, texts: Iterable[str], max_tokens: int | None) -> Iterator[str]:
         # Pieces fit what is asked for (4 characters a token is usual), so that 8k tokens of a book cost about 8k.
         size = PIECE_CHARACTERS

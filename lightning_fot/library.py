@@ -1,0 +1,287 @@
+"""A named memory on disk: what ``lightning ingest`` writes and ``lightning ask`` reads.
+
+The folder holds what ``Memory.save`` writes, and ``library.json``: the model that reads the memory, and its documents.
+Where the two differ after a kill, the memory counts: it knows how many tokens of each document it has read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lightning_fot.config import MemoryConfig
+from lightning_fot.errors import SettingError
+from lightning_fot.run_folder import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_fot.lm import MemoryLM
+    from lightning_fot.memory import Memory
+
+ROOT = Path("memories")
+FILE = "library.json"
+MEMORY_FILE = "memory.json"
+FORMAT = 1
+# Where a memory is kept while it is used is the machine's business; all else decides what its pairs are.
+_OF_THE_MACHINE = ("offload", "offload_dir")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model of a memory.
+
+    Args:
+        backbone: As ``model.backbone``.
+        memory: The fields of ``MemoryConfig``, all of them.
+        dtype: Dtype of the weights.
+        checkpoint: File with trained weights, None for the backbone's own.
+    """
+
+    backbone: str
+    memory: dict[str, Any]
+    dtype: str = "float32"
+    checkpoint: str | None = None
+
+    @property
+    def config(self) -> MemoryConfig:
+        """The memory settings, checked."""
+        return MemoryConfig(**self.memory)
+
+    def flat(self) -> dict[str, Any]:
+        """Settings by the name that they have on the command line."""
+        memory = {f"model.memory.{name}": value for name, value in self.memory.items() if name not in _OF_THE_MACHINE}
+        rest = {"model.backbone": self.backbone, "model.dtype": self.dtype, "ckpt_path": self.checkpoint}
+        return {**rest, **memory}
+
+    def check(self) -> None:
+        """Checks, without torch, that the model can be opened.
+
+        Raises:
+            SettingError: The backbone or the checkpoint is not there, or settings do not fit.
+            MissingLibraryError: A library that they need is not installed.
+        """
+        from lightning_fot.pretrained import check_backbone
+        from lightning_fot.retrievers.registry import check_retriever
+
+        config = self.config
+        check_retriever(config.retriever)
+        layers = check_backbone(self.backbone).num_layers
+        if layers is not None:
+            config.resolve_layers(layers)
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise SettingError("ckpt_path", self.checkpoint, "no such file", "Put the checkpoint back there.")
+
+    def open(self) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+        """Loads the model with its memory layers, on the GPU where there is one, and its tokenizer."""
+        import torch
+
+        from lightning_fot.pretrained import load_backbone, load_tokenizer
+
+        tokenizer = load_tokenizer(self.backbone)
+        if self.checkpoint is None:
+            from lightning_fot.backbone import attach_memory
+            from lightning_fot.opening import load_gates
+
+            lm = attach_memory(load_backbone(self.backbone, self.dtype), self.config)
+            load_gates(lm, self.backbone)
+        else:
+            from lightning_fot.module import FocusedTransformer
+            from lightning_fot.training import load_trained
+
+            module = FocusedTransformer(self.backbone, self.config, dtype=self.dtype)  # type: ignore[arg-type]
+            load_trained(module, self.checkpoint)
+            lm = module.lm
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.nn.Module.to(lm.model, device)
+        lm.gates.to(device)
+        lm.eval()
+        return lm, tokenizer
+
+
+@dataclass
+class Entry:
+    """A document of a library.
+
+    Args:
+        name: Its name in the memory, unique.
+        source: Its name where it was found.
+        digest: SHA-256 of its text.
+        tokens: How many it has, once it was read to its end.
+    """
+
+    name: str
+    source: str
+    digest: str
+    tokens: int | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was read to its end."""
+        return self.tokens is not None
+
+
+@dataclass
+class Library:
+    """The folder of a named memory.
+
+    Args:
+        path: The folder.
+        model: What reads the memory.
+        documents: What is in it, in the order of reading.
+    """
+
+    path: Path
+    model: ModelSettings
+    documents: list[Entry] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads ``library.json``.
+
+        Raises:
+            SettingError: There is none, or it cannot be read.
+        """
+        file = path / FILE
+        if not file.is_file():
+            raise SettingError("MEMORY", str(path), f"holds no {FILE}", _others())
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise SettingError(
+                    "MEMORY", str(path), f"has format {content['format']}", f"This version reads format {FORMAT}."
+                )
+            model = ModelSettings(**content["model"])
+            documents = [Entry(**document) for document in content["documents"]]
+            model.config  # noqa: B018  (settings that cannot work are found here)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, SettingError) and error.setting == "MEMORY":
+                raise
+            raise SettingError(
+                "MEMORY", str(path), f"{FILE} is damaged ({error})", "Ingest the documents into a new memory."
+            ) from error
+        return cls(path, model, documents)
+
+    def write(self) -> None:
+        """Writes ``library.json`` as a whole.
+
+        Raises:
+            SettingError: The folder cannot be written.
+        """
+        content = {
+            "format": FORMAT,
+            "model": asdict(self.model),
+            "documents": [asdict(document) for document in self.documents],
+        }
+        try:
+            write_json(self.path / FILE, content)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def find(self, digest: str) -> Entry | None:
+        """The document with that text."""
+        return next((document for document in self.documents if document.digest == digest), None)
+
+    def add(self, source: str, digest: str) -> Entry:
+        """A new document; its name is that of its source, with a number where that is taken."""
+        taken = {document.name for document in self.documents}
+        name, number = source, 2
+        while name in taken:
+            name, number = f"{source} ({number})", number + 1
+        self.documents.append(Entry(name, source, digest))
+        return self.documents[-1]
+
+    def load(self, lm: MemoryLM) -> Memory:
+        """The memory; an empty one where none was saved yet.
+
+        Raises:
+            SettingError: It is damaged, or was made by another model.
+        """
+        return lm.load_memory(self.path) if (self.path / MEMORY_FILE).is_file() else lm.new_memory(1)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing into the folder.
+
+        Raises:
+            SettingError: Another process is at it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        with file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                pass  # not on this system: no protection
+            except BlockingIOError:
+                raise SettingError(
+                    "MEMORY", str(self.path), "another process is writing to it", "Wait until it is done."
+                ) from None
+            yield
+
+
+@contextmanager
+def quietly(debug: bool) -> Iterator[None]:
+    """Keeps the log lines and bars of transformers off the screen inside the block, unless ``debug``."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if not debug:
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def find_folder(word: str) -> Path:
+    """The folder that MEMORY means: a path, or a name below ``memories/``.
+
+    Raises:
+        SettingError: It is empty, or a file.
+    """
+    if not word.strip():
+        raise SettingError("MEMORY", word, "is empty", "Give a name, or a folder.")
+    path = Path(word).expanduser()
+    is_name = path.name == word and word not in (".", "..")
+    if is_name and not (path / FILE).is_file():
+        path = ROOT / word
+    if path.is_file():
+        raise SettingError("MEMORY", word, "is a file", "Give the memory first: a name, or a folder.")
+    return path
+
+
+def existing(word: str) -> Library:
+    """The library that MEMORY means.
+
+    Raises:
+        SettingError: There is none, or it is damaged.
+    """
+    path = find_folder(word)
+    if not path.is_dir():
+        raise SettingError("MEMORY", word, f"there is no folder {path}", _others())
+    return Library.read(path)
+
+
+def cannot_write(path: Path, error: OSError) -> SettingError:
+    """The error for a folder that cannot be written."""
+    return SettingError("MEMORY", str(path), f"cannot be written ({error.strerror})", "Choose another folder.")
+
+
+def _others() -> str:
+    names = sorted(file.parent.name for file in ROOT.glob(f"*/{FILE}")) if os.path.isdir(ROOT) else []
+    known = f"There are: {', '.join(names)}. " if names else ""
+    return f"{known}Make one with: lightning ingest NAME PATH…"
