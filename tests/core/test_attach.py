@@ -207,7 +207,7 @@ def test_negative_layers_count_from_the_end():
 def test_a_detached_model_says_so():
     lm = attach_memory(tiny_llama(), settings())
     lm.detach()
-    with pytest.raises(RuntimeError, match="detached"):
+    with pytest.raises(SettingError, match="detached"):
         lm(tokens(1, 4))
 
 
