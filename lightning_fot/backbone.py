@@ -189,12 +189,19 @@ class Attachment:
                 kwargs["position_embeddings"] = tuple(torch.full_like(part, torch.nan) for part in embeddings)
                 return args, kwargs
             length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-            kwargs["position_embeddings"] = self._identity(embeddings, length)
             facts = self.facts[index]
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self._positions == "first" or not is_memory_layer):
                 call.position_embeddings, call.rotary = embeddings, rotary
                 call.plain_at_zero = facts.plain_at_zero
+            if is_memory_layer:
+                kwargs["position_embeddings"] = self._identity(embeddings, length)
+            else:
+                cos, sin = embeddings
+                if cos.shape[1] != length:
+                    kwargs["position_embeddings"] = cos[:, -length:], sin[:, -length:]
+                if facts.rotates:
+                    current.before_rotation(call)
             return args, kwargs
 
         return before_attention

@@ -1,8 +1,8 @@
 """``MemoryCache``: a transformers ``Cache`` whose local window moves in strides and hands what leaves it to the memory.
 
 The ``generate`` of transformers refuses keyword arguments that it does not know, so the memory travels in the cache.
-Local keys are kept un-rotated as well, so that positions always count from the start of the local window, however far a
-text has come.
+Positions always count from the start of the local window, however far a text has come: local keys are rotated anew when
+it moves.
 
 A *column* is a place that all rows share. Local tokens of a row are packed to the right: a row with fewer than others
 has padding in front, and moves its window when it is full itself, as it would alone.
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lightning_fot.angles import Angles
 from lightning_fot.attention import attend, causal_mask
 from lightning_fot.documents import TokensRead
 from lightning_fot.errors import SettingError
 from lightning_fot.local_layer import LocalLayer
 from lightning_fot.passes import LayerCall, Pass, Recorder, searched_queries
+from lightning_fot.positions import Embeddings
 
 if TYPE_CHECKING:
     from lightning_fot.config import MemoryConfig
@@ -48,7 +50,7 @@ class MemoryCache(Cache, Pass):
         num_layers: int,
         recorder: Recorder | None = None,
     ) -> None:
-        self.local_layers = [LocalLayer(self) for _ in range(num_layers)]
+        self.local_layers = [LocalLayer(self, index in memory.layers) for index in range(num_layers)]
         super().__init__(layers=list(self.local_layers))
         self.memory = memory
         self.config = config
@@ -76,6 +78,9 @@ class MemoryCache(Cache, Pass):
         self._moved = False
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._zero: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._angles: list[Angles] = []
+        # The embeddings that layers were given in the forward in progress, by identity.
+        self._given: dict[int, tuple[Embeddings, Angles]] = {}
         # Beams: rows are copies in groups of this size; columns and memory that a group still has in common.
         self._group = 1
         self._common = 0
@@ -121,6 +126,7 @@ class MemoryCache(Cache, Pass):
         self.committed = self._ids.shape[1]
         self.rotated = 0 if self._moved else self.committed
         self._masks.clear()
+        self._given.clear()
         if tokens is None and min(self.widths) == self.committed:
             self._valid = None
             places = torch.arange(self.committed + ids.shape[1], device=device)[None]
@@ -154,6 +160,20 @@ class MemoryCache(Cache, Pass):
         leaving = present if rows is None else present & rows.to(present.device)[:, None]
         self._store(leaving)
         self._arrange(present & ~leaving)
+
+    def before_rotation(self, call: LayerCall) -> None:
+        """Notes what keys of a layer without a memory are rotated with, once for all layers that share it."""
+        layer, embeddings = self.local_layers[call.layer_idx], call.position_embeddings
+        if embeddings is None:
+            return
+        if id(embeddings) not in self._given:
+            angles = layer.angles
+            if angles is None:
+                angles = Angles()
+                self._angles.append(angles)
+            angles.put(self.rotated, embeddings)
+            self._given[id(embeddings)] = embeddings, angles
+        layer.before_rotation(call, self._given[id(embeddings)][1])
 
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -194,6 +214,8 @@ class MemoryCache(Cache, Pass):
             self._group, self._common, self._diverged = 1, 0, True
         for layer in self.local_layers:
             layer.reorder(rows, self._common, self._ids.shape[1])
+        for angles in self._angles:
+            angles.select(rows)
         self._ids, self._storable = self._ids[rows], self._storable[rows]
         self.widths = [self.widths[row] for row in rows.tolist()]
         # Until tokens of their own have left the window, beams of a prompt have the same memory: nothing to reorder.
@@ -207,6 +229,8 @@ class MemoryCache(Cache, Pass):
         rows = torch.arange(len(self.widths), device=self._ids.device).repeat_interleave(repeats)
         for layer in self.local_layers:
             layer.repeat(rows, self._ids.shape[1])
+        for angles in self._angles:
+            angles.select(rows)
         self._ids, self._storable = self._ids[rows], self._storable[rows]
         self.widths = [self.widths[row] for row in rows.tolist()]
         self.memory = self.memory.select_rows(rows)
@@ -278,5 +302,7 @@ class MemoryCache(Cache, Pass):
         common = ((order < self._common) | ~kept.gather(1, order)).all(0)
         self._common = int(common.int().cumprod(0).sum())
         for layer in self.local_layers:
-            layer.arrange(order, moved=self._moved)
+            layer.arrange(order, kept.shape[1], self._moved)
+        for angles in self._angles:
+            angles.arrange(order, self._moved)
         self._ids, self._storable = self._ids.gather(1, order), self._storable.gather(1, order)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from lightning_fot.angles import Angles
 from lightning_fot.passes import LayerCall
-from lightning_fot.positions import rotate
+from lightning_fot.positions import RotaryFn, rotate, unrotate
 
 if TYPE_CHECKING:
     from lightning_fot.cache import MemoryCache
@@ -18,22 +19,28 @@ _FIRST_CAPACITY = 64
 
 
 class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys, not rotated and rotated, and values of one layer, each (B, G, S, D) at the front of a larger buffer.
+    """Keys and values of one layer, each (B, G, S, D) at the front of a larger buffer.
 
-    Keys are kept in both forms: rotated ones serve every token until the window moves, and then are made anew.
+    A memory layer keeps keys in two forms: as they are stored in the memory, and rotated. Rotated ones serve every
+    token until the window moves, and then are made anew. Another layer is given rotated keys and keeps only those; when
+    the window moves, the rotation is taken off again.
 
     Args:
         cache: Tells which columns a forward adds.
+        is_memory_layer: Whether keys come without rotation, and are kept so.
     """
 
     keys: Tensor
-    """(B, G, S, D), not rotated: a view."""
+    """(B, G, S, D), a view; those of a memory layer are not rotated."""
     values: Tensor
     """(B, G, S, D): a view."""
 
-    def __init__(self, cache: MemoryCache) -> None:
+    def __init__(self, cache: MemoryCache, is_memory_layer: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._given = "keys" if is_memory_layer else "rotated"
+        self.angles: Angles | None = None
+        self._rotary: RotaryFn | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,13 +50,29 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds (B, G, L, D) keys and values; returns all local ones."""
         self.is_initialized = True
-        self.keys = self._write("keys", key_states, self._cache.committed)
+        self.keys = self._write(self._given, key_states, self._cache.committed)
         self.values = self._write("values", value_states, self._cache.committed)
         return self.keys, self.values
 
+    def before_rotation(self, call: LayerCall, angles: Angles) -> None:
+        """Rotates keys that stayed when the window moved, in a layer whose new keys come rotated.
+
+        Args:
+            call: The call that is about to rotate the new ones.
+            angles: What all its columns are rotated with.
+        """
+        self.angles, self._rotary = angles, call.rotary
+        plain = self._buffers.pop("plain", None)
+        if plain is None or call.rotary is None:
+            return
+        width = self._cache.committed
+        plain = plain[:, :, :width]
+        cos, sin = (part.float() for part in angles.first(width))
+        self._write("rotated", call.rotary(plain[:, :1], plain, cos, sin)[1].to(self.values.dtype), 0)
+
     def rotate(self, call: LayerCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates queries (B, H, L, D) of the last L columns, and those of all keys (B, G, S, D) that are not yet."""
-        if call.rotary is None or call.position_embeddings is None:
+        if self._given == "rotated" or call.rotary is None or call.position_embeddings is None:
             return query, key
         start = self._cache.rotated
         local_query, rotated = rotate(call.rotary, query, key[:, :, start:], call.position_embeddings)
@@ -59,15 +82,19 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keys, not rotated, and values of the columns (B, n) int64, chosen for each row."""
         return _gather(self._buffers["keys"], columns), _gather(self._buffers["values"], columns)
 
-    def arrange(self, columns: Tensor, moved: bool) -> None:
+    def arrange(self, columns: Tensor, width: int, moved: bool) -> None:
         """Makes the columns (B, n) int64, chosen for each row, the local ones, in that order.
 
         Args:
             columns: Columns of each row.
+            width: Columns there were.
             moved: Positions have changed: rotated keys are of no use any more.
         """
-        if moved:
+        if moved and self._given == "keys":
             self._buffers.pop("rotated", None)
+        elif moved and self.angles is not None and self._rotary is not None and "rotated" in self._buffers:
+            rotated = self._buffers.pop("rotated")[:, :, :width]
+            self._buffers["plain"] = unrotate(self._rotary, rotated, self.angles.first(width))
         for name, buffer in self._buffers.items():
             self._write(name, _gather(buffer, columns), 0)
 

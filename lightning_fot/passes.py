@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_fot.attention import Retrieved, Shown, attend, fold_heads
@@ -123,9 +122,13 @@ class Pass(ABC):
     """What memory layers do during one call."""
 
     serves_all_layers: ClassVar[bool] = False
-    """Whether the other layers' attention is computed by the pass too, from keys that are not rotated."""
+    """Whether the other layers' attention is computed by the pass too, from queries and keys that are rotated."""
     replayable: ClassVar[bool] = False
     """Whether a layer may be run again with the same outcome, as gradient checkpointing does."""
+
+    def before_rotation(self, call: LayerCall) -> None:
+        """Told of each layer without a memory that rotates, if the pass serves all layers."""
+        return
 
     @abstractmethod
     def attend(
@@ -220,8 +223,6 @@ class CrossbatchPass(Pass):
     ) -> Tensor:
         local_query, local_key, own_key = call.local(query, key)
         shown_key, shown_value = (own_key, value) if self.shown is None else self.shown[call.layer_idx]
-        if softcap is not None or call.gate is not None:
-            return self._explicit(call, local_query, local_key, value, shown_key, shown_value, scale, softcap)
         return crossbatch_attention(
             local_query,
             local_key,
@@ -232,45 +233,9 @@ class CrossbatchPass(Pass):
             scale=scale,
             differentiable=self.differentiable,
             dropout=call.dropout,
+            softcap=softcap,
+            gate=call.gate,
         )
-
-    def _explicit(
-        self,
-        call: LayerCall,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        shown_key: Tensor,
-        shown_value: Tensor,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """Row by row with explicit scores, for what fused attention cannot do: soft-capped scores and gates."""
-        if not self.differentiable:
-            shown_key, shown_value = shown_key.detach(), shown_value.detach()
-        outputs = []
-        for row, seen in enumerate(self.table):
-            outside = None
-            if seen:
-                # (n, G, S, D) → (1, G, n·S, D)
-                outside = Shown(
-                    shown_key[seen].transpose(0, 1).flatten(1, 2)[None],
-                    shown_value[seen].transpose(0, 1).flatten(1, 2)[None],
-                )
-            part = slice(row, row + 1)
-            outputs.append(
-                attend(
-                    query[part],
-                    key[part],
-                    value[part],
-                    outside,
-                    scale=scale,
-                    softcap=softcap,
-                    gate=call.gate,
-                    dropout=call.dropout,
-                )
-            )
-        return torch.cat(outputs)
 
 
 def memory_attention_forward(

@@ -43,6 +43,18 @@ def rotate(rotary: RotaryFn, query: Tensor, key: Tensor, position_embeddings: Em
     return rotated_query, rotary(key[:, :1], key, cos, sin)[1]
 
 
+def unrotate(rotary: RotaryFn, key: Tensor, position_embeddings: Embeddings) -> Tensor:
+    """Takes the rotation by (cos, sin), each (B or 1, S, R), off keys (B, G, S, D); float32.
+
+    cos and sin may be scaled (YaRN, longrope): the inverse of scale · rotation by an angle is that by its negative,
+    over the scale.
+    """
+    cos, sin = (part.float() for part in position_embeddings)
+    squared = cos.square() + sin.square()
+    plain = key.float()
+    return rotary(plain[:, :1], plain, cos / squared, -sin / squared)[1]
+
+
 def at_position_zero(rotary: RotaryFn, key: Tensor, zero_embeddings: Embeddings) -> Tensor:
     """Keys as if at position 0, through the backbone's own rotary function.
 
