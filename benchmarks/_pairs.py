@@ -141,7 +141,9 @@ class _Cells:
         self.first = self.sizes.cumsum(0) - self.sizes
 
     def _assign(self) -> None:
-        self.cell = (self.keys @ self.centres.T - self.centres.square().sum(1) / 2).argmax(1)
+        # In blocks: scores of 100k keys and their cells at once would be a gigabyte.
+        half = self.centres.square().sum(1) / 2
+        self.cell = torch.cat([(part @ self.centres.T - half).argmax(1) for part in torch.split(self.keys, BLOCK)])
 
     def stretch(self, drawn: Tensor, share: float, generator: torch.Generator) -> Tensor:
         """New keys (n, D) near the recorded rows ``drawn`` (n,)."""

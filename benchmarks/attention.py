@@ -20,6 +20,7 @@ import transformers
 from _bench import Bench, Fills, Settings
 from _decode import Decoding
 from _ingest import Reading
+from _options import numbers, words
 from _peak import ANSWER, measure_peak, peak_child
 from _report import Report
 from _short import measure_short
@@ -30,16 +31,6 @@ from lightning_fot.retrievers.registry import check_retriever
 
 # Reading and peak memory are measured up to this length: building indexes for longer ones a second time takes minutes.
 LONGEST = 131072
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """``"1,2"`` as whole numbers."""
-    return tuple(int(part) for part in text.split(","))
-
-
-def words(text: str) -> tuple[str, ...]:
-    """``"a,b"`` as words."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parsed() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
