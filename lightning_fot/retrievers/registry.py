@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.retrievers.probe import why_broken
+from lightning_fot.retrievers.plugins import LIMIT, ImportTimeoutError, constructor_arguments, describe, load, try_out
 from lightning_fot.retrievers.settings import COMMON_ARGUMENTS, SETTING, check_value
 
 if TYPE_CHECKING:
     from lightning_fot.retrievers.base import Retriever
 
 GROUP = "lightning_fot.retrievers"
+_MORE_TIME = f"Repair it, or give it more time by the variable {LIMIT}."
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,22 @@ class RetrieverInfo:
     install: str | None
 
 
-def available_retrievers(load: bool = False) -> dict[str, RetrieverInfo]:
-    """All retrievers, built-in first.
+def available_retrievers() -> dict[str, RetrieverInfo]:
+    """All retrievers, built-in first. Nothing is imported into this process.
 
-    Args:
-        load: Import each for certainty. Without it nothing is imported: what a module needs is looked up only.
+    The libraries of built-in ones are looked up. Plug-ins are tried out, at once and each in a process of its own: one
+    that raises, crashes, hangs (30 s, or ``LIGHTNING_FOT_IMPORT_SECONDS``) or makes no retriever is listed as broken,
+    with the reason.
 
     Returns:
-        Name to what is known of it; broken ones are listed with their error and never raise.
+        Name to what is known of it; broken ones never raise.
     """
+    plugins = _plugins()
+    errors = dict(zip(plugins, try_out([point.value for point in plugins.values()]), strict=True))
     found: dict[str, RetrieverInfo] = {}
     for name, builtin in _BUILTIN.items():
-        error = None
-        if builtin.library is not None and find_spec(builtin.library) is None:
-            error = f"no module named {builtin.library!r}"
-        elif load:
-            error = _import_error(import_module, builtin.library or "torch")
+        missing = builtin.library is not None and find_spec(builtin.library) is None
+        error = f"no module named {builtin.library!r}" if missing else None
         found[name] = RetrieverInfo(
             name,
             "built-in",
@@ -89,8 +89,8 @@ def available_retrievers(load: bool = False) -> dict[str, RetrieverInfo]:
             error,
             builtin.install if error else None,
         )
-    for name, point in _plugins().items():
-        error = _import_error(_load, point) if load else why_broken(point.module, point.attr)
+    for name, point in plugins.items():
+        error = errors[name]
         distribution = point.dist.name if point.dist else "unknown distribution"
         found[name] = RetrieverInfo(
             name,
@@ -103,16 +103,69 @@ def available_retrievers(load: bool = False) -> dict[str, RetrieverInfo]:
     return found
 
 
+def layer_specs(spec: Any) -> dict[int, Any] | None:
+    """The specifications of a retriever setting that has one a layer, ``{"layers": {18: spec, 20: spec}}``.
+
+    Returns:
+        By layer, counted from 0; None where the setting is one for all layers.
+
+    Raises:
+        SettingError: It is not of that form.
+    """
+    if not isinstance(spec, Mapping) or "layers" not in spec:
+        return None
+    layers, others = spec["layers"], [str(key) for key in spec if key != "layers"]
+    if others:
+        raise SettingError(f"{SETTING}.{others[0]}", spec[others[0]], "stands beside layers", "Write it in each layer.")
+    if not isinstance(layers, Mapping) or not layers:
+        raise SettingError(f"{SETTING}.layers", layers, "names no layer", "Write {18: hnsw, 20: {name: scann}}.")
+    found: dict[int, Any] = {}
+    for key, value in layers.items():
+        # JSON and checkpoints make words of the numbers.
+        if isinstance(key, bool) or not str(key).isdecimal():
+            raise SettingError(f"{SETTING}.layers", key, "is no layer", "Write the layer's number, counted from 0.")
+        found[int(key)] = value
+    return found
+
+
+def layer_spec(spec: Any, layer: int | None) -> Any:
+    """The specification for one memory layer, of one for all layers or one a layer.
+
+    Args:
+        spec: As ``MemoryConfig.retriever``.
+        layer: Layer, counted from 0; None for keys of an unknown one.
+
+    Raises:
+        SettingError: There are specifications by layer, and none for this one.
+    """
+    found = layer_specs(spec)
+    if found is None:
+        return spec
+    if layer not in found:
+        raise SettingError(
+            f"{SETTING}.layers", sorted(found), f"lacks layer {layer}", "Name every memory layer, counted from 0."
+        )
+    return found[layer]
+
+
 def check_retriever(spec: Any) -> None:
     """Refuse a retriever setting that cannot work; for built-in names without importing anything.
 
     Args:
-        spec: Name, ``{"name": name, **arguments}``, class path ``package.module.Class``, class or factory.
+        spec: Name, ``{"name": name, **arguments}``, class path ``package.module.Class``, class or factory; or one of
+            them for each layer, ``{"layers": {18: spec, 20: spec}}``.
 
     Raises:
         SettingError: Unknown name or argument (the valid ones are listed), or a value out of range.
         MissingLibraryError: The library behind it is not installed.
     """
+    by_layer = layer_specs(spec)
+    if by_layer is not None:
+        for one in by_layer.values():
+            if layer_specs(one) is not None:
+                raise SettingError(f"{SETTING}.layers", one, "is by layer again", "Give each layer one retriever.")
+            check_retriever(one)
+        return
     target, arguments = _split(spec)
     if not isinstance(target, str):
         _check_arguments(target, arguments)
@@ -131,14 +184,14 @@ def create_retriever(spec: Any, dim: int, banks: int = 1, **kw: Any) -> Retrieve
     """Make a retriever.
 
     Args:
-        spec: As for :func:`check_retriever`.
+        spec: As for :func:`check_retriever`, of one layer.
         dim: Head size D.
         banks: Independent key sets.
         **kw: Further arguments; they win over those in ``spec``.
 
     Raises:
         SettingError: Unknown name or argument, or a value out of range.
-        MissingLibraryError: The library behind it is not installed.
+        MissingLibraryError: The library behind it is not installed; or a plug-in lacks one.
 
     Example:
         >>> create_retriever("exact", dim=4, banks=2).banks
@@ -151,7 +204,14 @@ def create_retriever(spec: Any, dim: int, banks: int = 1, **kw: Any) -> Retrieve
     check_retriever({"name": target, **arguments} if isinstance(target, str) else target)
     maker = _resolve(target) if isinstance(target, str) else target
     _check_arguments(maker, arguments)
-    made = maker(dim=dim, banks=banks, **arguments)
+    try:
+        made = maker(dim=dim, banks=banks, **arguments)
+    except (SettingError, MissingLibraryError):
+        raise
+    except Exception as error:
+        raise SettingError(
+            SETTING, spec, f"cannot be made ({describe(error)})", "Correct its arguments, or the retriever."
+        ) from error
     if not isinstance(made, Retriever):
         raise SettingError(SETTING, spec, f"makes a {type(made).__name__}", "It must make a Retriever.")
     return made
@@ -159,6 +219,8 @@ def create_retriever(spec: Any, dim: int, banks: int = 1, **kw: Any) -> Retrieve
 
 def _split(spec: Any) -> tuple[str | Callable[..., Any], dict[str, Any]]:
     if isinstance(spec, Mapping):
+        if "layers" in spec:
+            raise SettingError(SETTING, dict(spec), "is by layer, and no layer is meant here", "Give one retriever.")
         arguments = {str(key): value for key, value in spec.items()}
         if "name" not in arguments:
             raise SettingError(SETTING, dict(spec), "has no name", "Write {name: hnsw, M: 16}.")
@@ -195,39 +257,31 @@ def _resolve(name: str) -> Callable[..., Any]:
         point = plugins[name]
         source = point.dist.name if point.dist else point.value
         try:
-            return _load(point)
+            return load(point.value)
         except ImportError as error:
-            library = error.name or point.module
+            library = error.name or point.value.partition(":")[0]
             raise MissingLibraryError(
                 library, f"pip install --force-reinstall {source}", f"{SETTING}={name}", str(error)
             ) from error
+        except ImportTimeoutError as error:
+            raise SettingError(SETTING, name, f"the plug-in {source} hangs ({error})", _MORE_TIME) from error
         except Exception as error:
             raise SettingError(
-                SETTING, name, f"the plug-in {source} fails to load ({error})", "Repair or remove it."
+                SETTING, name, f"the plug-in {source} fails to load ({describe(error)})", "Repair or remove it."
             ) from error
     module, _, attribute = name.rpartition(".")
     if module:
-        _torch_first()
         try:
-            return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise SettingError(SETTING, name, f"cannot be imported ({error})", "Check the class path.") from error
+            return load(f"{module}:{attribute}")
+        except ImportTimeoutError as error:
+            raise SettingError(SETTING, name, f"hangs ({error})", _MORE_TIME) from error
+        except Exception as error:
+            raise SettingError(
+                SETTING, name, f"cannot be imported ({describe(error)})", "Check the class path."
+            ) from error
     close = get_close_matches(name, [*_BUILTIN, *plugins], n=1)
     hint = f"Did you mean {close[0]}? " if close else ""
     raise SettingError(SETTING, name, "is not an installed retriever", f"{hint}Installed: {_names()}.")
-
-
-def _torch_first() -> None:
-    # Libraries with their own OpenMP crash or slow down when torch comes after them.
-    import_module("torch")
-
-
-def _load(point: EntryPoint) -> Callable[..., Any]:
-    _torch_first()
-    loaded = point.load()
-    if not callable(loaded):
-        raise TypeError(f"{point.value} is not a class")
-    return loaded  # type: ignore[no-any-return]
 
 
 def _check_arguments(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -244,38 +298,6 @@ def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: tuple[str, .
             raise SettingError(
                 f"{SETTING}.{argument}", value, f"is not an argument of {name}", f"{hint}It has: {', '.join(known)}."
             )
-
-
-def constructor_arguments(maker: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Keyword arguments that a retriever class or factory takes beside ``dim`` and ``banks``.
-
-    Args:
-        maker: A class whose ``**kwargs`` go to its base class, or a function.
-
-    Returns:
-        Names, the class's own first; None when a function takes anything.
-    """
-    names: list[str] = []
-    sources: list[Callable[..., Any]] = [maker]
-    if isinstance(maker, type):
-        sources = [base.__dict__["__init__"] for base in maker.__mro__ if "__init__" in base.__dict__]
-    for source in sources:
-        parameters = inspect.signature(source).parameters.values()
-        for parameter in parameters:
-            by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if by_name and parameter.name not in ("self", "dim", "banks", *names):
-                names.append(parameter.name)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return tuple(names)
-    return None
-
-
-def _import_error(load: Callable[..., object], what: object) -> str | None:
-    try:
-        load(what)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _version(distribution: str) -> str | None:

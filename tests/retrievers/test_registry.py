@@ -16,6 +16,7 @@ from lightning_fot.retrievers import (
     available_retrievers,
     check_retriever,
     create_retriever,
+    plugins,
     registry,
 )
 from lightning_fot.retrievers.settings import COMMON_ARGUMENTS
@@ -90,36 +91,109 @@ def test_ways_to_name_a_retriever() -> None:
 
 def test_plugin_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "fot_mine_ok", PLUGIN)
-    for load in (False, True):
-        info = available_retrievers(load=load)["mine"]
-        assert (info.source, info.version, info.importable) == ("fot_mine_ok", "1.5", True)
+    info = available_retrievers()["mine"]
+    assert (info.source, info.version, info.importable, info.error) == ("fot_mine_ok", "1.5", True, None)
+    assert "fot_mine_ok" not in sys.modules
     check_retriever({"name": "mine", "seed": 1})
     assert isinstance(create_retriever("mine", dim=4), Retriever)
     with pytest.raises(SettingError, match="wrong"):
         check_retriever({"name": "mine", "wrong": 1})
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("import no_such_library_at_all\n" + PLUGIN, "no_such_library_at_all"),
-        ("class Mine(\n", "SyntaxError"),
-        ("raise ImportError('built for another Python')\n", "raises at import"),
-        ("Other = 3\n", "defines no 'Mine'"),
-    ],
-)
-def test_broken_plugin_is_listed_and_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
-) -> None:
-    install(tmp_path, monkeypatch, "fot_mine_broken", source)
-    info = available_retrievers()["mine"]
+HEAD = "from lightning_fot.retrievers import ExactRetriever, PerBankRetriever\n"
+# Source, and what the reason that is listed says.
+BROKEN = {
+    "misses": ("import no_such_library_at_all\n" + PLUGIN, "no_such_library_at_all"),
+    "syntax": ("class Mine(\n", "SyntaxError"),
+    "refuses": ("raise ImportError('built for another Python')\n", "built for another Python"),
+    "raises": ("1 / 0\n", "ZeroDivisionError"),
+    "exits": ("raise SystemExit('bye')\n", "SystemExit"),
+    "kills": ("import os\nos._exit(3)\n", "code 3"),
+    "lacks": ("Other = 3\n", "has no attribute 'Mine'"),
+    "number": ("Mine = 3\n", "is not a class"),
+    "foreign": ("class Mine:\n    pass\n", "is not a subclass of Retriever"),
+    "factory": ("def Mine(dim, banks):\n    return 3\n", "makes a int"),
+    "abstract": (HEAD + "class Mine(PerBankRetriever):\n    pass\n", "does not implement new_index"),
+    "no_dim": (
+        HEAD + "class Mine(ExactRetriever):\n    def __init__(self, **kw):\n        super().__init__(**kw, x=1)\n",
+        "x",
+    ),
+    "closed": (
+        HEAD
+        + "class Mine(ExactRetriever):\n    def __init__(self, dim, banks=1):\n        super().__init__(dim, banks)\n",
+        "takes no seed",
+    ),
+    "late": (
+        HEAD
+        + "class Mine(ExactRetriever):\n    def __init__(self, dim, banks=1, **kw):\n        import no_such_late\n",
+        "no_such_late",
+    ),
+    "sleeps": ("import time\ntime.sleep(1000)\n" + PLUGIN, "takes more than 0.3 s"),
+    "spins": ("while True:\n    pass\n", "takes more than 4 s, at fot_mine_spins.py line"),
+    "asks": ("input('Licence? ')\n" + PLUGIN, "Error"),
+    "talks": ("print('lightning-fot:')\nraise ValueError('after all')\n", "after all"),
+}
+
+
+# Each costs a process that loads torch: one for each way to fail there. The others are tried in this one, below.
+LISTED = ("exits", "kills", "foreign", "spins")
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, registry.RetrieverInfo]:
+    """What one call lists with broken plug-ins and a sound one installed."""
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_FOT_IMPORT_SECONDS", "4")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in LISTED:
+            install(folder, patch, f"fot_mine_{name}", BROKEN[name][0], name)
+        install(folder, patch, "fot_mine_sound", PLUGIN, "sound")
+        return available_retrievers()
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_broken_plugin_is_listed_and_stops_nothing(name: str, listed: dict[str, registry.RetrieverInfo]) -> None:
+    info = listed[name]
     assert not info.importable
-    assert reason in str(info.error)
-    assert not available_retrievers(load=True)["mine"].importable
-    assert available_retrievers()["exact"].importable
-    with pytest.raises((SettingError, MissingLibraryError), match="mine"):
-        create_retriever("mine", dim=4)
-    sys.modules.pop("fot_mine_broken", None)
+    assert BROKEN[name][1] in str(info.error)
+    assert f"fot_mine_{name}" in str(info.install)
+    assert listed["sound"].importable
+    assert listed["exact"].importable
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name not in ("kills", "spins")])
+def test_what_is_wrong_with_a_plugin_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_FOT_IMPORT_SECONDS", "0.3")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / f"fot_tried_{name}.py").write_text(BROKEN[name][0].replace("1000", "2"))
+    try:
+        reason = plugins.what_is_wrong(plugins.load(f"fot_tried_{name}:Mine"), Retriever)
+    except Exception as error:
+        reason = plugins.describe(error)
+    assert BROKEN[name][1] in str(reason)
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name not in ("kills", "spins", "closed")])
+def test_broken_plugin_is_named_when_chosen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_FOT_IMPORT_SECONDS", "0.3")
+    install(tmp_path, monkeypatch, f"fot_chosen_{name}", BROKEN[name][0].replace("1000", "2"), name)
+    with pytest.raises((SettingError, MissingLibraryError), match=name):
+        create_retriever(name, dim=4)
+
+
+def test_hanging_class_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_FOT_IMPORT_SECONDS", "0.2")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "fot_hanging_path.py").write_text("import time\ntime.sleep(1)\n")
+    with pytest.raises(SettingError, match=r"takes more than 0\.2 s.*LIGHTNING_FOT_IMPORT_SECONDS"):
+        create_retriever("fot_hanging_path.Mine", dim=4)
+
+
+def test_an_entry_point_that_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "fot_mine_odd", PLUGIN)
+    (tmp_path / "fot_mine_odd-1.5.dist-info" / "entry_points.txt").write_text("[lightning_fot.retrievers]\nodd = ??\n")
+    assert not available_retrievers()["odd"].importable
 
 
 def test_a_plugin_cannot_hide_a_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
