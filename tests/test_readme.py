@@ -1,17 +1,16 @@
 """The README does what it says: its blocks are there, its Python runs, its figure and files exist."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import markdown_blocks
 import pytest
 
 from lightning_fot.request import find_config, read_request
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+blocks = partial(markdown_blocks.blocks, README)
 
 
 def test_opens_with_a_sentence_a_figure_and_two_blocks():
