@@ -162,7 +162,7 @@ def what_is_wrong(maker: Any, kind: type) -> str | None:
     """Why a class or factory cannot serve as a retriever; None when it can.
 
     Args:
-        maker: It is asked for an empty retriever of 8 coordinates.
+        maker: It is asked for an empty retriever of one bank of 64 coordinates, and that for an index.
         kind: The base class of retrievers.
     """
     name = getattr(maker, "__name__", "it")
@@ -174,13 +174,20 @@ def what_is_wrong(maker: Any, kind: type) -> str | None:
     lacking = [argument for argument in COMMON_ARGUMENTS if known is not None and argument not in known]
     if isinstance(maker, type) and lacking:
         return f"{name} takes no {', '.join(lacking)}: hand **kwargs on to the base class"
+    doing = f"{name}(dim=64, banks=1)"
     try:
-        made = maker(dim=8, banks=1)
+        made = maker(dim=64, banks=1)
+        if not isinstance(made, kind):
+            return f"{name} makes a {type(made).__name__}, not a {kind.__name__}"
+        if hasattr(made, "new_index"):
+            # Where most plug-ins import their library.
+            doing = "new_index"
+            made.new_index(64)
     except ImportError as error:
         return str(error)
     except Exception as error:
-        return f"{name}(dim=8, banks=1) raises {describe(error)}"
-    return None if isinstance(made, kind) else f"{name} makes a {type(made).__name__}, not a {kind.__name__}"
+        return f"{doing} raises {describe(error)}"
+    return None
 
 
 def constructor_arguments(maker: Callable[..., Any]) -> tuple[str, ...] | None:

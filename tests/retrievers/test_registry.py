@@ -123,6 +123,10 @@ BROKEN = {
         + "class Mine(ExactRetriever):\n    def __init__(self, dim, banks=1):\n        super().__init__(dim, banks)\n",
         "takes no seed",
     ),
+    "lazy": (
+        HEAD + "class Mine(PerBankRetriever):\n    def new_index(self, dim):\n        import no_such_lazy\n",
+        "no_such_lazy",
+    ),
     "late": (
         HEAD
         + "class Mine(ExactRetriever):\n    def __init__(self, dim, banks=1, **kw):\n        import no_such_late\n",
@@ -174,7 +178,7 @@ def test_what_is_wrong_with_a_plugin_is_found(name: str, tmp_path: Path, monkeyp
     assert BROKEN[name][1] in str(reason)
 
 
-@pytest.mark.parametrize("name", [name for name in BROKEN if name not in ("kills", "spins", "closed")])
+@pytest.mark.parametrize("name", [name for name in BROKEN if name not in ("kills", "spins", "closed", "lazy")])
 def test_broken_plugin_is_named_when_chosen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_FOT_IMPORT_SECONDS", "0.3")
     install(tmp_path, monkeypatch, f"fot_chosen_{name}", BROKEN[name][0].replace("1000", "2"), name)
