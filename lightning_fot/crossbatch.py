@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_fot.attention import causal_mask
+from lightning_fot.attention import Shown, attend
 from lightning_fot.config import CrossbatchConfig
 from lightning_fot.errors import SettingError
+from lightning_fot.shared_windows import attend_shared, runs_of
 
 RowTable = list[list[int]]
 
@@ -19,14 +19,14 @@ def packed_rows(batch_size: int, pack: int, context_range: int, stepping: bool) 
     """Rows that each row sees in the ``packed`` layout, nearest first.
 
     Rows p·j ... p·j+p-1 are consecutive windows of one stream. Row i sees the ``n_i - 1`` rows before it, with
-    ``step = ceil((c+1) / max(p-1, 1))`` and ``n_i = min((i mod p)·step + 1, c+1, i+1)`` when stepping. Rows never wrap:
-    with two memory layers the future would leak through the other layer.
+    ``step = ceil((c+1) / max(p-1, 1))`` and ``n_i = min((i mod p)·step + 1, c+1, i+1)`` when stepping, else
+    ``min(c+1, i+1)``. Rows never wrap: with two memory layers the future would leak through the other layer.
 
     Args:
         batch_size: Rows.
         pack: ``p``.
         context_range: ``c``, the most rows that a row sees.
-        stepping: Whether rows early in a pack see fewer.
+        stepping: Whether rows early in a pack see fewer; packs of one row have no early rows.
 
     Example:
         >>> [len(rows) for rows in packed_rows(8, pack=4, context_range=3, stepping=True)]
@@ -35,7 +35,8 @@ def packed_rows(batch_size: int, pack: int, context_range: int, stepping: bool) 
     step = -(-(context_range + 1) // max(pack - 1, 1))
     table = []
     for row in range(batch_size):
-        seen = min((row % pack) * step + 1, context_range + 1) if stepping else context_range + 1
+        early = stepping and pack > 1
+        seen = min((row % pack) * step + 1, context_range + 1) if early else context_range + 1
         table.append([row - back for back in range(1, min(seen, row + 1))])
     return table
 
@@ -78,56 +79,67 @@ def crossbatch_attention(
     scale: float,
     differentiable: bool = True,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Each row attends to its causal local window and, in the same softmax, to whole windows of other rows.
+
+    Windows are shared, not copied for each row that sees them, and no scores are kept for the backward pass: see
+    :mod:`~lightning_fot.shared_windows`. Dropout, soft-capped scores and gates are what fused kernels cannot do; with
+    them scores are explicit, row by row.
 
     Args:
         query: (B, H, T, D), rotated.
         key: (B, G, T, D), rotated.
         value: (B, G, T, D).
-        shown_keys: (C, G, S, D), as if at position 0; C numbers what ``table`` names.
+        shown_keys: (C, G, S, D), as if at position 0; C numbers what ``table`` names. Neither they nor the values are
+            copied if a window's tokens, and the windows, follow each other in memory as projections leave them.
         shown_values: (C, G, S, D).
         table: For each of the B rows the numbers it sees.
         scale: Factor on inner products.
         differentiable: Let gradients reach shown keys and values (FoT). False detaches them (Memorizing Transformers).
         dropout: Share of attention weights set to 0.
+        softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
+        gate: (H,) logits of the shown windows' share (Memorizing Transformers); None is one softmax.
 
     Returns:
         (B, H, T, D).
     """
     if not differentiable:
         shown_keys, shown_values = shown_keys.detach(), shown_values.detach()
-    batch, heads, length, _ = query.shape
-    grouped = heads != key.shape[1]
-    local_mask = causal_mask(length, length, query.device)
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value, shown_keys, shown_values = (
+        tensor.to(dtype) for tensor in (query, key, value, shown_keys, shown_values)
+    )
+    # (C, G, S, D) → (G, C·S, D)
+    far_key, far_value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (shown_keys, shown_values))
+    runs = [runs_of(seen, shown_keys.shape[2]) for seen in table]
+    if dropout == 0 and softcap is None and gate is None:
+        if not any(runs):
+            return attend(query, key, value, scale=scale)
+        return attend_shared(query, key, value, far_key, far_value, runs, scale)
     outputs = []
-    for row in range(batch):
-        seen = list(table[row])
-        if not seen:
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query[row : row + 1],
-                    key[row : row + 1],
-                    value[row : row + 1],
-                    dropout_p=dropout,
-                    is_causal=True,
-                    scale=scale,
-                    enable_gqa=grouped,
-                )
-            )
-            continue
-        far_keys = shown_keys[seen].transpose(0, 1).flatten(1, 2)  # (G, n·S, D)
-        far_values = shown_values[seen].transpose(0, 1).flatten(1, 2)
-        visible = torch.ones(length, far_keys.shape[1], dtype=torch.bool, device=query.device)
+    for row, seen in enumerate(runs):
+        part = slice(row, row + 1)
+        shown = Shown(_joined(far_key, seen)[None], _joined(far_value, seen)[None]) if seen else None
         outputs.append(
-            F.scaled_dot_product_attention(
-                query[row : row + 1],
-                torch.cat([far_keys.to(key.dtype), key[row]], dim=1)[None],
-                torch.cat([far_values.to(value.dtype), value[row]], dim=1)[None],
-                attn_mask=torch.cat([visible, local_mask], dim=1),
-                dropout_p=dropout,
+            attend(
+                query[part],
+                key[part],
+                value[part],
+                shown,
                 scale=scale,
-                enable_gqa=grouped,
+                softcap=softcap,
+                gate=gate,
+                dropout=dropout,
             )
         )
     return torch.cat(outputs)
+
+
+def _joined(shared: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Runs of (G, M, D) in one tensor: a view where there is one run."""
+    parts = [shared[:, start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
