@@ -145,11 +145,11 @@ class FocusedTransformer(L.LightningModule):
         self.log("train/tokens", float((targets != -100).sum()))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and perplexity with memory and the configured retriever; the training state is not touched."""
         self._score(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`, logged as ``test/...``."""
         self._score(batch, "test")
 

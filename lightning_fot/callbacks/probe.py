@@ -1,134 +1,158 @@
-"""Reading validation text into a memory of its own, and measuring the retriever on the real queries of what follows."""
+"""Reading text of a run into a memory of its own, and measuring the retriever on the real queries of what follows."""
 
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_fot.callbacks.budget import Budget
+from lightning_fot.callbacks.stream import TextStream
 from lightning_fot.errors import SettingError
+from lightning_fot.evaluation.by_position import quality_by_position
 from lightning_fot.evaluation.plan import retriever_label
 from lightning_fot.evaluation.retrieval import measure_live, sample_rows
-from lightning_fot.memory import Memory
+from lightning_fot.layers import evaluation_mode
 from lightning_fot.module import FocusedTransformer
 
 Row = dict[str, Any]
 
 
 class RetrievalProbe(L.Callback):
-    """Base of the retrieval callbacks: reads one stream of the validation text and measures at its end.
+    """Base of the retrieval callbacks: reads one stream of a run's text and measures on the window that follows it.
 
-    The text is that of the batch's first pack (``packed``) or row (``paper``), which goes on from batch to batch. Up to
-    ``tokens`` of it are read into a memory with the configured retriever; the queries of the window that follows then
-    search it, once through the index and once exactly. Neither the model, its mode, nor the memory that validation
-    itself uses is touched. Several probes in one Trainer read the text once: the first does it for all.
+    The text is that of the batches' first pack (``packed``) or row (``paper``), which goes on from batch to batch; of
+    several dataloaders the first counts. Up to ``tokens`` of it are read into a memory with the configured retriever;
+    the queries of the next window then search it, once through the index and once exactly. Neither the model, its
+    modes, random states nor the memory that validation itself uses is touched. Each rank measures its own text; what
+    is logged is rank 0's. Several probes in one Trainer measure once, with the settings of the first.
+
+    Validation and test measure their own text, after the pass over it, and log ``retrieval/...``. With
+    ``every_n_steps``, training measures the newest text that it was trained on, and logs ``train/retrieval/...``
+    straight to the loggers, whatever ``log_every_n_steps`` says.
+
+    Within ``fit`` at most ``max_share`` of the time goes into measuring: a measurement that is not paid for yet is left
+    out, and the end of training says how many were. The first is made on credit: a run too short to pay for it spends
+    more, once. ``validate`` and ``test`` alone always measure.
+
+    With both probes at their defaults and the sizes of ``configs/hnsw.yaml`` (SmolLM2-135M, batches of 1024 tokens, two
+    cores), a measurement takes 14.6 s and a training step 2.6 s: 2 % of training pay for one in 285 steps. A model of a
+    few layers (``configs/smoke.yaml``) trains a step in 12 ms beside 3.3 s: one in 14,000 steps; ``tokens`` is what to
+    lower. ``benchmarks/callbacks.py`` measures it.
 
     Args:
-        tokens: Tokens read into the memory in each validation; about 0.55 forward passes each.
+        tokens: Tokens read into the memory for each measurement; about 0.55 forward passes each.
         queries: Queries measured for each layer and KV head.
-        repeats: Timed calls.
+        repeats: Timed calls; they are made only if speed is asked for.
+        every_n_steps: Optimiser steps between measurements in training; 0 leaves training alone.
+        max_share: Of the time of ``fit``; None measures every time.
+
+    Attributes:
+        rows: The last measurement, a row for each layer.
+        left_out: Measurements that training had not paid for.
 
     Raises:
-        SettingError: A value is below 1.
+        SettingError: A value is out of its range.
     """
 
     fields: tuple[str, ...] = ()
+    timed: bool = False
+    by_position: bool = False
 
-    def __init__(self, tokens: int = 8192, queries: int = 256, repeats: int = 20) -> None:
-        for name, value in (("tokens", tokens), ("queries", queries), ("repeats", repeats)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                setting = f"{type(self).__name__}.{name}"
-                raise SettingError(setting, value, "must be a whole number of at least 1", "Correct it.")
+    def __init__(
+        self,
+        tokens: int = 8192,
+        queries: int = 256,
+        repeats: int = 20,
+        every_n_steps: int = 0,
+        max_share: float | None = 0.02,
+    ) -> None:
+        for name, value, least in (
+            ("tokens", tokens, 1),
+            ("queries", queries, 1),
+            ("repeats", repeats, 1),
+            ("every_n_steps", every_n_steps, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                self._refuse(name, value, f"must be a whole number of at least {least}")
+        if max_share is not None and (isinstance(max_share, bool) or not 0 < max_share <= 1):
+            self._refuse("max_share", max_share, "must be above 0 and at most 1, or None")
         self.tokens = tokens
         self.queries = queries
         self.repeats = repeats
+        self.every_n_steps = every_n_steps
+        self.budget = Budget(max_share)
         self.rows: list[Row] = []
-        self._memory: Memory | None = None
-        self._waiting: Tensor | None = None
+        self.left_out = 0
+        self._evaluated = TextStream(tokens)
+        self._trained = TextStream(tokens, newest=True)
+        self._due = False
+        self._step = -1
+
+    def _refuse(self, name: str, value: object, problem: str) -> None:
+        raise SettingError(f"{type(self).__name__}.{name}", value, problem, "Correct it.")
 
     def log_key(self, field: str, k: int) -> str:
         """Name under which a field is logged, without a layer."""
         return f"retrieval/{field}"
 
-    def _leads(self, trainer: L.Trainer) -> bool:
-        return self._leader(trainer) is self
-
-    def _leader(self, trainer: L.Trainer) -> "RetrievalProbe":
-        probes = (callback for callback in trainer.callbacks if isinstance(callback, RetrievalProbe))  # type: ignore[attr-defined]
-        return next(probes, self)
-
-    def _begin(self) -> None:
-        self.rows, self._memory, self._waiting = [], None, None
-
-    @torch.no_grad()
-    def _read(self, module: FocusedTransformer, batch: dict[str, Tensor]) -> None:
-        lm = module.lm
-        window = lm.config.window
-        done = 0 if self._memory is None else int(self._memory.tokens_seen)
-        room = max(self.tokens // window, 1) * window - done
-        if not lm.memory_layers or room <= 0:
-            return
-        config = module.crossbatch_config
-        rows = config.pack if config.layout == "packed" else 1
-        text = batch["input_ids"][:rows].reshape(1, -1)
-        text = text if self._waiting is None else torch.cat([self._waiting, text], dim=1)
-        # The last window stays back: its queries are the ones measured, and a window is not stored before it searches.
-        whole = min((text.shape[1] - window) // window * window, room)
-        if whole > 0:
-            self._memory = lm.new_memory(1) if self._memory is None else self._memory
-            lm.ingest(text[:, :whole], memory=self._memory)
-        self._waiting = text[:, max(whole, 0) :]
-
-    @torch.no_grad()
-    def _measure(self, module: FocusedTransformer) -> list[Row]:
-        memory, waiting = self._memory, self._waiting
-        self._begin()
-        if memory is None or waiting is None:
-            return []
-        lm = module.lm
-        memory.flush()
-        with lm.record_queries() as recorded:
-            # The copy takes the window; the memory that is measured stays as the window found it.
-            lm.ingest(waiting[:, : lm.config.window], memory=memory.snapshot())
-        label = retriever_label(lm.config.retriever)
-        return [
-            {
-                "retriever": label,
-                **measure_live(lm, number, layer, sample_rows(recorded[number][0], self.queries), self.repeats),
-            }
-            for number, layer in memory.layers.items()
-        ]
-
-    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        leader = self._leader(trainer)
-        if leader is self:
-            assert isinstance(module, FocusedTransformer)
-            self.rows = self._measure(module)
-        # The leader comes first in the Trainer's list, so its rows are there.
-        self.rows = leader.rows
-        if not self.rows:
-            return
-        logged: dict[str, float] = {"memory/tokens": float(self.rows[0]["memory_tokens"])}
-        for field in self.fields:
-            values = {row["layer"]: float(row[field]) for row in self.rows if row[field] is not None}
-            if values:
-                key = self.log_key(field, self.rows[0]["k"])
-                logged |= {key.replace("/", f"/layer{layer}/", 1): value for layer, value in values.items()}
-                logged[key] = sum(values.values()) / len(values)
-        # Each rank measures its own text; what is logged is rank 0's.
-        module.log_dict(logged, rank_zero_only=True, batch_size=1)
-
-    def _check(self, module: L.LightningModule) -> None:
-        if not isinstance(module, FocusedTransformer):
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses other modules, and sizes the text to whole windows."""
+        if not isinstance(pl_module, FocusedTransformer):
             raise SettingError(
-                "trainer.callbacks", type(self).__name__, f"cannot measure a {type(module).__name__}",
+                "trainer.callbacks", type(self).__name__, f"cannot measure a {type(pl_module).__name__}",
                 "Use it with a FocusedTransformer.",
             )  # fmt: skip
+        window = pl_module.memory_config.window
+        # The window behind what is read is the one measured: a window is not stored before it searches.
+        most = (max(self.tokens // window, 1) + 1) * window
+        self._evaluated, self._trained = TextStream(most), TextStream(most, newest=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self.budget.start()
+        self.left_out = 0
+        # Resumed in the middle of accumulated batches, the step before is not measured again.
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the batch's first stream; measures if it is time to."""
+        leader = self._leader(trainer)
+        if not leader.every_n_steps:
+            return
+        step = trainer.global_step
+        if leader is self:
+            assert isinstance(pl_module, FocusedTransformer)
+            self._trained.extend(batch["input_ids"], pl_module.crossbatch_config)
+            fresh = step != self._step and step % self.every_n_steps == 0 and self._trained.full
+            self._step = step
+            self._due = fresh and self._allowed(trainer)
+            if self._due:
+                self.rows = self._measure(trainer, pl_module, self._trained.ids)
+        if leader._due:
+            values = {f"train/{name}": value for name, value in self._values(leader.rows).items()}
+            for logger in trainer.loggers:
+                # As Lightning numbers what a training step logs.
+                logger.log_metrics(values, step=step - 1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says what was left out."""
+        if self.left_out:
+            rank_zero_info(
+                f"{type(self).__name__} left out {self.left_out} measurements to stay within {self.budget.share:.1%} "
+                "of the time: set max_share for more, or tokens for cheaper ones."
+            )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts with an empty memory."""
-        self._check(pl_module)
-        self._begin()
+        """Starts with no text."""
+        self.rows = []
+        self._evaluated.clear()
+        if self._leader(trainer) is self:
+            self._due = not trainer.sanity_checking and self._allowed(trainer)
 
     def on_validation_batch_end(
         self,
@@ -139,32 +163,86 @@ class RetrievalProbe(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Reads the batch's first stream, as long as there is room."""
-        if self._leads(trainer) and not trainer.sanity_checking and dataloader_idx == 0:
+        """Keeps the batch's first stream, as long as there is room."""
+        if self._due and dataloader_idx == 0:
             assert isinstance(pl_module, FocusedTransformer)
-            self._read(pl_module, batch)
+            self._evaluated.extend(batch["input_ids"], pl_module.crossbatch_config)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures and logs."""
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module)
+        leader = self._leader(trainer)
+        if leader is self and self._due:
+            assert isinstance(pl_module, FocusedTransformer)
+            self.rows = self._measure(trainer, pl_module, self._evaluated.ids)
+        # The leader comes first in the Trainer's list, so its rows are there.
+        self.rows = leader.rows
+        pl_module.log_dict(self._values(self.rows), rank_zero_only=True, batch_size=1)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_start(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in validation."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    def _leader(self, trainer: L.Trainer) -> "RetrievalProbe":
+        return self._probes(trainer)[0]
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end(trainer, pl_module)
+    def _probes(self, trainer: L.Trainer) -> "list[RetrievalProbe]":
+        return [callback for callback in trainer.callbacks if isinstance(callback, RetrievalProbe)]  # type: ignore[attr-defined]
+
+    def _allowed(self, trainer: L.Trainer) -> bool:
+        """Whether a measurement is paid for. Ranks agree, since reading may need all of them (sharded weights)."""
+        if trainer.state.fn != "fit":
+            return True
+        allowed: bool = trainer.strategy.broadcast(self.budget.allowed)
+        self.left_out += not allowed
+        return allowed
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, module: FocusedTransformer, ids: Tensor) -> list[Row]:
+        lm = module.lm
+        window = lm.config.window
+        windows = ids.shape[1] // window
+        if trainer.world_size > 1:
+            windows = int(trainer.strategy.all_gather(torch.tensor(windows, device=module.device)).min())
+        if not lm.memory_layers or windows < 2:
+            return []
+        probes = self._probes(trainer)
+        read = (windows - 1) * window
+        with (
+            self.budget.measuring(),
+            isolate_rng(),
+            evaluation_mode(lm.model),
+            trainer.precision_plugin.forward_context(),
+        ):
+            memory = lm.ingest(ids[:, :read], memory=lm.new_memory(1))
+            memory.flush()
+            with lm.record_queries() as recorded:
+                # The copy takes the window; the memory that is measured stays as the window found it.
+                lm.ingest(ids[:, read : read + window], memory=memory.snapshot())
+            repeats = self.repeats if any(probe.timed for probe in probes) else 0
+            label = retriever_label(lm.config.retriever)
+            rows = []
+            for number, layer in memory.layers.items():
+                queries = recorded[number][0]
+                row = measure_live(lm, number, layer, sample_rows(queries, self.queries), repeats)
+                if any(probe.by_position for probe in probes):
+                    found = quality_by_position(lm, number, layer, queries, window, self.queries)
+                    row["positions"] = {place: quality.as_dict() for place, quality in found.items()}
+                rows.append({"retriever": label, **row})
+        return rows
+
+    def _values(self, rows: list[Row]) -> dict[str, float]:
+        """What is logged of a measurement: each field by layer and as the layers' mean."""
+        if not rows:
+            return {}
+        logged = {"memory/tokens": float(rows[0]["memory_tokens"])}
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            for key, value in self._named(row).items():
+                if value is not None:
+                    logged[key.replace("/", f"/layer{row['layer']}/", 1)] = float(value)
+                    found.setdefault(key, []).append(float(value))
+        return logged | {key: sum(values) / len(values) for key, values in found.items()}
+
+    def _named(self, row: Row) -> dict[str, float | None]:
+        """A row's fields by the name under which they are logged, without a layer."""
+        return {self.log_key(field, row["k"]): row.get(field) for field in self.fields}

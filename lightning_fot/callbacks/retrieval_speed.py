@@ -4,17 +4,22 @@ from lightning_fot.callbacks.probe import RetrievalProbe
 
 
 class RetrievalSpeed(RetrievalProbe):
-    """Logs the speed of the configured retriever on real queries, after each validation.
+    """Logs the speed of the configured retriever on real queries.
 
     Keys, for each memory layer (``retrieval/layer10/qps``) and as their mean (``retrieval/qps``): ``search_ms_p50``,
     ``search_ms_p95``, ``search_ms_p99`` of a call with ``queries`` queries for each KV head, ``qps``, ``add_s`` and
-    ``build_s`` (for the whole memory), ``bytes`` (keys, values and index), ``fallbacks`` (searches that the backend
-    failed and exact search answered), ``rebuilds``; and ``memory/tokens``.
+    ``build_s`` (for the whole memory), ``bytes`` (keys, values and index), ``rows_scanned`` (keys scored exactly for a
+    query, of its bank), ``fallbacks`` (searches that the backend failed and exact search answered), ``rebuilds``; and
+    ``memory/tokens``.
+
+    When and at which cost it measures is said in :class:`~lightning_fot.callbacks.probe.RetrievalProbe`.
 
     Args:
-        tokens: Tokens read into the memory in each validation; about 0.55 forward passes each.
+        tokens: Tokens read into the memory for each measurement; about 0.55 forward passes each.
         queries: Queries of a call, for each layer and KV head.
         repeats: Timed calls; p99 needs 100 to be more than the slowest.
+        every_n_steps: Optimiser steps between measurements in training; 0 measures at validation and test alone.
+        max_share: Of the time of ``fit``; None measures every time.
 
     Example:
         >>> import lightning as L
@@ -29,9 +34,8 @@ class RetrievalSpeed(RetrievalProbe):
         "add_s",
         "build_s",
         "bytes",
+        "rows_scanned",
         "fallbacks",
         "rebuilds",
     )
-
-    def __init__(self, tokens: int = 8192, queries: int = 256, repeats: int = 20) -> None:
-        super().__init__(tokens, queries, repeats)
+    timed = True

@@ -6,8 +6,7 @@ Recall alone hides what matters to attention, so it always comes with the softma
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.evaluation.plan import retriever_label
+from lightning_fot.evaluation.timing import SearchTimes, time_calls
 
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
@@ -43,6 +43,8 @@ class RetrievalQuality:
         sink_share: Share of the found slots that hold the first token of a window (attention sinks); None where it is
             not known which rows these are.
         hub_share: Share of the found slots held by the most often found hundredth of the keys.
+        hub_skewness: Skewness of how often a key is found (its k-occurrences; Radovanović et al., JMLR 2010, equation
+            1), mean over banks. Keys found at random, m times on average, have 1/sqrt(m).
         queries: Queries measured, over all banks.
     """
 
@@ -51,6 +53,7 @@ class RetrievalQuality:
     mass: float
     sink_share: float | None
     hub_share: float
+    hub_skewness: float
     queries: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def retrieval_quality(
     scale = 1 / math.sqrt(dim) if scale is None else scale
     held = [stored] * banks if lengths is None else [int(length) for length in lengths]
     found_true = true_total = slots = sink_slots = 0
-    mass_recalls, masses = [], []
+    mass_recalls, masses, skews = [], [], []
     hub_slots = 0
     for bank, count in enumerate(held):
         if not count:
@@ -130,6 +133,7 @@ def retrieval_quality(
             hits += torch.bincount(found.to(scores.device)[kept].cpu(), minlength=count)
         slots += int(hits.sum())
         hub_slots += int(hits.topk(max(1, count // 100)).values.sum())
+        skews.append(skewness(hits))
         if sink_rows is not None:
             sink_slots += int(hits[sink_rows[sink_rows < count]].sum())
     if not true_total:
@@ -140,8 +144,21 @@ def retrieval_quality(
         mass=float(torch.cat(masses).double().mean()),
         sink_share=None if sink_rows is None else sink_slots / max(slots, 1),
         hub_share=hub_slots / max(slots, 1),
+        hub_skewness=sum(skews) / len(skews),
         queries=sum(len(part) for part in masses),
     )
+
+
+def skewness(counts: Tensor) -> float:
+    """Third standardised moment of counts (n,); 0 where all are alike.
+
+    Example:
+        >>> skewness(torch.tensor([0, 0, 0, 4]))  # doctest: +ELLIPSIS
+        1.154...
+    """
+    deviations = counts.double() - counts.double().mean()
+    spread = float(deviations.square().mean().sqrt())
+    return float(deviations.pow(3).mean()) / spread**3 if spread else 0.0
 
 
 def _first_occurrences(rows: Tensor) -> Tensor:
@@ -150,54 +167,6 @@ def _first_occurrences(rows: Tensor) -> Tensor:
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     return torch.zeros_like(fresh).scatter(1, places, fresh) & (rows >= 0)
-
-
-@dataclass(frozen=True)
-class SearchTimes:
-    """Wall time of search calls.
-
-    Args:
-        p50_ms: Median of a call.
-        p95_ms: 95th percentile of a call.
-        p99_ms: 99th percentile of a call.
-        qps: Queries a second at the median.
-        calls: Calls timed.
-    """
-
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    qps: float
-    calls: int
-
-    @classmethod
-    def from_seconds(cls, seconds: Iterable[float], queries_a_call: int) -> SearchTimes:
-        """Percentiles of call times; the slowest call stands for a percentile that too few calls resolve."""
-        ordered = sorted(seconds)
-
-        def at(share: float) -> float:
-            return 1e3 * ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
-
-        median = 1e3 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-        return cls(median, at(0.95), at(0.99), 1e3 * queries_a_call / max(median, 1e-9), len(ordered))
-
-
-def time_calls(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after one that warms up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        _synchronise(device)
-        began = time.perf_counter()
-        call()
-        _synchronise(device)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def index_used(memory: Memory) -> bool | None:
@@ -320,43 +289,67 @@ def measure_live(
         number: The layer.
         layer: Its memory.
         queries: (B·G, Q, D), as the layer searches with them.
-        repeats: Timed calls.
+        repeats: Timed calls; 0 leaves out what only they tell: times and QPS.
         sinks: Whether the memory was filled with whole windows, so that it is known where they start.
 
     Returns:
         A row: the fields of ``results.json`` retrieval rows, those of :class:`RetrievalQuality`, and counters.
     """
     stats = layer.retriever.stats()
-    keys = layer.keys.flatten(0, 1)
     k = lm.config.top_k
-    asked = queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
-    rows = layer.search(asked, k).flatten(0, 1)
-    known = sinks and lm.config.capacity is None
-    starts = window_starts(keys.shape[1], lm.config.window - lm.config.skip_window_start) if known else None
+    quality = live_quality(lm, number, layer, queries, sinks)
+    searched = layer.retriever.stats()
+    asked = _by_bank(layer, queries)
+    timed: dict[str, float] = {}
+    if repeats:
+        times = SearchTimes.from_seconds(
+            time_calls(lambda: layer.search(asked, k), repeats, queries.device), queries.shape[0] * queries.shape[1]
+        )
+        timed = {
+            "search_ms_p50": times.p50_ms,
+            "search_ms_p95": times.p95_ms,
+            "search_ms_p99": times.p99_ms,
+            "qps": times.qps,
+        }
     lengths = layer.key_store.lengths
-    quality = retrieval_quality(
-        keys, queries, rows, scale=attention_scale(lm, number), lengths=lengths, sink_rows=starts
-    )
-    times = SearchTimes.from_seconds(
-        time_calls(lambda: layer.search(asked, k), repeats, queries.device), queries.shape[0] * queries.shape[1]
-    )
-    covered = layer.retriever.indexed
     return {
         "layer": number,
-        "memory_tokens": int(lengths.max()),
+        "memory_tokens": max(layer.lengths),
         "k": k,
         **quality.as_dict(),
-        "search_ms_p50": times.p50_ms,
-        "search_ms_p95": times.p95_ms,
-        "search_ms_p99": times.p99_ms,
-        "qps": times.qps,
+        **timed,
         "add_s": stats.add_seconds,
         "build_s": stats.build_seconds,
         "bytes": layer.nbytes,
-        "indexed_share": float(covered.sum() / lengths.sum().clamp_min(1)),
+        "indexed_share": float(layer.retriever.indexed.sum() / lengths.sum().clamp_min(1)),
+        "rows_scanned": (searched.rows_scanned - stats.rows_scanned) / quality.queries,
         "fallbacks": layer.retriever.stats().fallbacks,
         "rebuilds": stats.rebuilds,
     }
+
+
+def live_quality(
+    lm: MemoryLM, number: int, layer: MemoryLayer, queries: Tensor, sinks: bool = False
+) -> RetrievalQuality:
+    """What a memory layer finds for queries (B·G, Q, D), against exact search over its keys: see `measure_live`."""
+    config = lm.config
+    keys = layer.keys.flatten(0, 1)
+    rows = layer.search(_by_bank(layer, queries), config.top_k).flatten(0, 1)
+    # Windows that keep sinks or an overlap do not begin at whole windows, and dropped pairs shift the others.
+    known = sinks and config.capacity is None and not config.overlap and not config.sink_tokens
+    return retrieval_quality(
+        keys,
+        queries,
+        rows,
+        scale=attention_scale(lm, number),
+        lengths=torch.tensor(layer.lengths).repeat_interleave(layer.kv_heads),
+        sink_rows=window_starts(keys.shape[1], config.window - config.skip_window_start) if known else None,
+    )
+
+
+def _by_bank(layer: MemoryLayer, queries: Tensor) -> Tensor:
+    """(B·G, Q, D) → (B, G, Q, D)."""
+    return queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
 
 
 def quality_in_run(capture: Capture, label: str, config: EvaluationConfig) -> list[dict[str, Any]]:

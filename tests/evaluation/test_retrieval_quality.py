@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot.evaluation.by_position import position_buckets, quality_by_position
 from lightning_fot.evaluation.retrieval import (
     Capture,
-    SearchTimes,
     index_used,
     measure_live,
     retrieval_quality,
     sample_rows,
+    skewness,
     window_starts,
 )
+from lightning_fot.evaluation.timing import SearchTimes
 from lightning_fot.pretrained import load_backbone
 
 
@@ -88,6 +91,51 @@ def test_sinks_and_hubs_are_seen() -> None:
     assert window_starts(40, 16).tolist() == [0, 16, 32]
 
 
+def test_hubs_skew_how_often_keys_are_found() -> None:
+    keys, queries = tensors(queries=300)
+    rows = exact_rows(keys, queries, 10)
+    # Radovanović et al. 2010, equation 1, bank by bank, in NumPy.
+    wanted = []
+    for bank in rows.numpy():
+        counts = np.bincount(bank.reshape(-1), minlength=200)
+        wanted.append(np.mean((counts - counts.mean()) ** 3) / counts.std() ** 3)
+    assert retrieval_quality(keys, queries, rows).hub_skewness == pytest.approx(np.mean(wanted))
+    assert skewness(torch.full((5,), 3)) == 0
+    # Keys found at random, 15 times each on average.
+    chance = torch.poisson(torch.full((200_000,), 15.0), generator=torch.Generator().manual_seed(0))
+    assert skewness(chance) == pytest.approx(15**-0.5, rel=0.05)
+
+
+def test_buckets_of_local_position_cover_the_window_once() -> None:
+    assert position_buckets(1) == [(0, 15)]
+    assert position_buckets(16) == [(0, 15)]
+    assert position_buckets(300) == [(0, 15), (16, 63), (64, 255), (256, 1023)]
+
+
+def test_quality_by_position_is_that_of_the_queries_that_stand_there() -> None:
+    window, repeats = 80, 2
+    with attach_memory(
+        load_backbone("tiny-random-llama"), MemoryConfig(memory_layers=[1], window=window, top_k=4)
+    ) as lm:
+        ids = torch.randint(3, 300, (1, 3 * window), generator=torch.Generator().manual_seed(0))
+        memory = lm.ingest(ids[:, : 2 * window], memory=lm.new_memory(1))
+        with lm.record_queries() as recorded:
+            lm.ingest(ids[:, 2 * window :], memory=memory.snapshot())
+        layer, queries = memory.layers[1], recorded[1][0]
+        found = quality_by_position(lm, 1, layer, queries, window, count=10_000)
+        assert list(found) == ["0-15", "16-63", "64-255"]
+        # Folded queries are head by head: positions start again after each window.
+        places = torch.arange(queries.shape[1]) % window
+        weights = (queries @ layer.keys[0].transpose(1, 2) / 4).softmax(-1)
+        best = weights.topk(4).values.sum(-1)
+        for (first, last), quality in zip(position_buckets(window), found.values(), strict=True):
+            here = (places >= first) & (places <= last)
+            assert quality.mass == pytest.approx(float(best[:, here].mean()), rel=1e-4)
+            assert quality.queries == 2 * repeats * (min(last, window - 1) - first + 1)
+        few = quality_by_position(lm, 1, layer, queries, window, count=9)
+        assert [quality.queries for quality in few.values()] == [6, 6, 6]
+
+
 @pytest.mark.parametrize(
     "shapes",
     [((1, 0, 4), (1, 2, 4), (1, 2, 3)), ((1, 5, 4), (1, 2, 3), (1, 2, 3)), ((1, 5, 4), (1, 2, 4), (1, 3, 3))],
@@ -142,4 +190,8 @@ def test_a_capture_holds_real_queries_and_the_live_retriever_is_measured() -> No
         assert row["mass_recall"] == pytest.approx(1, abs=1e-5)
         assert row["memory_tokens"] == 4 * window
         assert row["fallbacks"] == 0
+        assert row["rows_scanned"] == 4 * window
+        assert row["qps"] > 0
+        untimed = measure_live(lm, 3, layer, queries, repeats=0)
+        assert set(row) - set(untimed) == {"search_ms_p50", "search_ms_p95", "search_ms_p99", "qps"}
         assert index_used(memory) is None
