@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,8 @@ from _timing import GIB, fits, interleave, ratio
 
 from lightning_fot.bench import DEFAULT_QUERY_GRIDS
 from lightning_fot.retrievers import Retriever
+
+Setting = dict[str, Any]
 
 _COLUMNS = {
     "head": "head",
@@ -71,10 +74,12 @@ def _of_head(bench: Bench, section: str, head: Head) -> list[Row]:
         began = perf_counter()
         retriever = exact if name == "exact" else bench.filled(name, head)
         build = perf_counter() - began
-        given: list[dict[str, Any]] = [{}, *(setting for setting in DEFAULT_QUERY_GRIDS.get(name, []) if setting)]
+        given: list[Setting] = [{}, *(setting for setting in DEFAULT_QUERY_GRIDS.get(name, []) if setting)]
         usual = {argument: getattr(retriever, argument) for argument in retriever.query_args}
-        for setting in given[:2] if asked.quick else given:
-            retriever.set_query_args(**{**usual, **setting})
+        settings = [{**usual, **setting} for setting in (given[:2] if asked.quick else given)]
+        speeds = _speeds(bench, head, retriever, exact, settings)
+        for setting, chosen, speed in zip(given, settings, speeds, strict=False):
+            retriever.set_query_args(**chosen)
             rows.append(
                 {
                     "head": head.name,
@@ -82,9 +87,9 @@ def _of_head(bench: Bench, section: str, head: Head) -> list[Row]:
                     "recorded": head.recorded,
                     "retriever": name,
                     "setting": " ".join(f"{key}={value}" for key, value in setting.items()) or "default",
-                    "args": {**usual, **setting},
-                    **_speed(bench, head, retriever, exact),
+                    "args": chosen,
                     **truth.judge(rows_of(retriever, head, asked.k, asked.batch)),
+                    **speed,
                     "build_s": None if name == "exact" else build,
                     "bytes": retriever.nbytes,
                     "mib": retriever.nbytes / (1 << 20),
@@ -94,25 +99,33 @@ def _of_head(bench: Bench, section: str, head: Head) -> list[Row]:
     return rows
 
 
-def _speed(bench: Bench, head: Head, retriever: Retriever, exact: Retriever) -> Row:
+def _speeds(bench: Bench, head: Head, retriever: Retriever, exact: Retriever, settings: list[Setting]) -> list[Row]:
+    """Times of each setting; exact search and all settings take turns, at either batch."""
     asked, queries = bench.asked, head.batch(bench.asked.batch)
     parts = one_by_one(queries)
-    together = interleave(
-        {"index": whole(retriever, queries, asked.k), "exact": whole(exact, queries, asked.k)}, asked.repeats
-    )
-    alone = interleave(
+
+    def turns(method: Callable[[Retriever], Callable[[], float]]) -> dict[str, list[float]]:
+        def at(setting: Setting) -> Callable[[], float]:
+            def measure() -> float:
+                retriever.set_query_args(**setting)
+                return method(retriever)()
+
+            return measure
+
+        rivals = {str(number): at(setting) for number, setting in enumerate(settings)}
+        return interleave({"exact": method(exact), **rivals}, asked.repeats)
+
+    together = turns(lambda searched: whole(searched, queries, asked.k))
+    alone = turns(lambda searched: singly(lambda query: searched.search(query, asked.k), parts))
+    return [
         {
-            "index": singly(lambda query: retriever.search(query, asked.k), parts),
-            "exact": singly(lambda query: exact.search(query, asked.k), parts),
-        },
-        asked.repeats,
-    )
-    return {
-        "us": micros(together["index"], asked.batch),
-        **ratio(together, "exact", "index").as_dict("ratio"),
-        "single_us": micros(alone["index"]),
-        **ratio(alone, "exact", "index").as_dict("single_ratio"),
-    }
+            "us": micros(together[number], asked.batch),
+            **ratio(together, "exact", number).as_dict("ratio"),
+            "single_us": micros(alone[number]),
+            **ratio(alone, "exact", number).as_dict("single_ratio"),
+        }
+        for number in map(str, range(len(settings)))
+    ]
 
 
 def _best(rows: list[Row]) -> list[str]:

@@ -1,14 +1,14 @@
-"""The libraries behind the built-in retrievers, called directly, on the very vectors that a retriever hands to them."""
+"""The libraries behind the built-in retrievers, called directly, on the very vectors that a retriever hands to them.
+
+Each is imported where it is used: not every system has all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import faiss
-import hnswlib
 import numpy as np
-import scann
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -69,6 +69,8 @@ class RawHNSW:
     """hnswlib. ``l2`` space: the vectors are augmented to one norm."""
 
     def __init__(self, keys: Vectors, threads: int, M: int, ef_construction: int, ef_search: int) -> None:
+        import hnswlib
+
         self.index: Any = hnswlib.Index(space="l2", dim=keys.shape[1])
         self.index.init_index(max_elements=len(keys), M=M, ef_construction=ef_construction, random_seed=0)
         self.index.add_items(keys, num_threads=threads)
@@ -83,6 +85,9 @@ class RawFaiss:
     """IndexIVFFlat: cells of plain k-means, those of largest inner product scanned."""
 
     def __init__(self, keys: Vectors, threads: int, nlist: int, nprobe: int) -> None:
+        import faiss
+
+        self.faiss: Any = faiss
         faiss.omp_set_num_threads(threads)
         dim = keys.shape[1]
         self.cells: Any = faiss.IndexFlatL2(dim)
@@ -99,8 +104,8 @@ class RawFaiss:
 
     def search(self, queries: Vectors, k: int, threads: int) -> Any:
         """Rows (q, k)."""
-        if faiss.omp_get_max_threads() != threads:
-            faiss.omp_set_num_threads(threads)
+        if self.faiss.omp_get_max_threads() != threads:
+            self.faiss.omp_set_num_threads(threads)
         return self.index.search(queries, k)[1]
 
 
@@ -108,6 +113,8 @@ class RawScann:
     """A ScaNN tree with anisotropic quantisation and reordering."""
 
     def __init__(self, keys: Vectors, threads: int, num_leaves: int, num_leaves_to_search: int, reorder: int) -> None:
+        import scann
+
         builder = scann.scann_ops_pybind.builder(keys, 32, "dot_product")
         builder = builder.tree(num_leaves, num_leaves_to_search, training_sample_size=len(keys))
         builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2, training_sample_size=len(keys))

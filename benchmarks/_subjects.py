@@ -51,17 +51,22 @@ class Bench:
     heads: list[Head]
     report: Report
 
-    def make(self, name: str, head: Head, **arguments: Any) -> Retriever:
-        """An empty retriever of one bank that has seen the head's past queries."""
-        if self.asked.quick:
-            # A few thousand keys would be scanned: the index is what is measured.
-            arguments = {"min_index_size": 1, **arguments}
+    def make(self, name: Any, head: Head, **arguments: Any) -> Retriever:
+        """An empty retriever of one bank that has seen the head's past queries.
+
+        Args:
+            name: Of the retriever, or its class.
+            head: Few keys are indexed too, though they would be scanned: the index is what is measured.
+            **arguments: Of the retriever.
+        """
         retriever = create_retriever({"name": name, **arguments}, dim=head.keys.shape[1])
+        if retriever.min_index_size > len(head.keys):
+            retriever = create_retriever({"name": name, **arguments, "min_index_size": 1}, dim=head.keys.shape[1])
         if head.past is not None:
             retriever.observe(head.past[None])
         return retriever
 
-    def filled(self, name: str, head: Head, **arguments: Any) -> Retriever:
+    def filled(self, name: Any, head: Head, **arguments: Any) -> Retriever:
         """A retriever whose index holds all keys of the head."""
         retriever = self.make(name, head, **arguments)
         retriever.add(head.keys[None])

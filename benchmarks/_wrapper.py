@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from _heads import Head, Truth
@@ -10,6 +10,8 @@ from _raw import RAW, Overheard, as_rows
 from _report import Row, table
 from _subjects import Bench, arguments_of, micros, one_by_one, rows_of, singly, whole
 from _timing import interleave, ratio, spread, timed
+
+from lightning_fot.retrievers import PerBankRetriever
 
 _COLUMNS = {
     "head": "head",
@@ -50,12 +52,7 @@ def _measured(bench: Bench, head: Head, truth: Truth, name: str) -> list[Row]:
     asked = bench.asked
     building, searching = arguments_of(name, len(head.keys))
     overheard = Overheard(name)
-    limits: dict[str, Any] = {"min_index_size": 1} if asked.quick else {}
-    retriever = overheard.kind(dim=head.keys.shape[1], **building, **searching, **limits)
-    if head.past is not None:
-        retriever.observe(head.past[None])
-    retriever.add(head.keys[None])
-    retriever.flush()
+    retriever = cast(PerBankRetriever, bench.filled(overheard.kind, head, **building, **searching))
     # The vectors of one build: a retriever may have built twice.
     raw = RAW[name](overheard.added[-1], asked.threads, **building, **searching)
     rows = []
