@@ -143,7 +143,8 @@ def _retrievers() -> int:
     for name, info in available_retrievers().items():
         state = "ready" if info.importable else f"{info.error or 'cannot be imported'}. {info.install or ''}".strip()
         table.add_row(name, info.source, info.version or "", state)
-    Console().print(table)
+    # What a broken plug-in says may look like markup.
+    Console(markup=False).print(table)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_fot.cli import main
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers import (
     ExactRetriever,
@@ -198,6 +200,15 @@ def test_an_entry_point_that_names_nothing(tmp_path: Path, monkeypatch: pytest.M
     install(tmp_path, monkeypatch, "fot_mine_odd", PLUGIN)
     (tmp_path / "fot_mine_odd-1.5.dist-info" / "entry_points.txt").write_text("[lightning_fot.retrievers]\nodd = ??\n")
     assert not available_retrievers()["odd"].importable
+
+
+def test_the_command_prints_whatever_a_broken_plugin_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, monkeypatch, "fot_mine_marks", "raise ValueError('[/red] [3]')\n", "marks")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["retrievers"]) == 0
+    assert re.search(r"^marks +fot_mine_marks +1\.5 +ValueError: \[/red\] \[3\]", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_plugin_cannot_hide_a_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
