@@ -39,7 +39,7 @@ def measure_scan(bench: Bench) -> None:
         _COLUMNS,
         rows,
     )
-    print("  limit: batch 1, the keys read once in 8 bits; larger batches, their products in float32\n")
+    print("  limit: batch 1, the keys read once in 8 bits; larger batches, their products in float32, nothing kept\n")
 
 
 def _measured(bench: Bench, head: Head, read: float) -> list[Row]:
