@@ -8,6 +8,7 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Self
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.answers import stacked
 from lightning_fot.retrievers.checks import checked_banks
 from lightning_fot.retrievers.removed import Removed
 from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
@@ -40,6 +42,9 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         num_threads: Threads of a search or build; 0 leaves the choice to torch's setting.
         transform: ``"auto"`` (the backend's default), ``"none"`` or ``{"center", "query_power", "l2_augment"}``.
         min_index_size: Below this many keys a bank is searched exactly: no index beats a scan there.
+        build: ``"background"``: indexes are built and extended beside the caller, in one thread for the whole process,
+            and keys that no index covers yet are scanned. ``"blocking"``: the search that finds too many of them builds
+            and waits, so that what is found never depends on the time.
 
     Raises:
         SettingError: An argument is out of its range.
@@ -58,17 +63,20 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         num_threads: int = 0,
         transform: str | dict[str, Any] = "auto",
         min_index_size: int = 16384,
+        build: str = "background",
     ) -> None:
         for name, value in (("dim", dim), ("banks", banks)):
             check_value(name, value, name)
         for name, value in (("seed", seed), ("num_threads", num_threads), ("min_index_size", min_index_size)):
             check_value(name, value)
+        check_value("build", build)
         self.dim = dim
         self.banks = banks
         self.seed = seed
         self.num_threads = num_threads
         self.transform = resolve_transform(transform, self.default_transform)
         self.min_index_size = min_index_size
+        self.build = build
         self._store = KeyStore(dim, banks)
         self._owns_store = True
         self._removed = Removed(banks)
@@ -131,8 +139,13 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._check_finite(keys, counts)
         if self._owns_store:
             self._store.append(keys, counts)
+        self._truncated([length - count for length, count in zip(self._store.lengths_list, counts, strict=True)])
         self._stats.adds += 1
         self._stats.add_seconds += perf_counter() - start
+
+    def _truncated(self, lengths: Sequence[int]) -> None:
+        """Forgets what is known of rows from ``lengths[b]`` on: a store's owner may have taken keys back untold."""
+        self._removed.truncate(lengths)
 
     @torch.no_grad()
     def remove(self, rows: Sequence[Tensor | None]) -> None:
@@ -165,7 +178,6 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
                 "keys", "nan or inf", f"is not finite in {self._store.dtype}", "Check the model's activations."
             )
 
-    @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Tensor:
         """Rows with the largest inner product.
 
@@ -182,14 +194,14 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SettingError("k", k, "must be a whole number of at least 1", "Try 32.")
         checked = self._checked_queries(queries)
-        start, built = perf_counter(), self._stats.build_seconds
+        start, waited = perf_counter(), self._stats.wait_seconds
         if self._removed.any and type(self)._search is not Retriever._search:
             rows = self._search_the_others(checked, k).to(queries.device)
         else:
             rows = self._search(checked, k).to(queries.device)
         self._stats.searches += 1
         self._stats.queries += checked.shape[0] * checked.shape[1]
-        self._stats.search_seconds += perf_counter() - start - (self._stats.build_seconds - built)
+        self._stats.search_seconds += perf_counter() - start - (self._stats.wait_seconds - waited)
         return rows
 
     def _checked_queries(self, queries: Tensor) -> Tensor:
@@ -203,16 +215,18 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if not queries.is_floating_point():
             raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
-        if not bool(torch.isfinite(checked).all()):
+        # One pass in place of three, but the sum of finite numbers may overflow.
+        if not isfinite(float(checked.sum())) and not bool(torch.isfinite(checked).all()):
             raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
         return checked
 
     def _search(self, queries: Tensor, k: int) -> Tensor:
         """Rows (banks, q, k) for checked queries (banks, q, dim): float32, contiguous, on the store's device."""
-        return torch.stack([pad_rows(self._scan(bank, queries[bank], k), k) for bank in range(self.banks)])
+        return stacked([pad_rows(self._scan(bank, queries[bank], k), k) for bank in range(self.banks)])
 
     def _search_the_others(self, queries: Tensor, k: int) -> Tensor:
         """As ``_search``, without removed rows: asks for more, and scans for queries that get too few all the same."""
+        self._removed.truncate(self._store.lengths_list)
         wider = self._search(
             queries, min(self._removed.wider(k, self._store.lengths_list), max(self._store.lengths_list))
         )
@@ -225,7 +239,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             if len(short):
                 rows[short[:, 0]] = pad_rows(self._scan(bank, queries[bank][short[:, 0]], k), k)
             found.append(rows)
-        return torch.stack(found)
+        return stacked(found)
 
     def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Exact rows (q, min(k, n)) of one bank; -1 where rows were removed and fewer are left."""

@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_fot.retrievers.building import check_job
 from lightning_fot.retrievers.libraries import require
 from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
 from lightning_fot.retrievers.settings import TransformSpec, check_value
+
+_STEP = 4096  # keys linked in between two looks whether the graph is still wanted
 
 
 class HNSWRetriever(PerBankRetriever):
@@ -71,13 +74,18 @@ class _HNSWIndex:
     def add(self, keys: NDArray[np.float32]) -> None:
         need = self._size + len(keys)
         if self._capacity == 0:
-            self._capacity = need
-            self._index.init_index(max_elements=need, **self._settings)
+            # A bank is built anew when it has doubled. Room that nothing was written to takes no memory.
+            self._capacity = 2 * need
+            self._index.init_index(max_elements=self._capacity, **self._settings)
         elif need > self._capacity:
             self._capacity = max(need, 2 * self._capacity)
             self._index.resize_index(self._capacity)
-        self._index.add_items(keys, np.arange(self._size, need), num_threads=self._build_threads)
-        self._size = need
+        for start in range(0, len(keys), _STEP):
+            check_job()
+            part = keys[start : start + _STEP]
+            rows = np.arange(self._size, self._size + len(part))
+            self._index.add_items(part, rows, num_threads=self._build_threads)
+            self._size += len(part)
 
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         ef = max(self.ef_search, k)

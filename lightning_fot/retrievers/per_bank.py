@@ -5,26 +5,25 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from time import perf_counter
-from typing import Any, ClassVar, Protocol, Self
-from weakref import WeakSet
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.retrievers.answers import Rows, among, checked_rows, merged_few, stacked
 from lightning_fot.retrievers.base import Retriever
+from lightning_fot.retrievers.building import StoppedError, in_background, submit
+from lightning_fot.retrievers.built import BuildJob, Built
+from lightning_fot.retrievers.built import Index as Index
 from lightning_fot.retrievers.checks import checked_banks
-from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.reservoir import QueryReservoir
 from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks, topk_rows
 from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
-from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
 
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05
@@ -32,45 +31,12 @@ _SHARE_TO_REBUILD = 0.5
 _SMALL_BATCH = 16
 
 
-class Index(Protocol):
-    """An index of one bank, as a plug-in writes it: larger inner product is better.
-
-    Rows are numbered in the order of adding. Optional further members: ``nbytes`` (bytes held) and attributes named
-    in the retriever's ``query_args`` and ``threads``, which are set before each search where they exist.
-    """
-
-    def add(self, keys: NDArray[np.float32]) -> None:
-        """Append keys (n, dim), contiguous."""
-
-    def search(self, queries: NDArray[np.float32], k: int) -> Any:
-        """Rows (q, k) of any integer dtype for queries (q, dim), contiguous; -1 where there are fewer."""
-
-
-@dataclass(eq=False)
-class _Built:
-    """An index over rows 0..size-1. Never changed while several retrievers own it.
-
-    ``apart`` are rows that the index holds but is not asked for: hubs and outliers, scored exactly in every search.
-    """
-
-    index: Index
-    transform: FittedTransform
-    hubs: HubDetector | None
-    size: int
-    trained_at: int
-    apart: Tensor
-    owners: WeakSet[PerBankRetriever] = field(default_factory=WeakSet)
-
-    def shared_with(self, owner: PerBankRetriever) -> bool:
-        """Whether another retriever, or another bank of the same one, answers with this index."""
-        return len(self.owners) > 1 or sum(built is self for built in owner._built) > 1
-
-
 class PerBankRetriever(Retriever):
     """Keeps one index for each bank and makes up for what the index lacks.
 
-    Keys that no index covers yet are scanned exactly and merged; candidates are rescored against the raw keys; row
-    numbers are checked; an index that fails is replaced by exact search, counted and warned of once. A subclass
+    Indexes are built and extended in the background (``build``), from a snapshot of the keys; :meth:`flush` waits for
+    them. Keys that no index covers yet are scanned exactly and merged; candidates are rescored against the raw keys;
+    row numbers are checked; an index that fails is replaced by exact search, counted and warned of once. A subclass
     implements :meth:`new_index` and names in ``query_args`` what can change without a rebuild.
 
     Class attributes for subclasses: ``incremental`` (whether ``Index.add`` may be called again after a search),
@@ -89,7 +55,9 @@ class PerBankRetriever(Retriever):
 
     def __init__(self, dim: int, banks: int = 1, **kwargs: Any) -> None:
         super().__init__(dim, banks, **kwargs)
-        self._built: list[_Built | None] = [None] * banks
+        self._built: list[Built | None] = [None] * banks
+        self._jobs: list[BuildJob | None] = [None] * banks
+        self._lock = Lock()
         self._failed_at = [0] * banks
         self._reservoir = QueryReservoir(dim, banks, self.seed)
         self._warned = False
@@ -99,10 +67,10 @@ class PerBankRetriever(Retriever):
         """An empty index for vectors of ``dim`` coordinates (after the transform, not the head size)."""
 
     def threads_for(self, queries: int) -> int:
-        """Threads worth using for a call: small batches are slower with several."""
+        """Threads worth using for a call: small batches are slower with several, and a caller is left one beside."""
         if queries <= _SMALL_BATCH:
             return 1
-        return self.num_threads or torch.get_num_threads()
+        return self.num_threads or max(1, torch.get_num_threads() - in_background())
 
     @property
     def indexed(self) -> Tensor:
@@ -112,7 +80,7 @@ class PerBankRetriever(Retriever):
     @property
     def nbytes(self) -> int:
         """Bytes of the indexes and of the sampled queries, and of the keys unless they belong to a memory."""
-        indexes = sum(int(getattr(built.index, "nbytes", 0)) for built in self._built if built)
+        indexes = sum(built.nbytes for built in self._built if built)
         return super().nbytes + indexes + self._reservoir.nbytes
 
     def observe(self, queries: Tensor) -> None:
@@ -129,7 +97,18 @@ class PerBankRetriever(Retriever):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Build now whatever is pending: afterwards each bank of at least ``min_index_size`` keys has no tail."""
+        """Build now whatever is pending: afterwards each bank of at least ``min_index_size`` keys has no tail.
+
+        Raises:
+            MissingLibraryError: The library behind the index is not installed.
+        """
+        began = perf_counter()
+        for bank, job in enumerate(self._jobs):
+            if job is not None:
+                job.finish()
+                with self._lock:
+                    self._collect(bank)
+        self._stats.wait_seconds += perf_counter() - began
         self._refresh(flush=True)
 
     def reset(self, banks: Sequence[int] | None = None) -> None:
@@ -155,12 +134,8 @@ class PerBankRetriever(Retriever):
             store: The fork of the key buffer to search; None forks this retriever's own.
         """
         twin = super().fork(store)
-        twin._built = list(self._built)
-        twin._failed_at = list(self._failed_at)
+        twin._share(self, range(self.banks))
         twin._reservoir = self._reservoir.fork()
-        for built in self._built:
-            if built is not None:
-                built.owners.add(twin)
         return twin
 
     def select(self, banks: Sequence[int], store: KeyStore) -> Self | None:
@@ -172,16 +147,24 @@ class PerBankRetriever(Retriever):
         """
         twin = super().select(banks, store)
         if twin is not None:
-            for built in self._built:
-                if built is not None:
-                    built.owners.discard(twin)
-            twin._built = [self._built[bank] for bank in banks]
-            twin._failed_at = [self._failed_at[bank] for bank in banks]
+            for bank in range(self.banks):
+                twin._drop(bank)
+            twin._share(self, banks)
             twin._reservoir = self._reservoir.select(banks)
-            for built in twin._built:
-                if built is not None:
-                    built.owners.add(twin)
         return twin
+
+    def _share(self, other: PerBankRetriever, banks: Sequence[int]) -> None:
+        """Takes over what ``other`` has built, and is building, of some banks."""
+        with other._lock:
+            self._built = [other._built[bank] for bank in banks]
+            self._jobs = [other._jobs[bank] for bank in banks]
+            self._failed_at = [other._failed_at[bank] for bank in banks]
+        for built in self._built:
+            if built is not None:
+                built.owners.add(self)
+        for job in self._jobs:
+            if job is not None:
+                job.wanted_by.add(self)
 
     def renumber(self) -> None:
         """Drop all indexes, after the owner of the store numbered its rows anew; observed queries stay."""
@@ -190,117 +173,158 @@ class PerBankRetriever(Retriever):
             self._failed_at[bank] = 0
         super().renumber()
 
+    def _truncated(self, lengths: Sequence[int]) -> None:
+        super()._truncated(lengths)
+        for bank, length in enumerate(lengths):
+            built, job = self._built[bank], self._jobs[bank]
+            if (built is not None and built.size > length) or (job is not None and job.length > length):
+                self._drop(bank)
+
     def _drop(self, bank: int) -> None:
-        built = self._built[bank]
-        self._built[bank] = None
+        """Forgets what is built, and is being built, of a bank."""
+        built, job = self._built[bank], self._jobs[bank]
+        self._built[bank] = self._jobs[bank] = None
         if built is not None and not any(other is built for other in self._built):
             built.owners.discard(self)
+        if job is not None and not any(other is job for other in self._jobs):
+            job.release(self)
 
     def _refresh(self, flush: bool = False) -> None:
-        """Build or extend the indexes whose exact tail has grown too long."""
-        for bank, length in enumerate(self._store.lengths_list):
-            built = self._built[bank]
-            if built is not None and built.size > length:
-                # The owner of the store emptied the bank without telling.
-                self._drop(bank)
-                built = None
-            if length < max(self.min_index_size, self.smallest_index) or length < 2 * self._failed_at[bank]:
-                continue
-            if built is None:
-                self._attempt(bank, length, None)
-                continue
-            tail = length - built.size
-            in_place = self.incremental and not built.shared_with(self)
-            share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
-            if tail > 0 and (flush or tail > max(self._min_tail, share * built.size)):
-                self._attempt(bank, length, built if in_place and self._still_fits(built, length) else None)
+        """Take finished work into use; have the indexes built or extended whose exact tail has grown too long."""
+        with self._lock:
+            for bank, length in enumerate(self._store.lengths_list):
+                self._collect(bank)
+                self._look_after(bank, length, flush)
+
+    def _look_after(self, bank: int, length: int, flush: bool) -> None:
+        built = self._built[bank]
+        if self._jobs[bank] is not None or length < max(self.min_index_size, self.smallest_index):
+            return
+        if length < 2 * self._failed_at[bank]:
+            return
+        if built is None:
+            self._begin(bank, length, None, flush)
+            return
+        tail = length - built.size
+        if tail <= 0:
+            return
+        in_place = self.incremental and not self._shares(built)
+        share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
+        if flush or tail > max(self._min_tail, share * built.size):
+            self._begin(bank, length, built if in_place and built.still_fits(length) else None, flush)
 
     @property
     def _min_tail(self) -> int:
         return min(_MIN_TAIL, max(1, self.min_index_size // 8))
 
-    def _still_fits(self, built: _Built, length: int) -> bool:
-        """Whether what was learned at training (cells, mean, radius) still suits the bank."""
-        return length < 2 * built.trained_at and len(built.apart) <= 64 + built.size // 32
+    def _shares(self, built: Built) -> bool:
+        """Whether another retriever, or another bank of this one, answers with this index."""
+        return len(built.owners) > 1 or sum(other is built for other in self._built) > 1
 
-    def _attempt(self, bank: int, length: int, extend: _Built | None) -> None:
-        start = perf_counter()
+    def _begin(self, bank: int, length: int, extends: Built | None, wait: bool) -> None:
+        """Start to build the index of a bank, or to extend it."""
+        wait = wait or self.build == "blocking"
+        past = self._reservoir.bank(bank)
+        store = self._store
+        if not wait:
+            # The caller goes on to observe and to add.
+            past, store = past[:0] if extends is not None else past.clone(), store.select([bank])
+        job = BuildJob(store, bank if wait else 0, length, past, extends)
+        job.wanted_by.add(self)
+        self._jobs[bank] = job
+        if not wait:
+            submit(job)
+            return
         try:
-            if extend is None:
-                self._build(bank, length)
-            else:
-                self._extend(extend, bank, length)
-        except (MissingLibraryError, SettingError):
-            raise
-        except Exception as error:
+            job.run()
+        finally:
+            self._stats.wait_seconds += job.seconds
+            self._collect(bank)
+
+    def _collect(self, bank: int) -> None:
+        """Take into use what was built of a bank; drop what does not fit the keys any more."""
+        built, job, length = self._built[bank], self._jobs[bank], self._store.lengths_list[bank]
+        if (built is not None and built.size > length) or (job is not None and job.length > length):
+            # The owner of the store took keys back without telling.
+            self._drop(bank)
+            return
+        if job is not None and job.done:
+            self._jobs[bank] = None
+            self._take(bank, job)
+            if not any(other is job for other in self._jobs):
+                job.release(self)
+        elif built is not None and built.broken:
+            self._drop(bank)
+
+    def _take(self, bank: int, job: BuildJob) -> None:
+        counted, job.counted = job.counted, True
+        if job.extends is not None and job.extends.broken:
+            self._drop(bank)
+        error = job.error
+        if error is None:
+            if not counted:
+                self._stats.built(job.seconds, anew=job.extends is None)
+            if job.built is not None:
+                self._drop(bank)
+                job.built.owners.add(self)
+                self._built[bank] = job.built
+        elif isinstance(error, (MissingLibraryError, SettingError)):
+            raise error
+        elif not isinstance(error, (StoppedError, KeyboardInterrupt)):
             self._drop(bank)
             # Not tried again before the bank has doubled.
-            self._failed_at[bank] = length
+            self._failed_at[bank] = job.length
             self._fell_back(f"building the index failed: {type(error).__name__}: {error}")
-        finally:
-            self._stats.build_seconds += perf_counter() - start
-
-    def _build(self, bank: int, length: int) -> None:
-        keys = self._store.rows(bank, 0, length).cpu()
-        past = self._reservoir.bank(bank)
-        transform = fit_transform(keys, past, self.transform)
-        hubs = fit_hubs(keys, past) if self.transform != TransformSpec() else None
-        moved, apart = _prepare(keys, transform, hubs)
-        index = self.new_index(transform.dim)
-        index.add(moved.numpy())
-        self._drop(bank)
-        built = _Built(index, transform, hubs, length, length, apart)
-        built.owners.add(self)
-        self._built[bank] = built
-        self._stats.rebuilds += 1
-
-    def _extend(self, built: _Built, bank: int, length: int) -> None:
-        keys = self._store.rows(bank, built.size, length).cpu()
-        moved, apart = _prepare(keys, built.transform, built.hubs)
-        built.index.add(moved.numpy())
-        built.apart = torch.cat((built.apart, apart + built.size))
-        built.size = length
 
     def _search(self, queries: Tensor, k: int) -> Tensor:
         self._refresh()
-        return torch.stack([pad_rows(self._search_bank(bank, queries[bank], k), k) for bank in range(self.banks)])
+        return stacked([pad_rows(self._search_bank(bank, queries[bank], k), k) for bank in range(self.banks)])
 
     def _search_bank(self, bank: int, queries: Tensor, k: int) -> Tensor:
-        """Rows (q, at most k) of one bank: index, exact tail and outliers merged."""
+        """Rows (q, at most k) of one bank: index, exact tail and rows set apart merged."""
         built = self._built[bank]
         if built is None or not len(queries) or 2 * k >= built.size:
             # Asking an index for most of what it has is a scan with detours.
             return self._scan(bank, queries, k)
-        rows = self._ask(built, queries, k)
-        if rows is None:
+        built.gate.enter()
+        try:
+            size, apart, apart_keys = built.size, built.apart, built.apart_keys
+            answer = self._ask(built, queries, k)
+        finally:
+            built.gate.leave()
+        if answer is None:
             return self._scan(bank, queries, k)
-        length = self._store.lengths_list[bank]
-        if len(built.apart) == 0 and length == built.size:
-            return rows
-        take = partial(self._store.take, bank)
-        apart = built.apart.to(rows.device)
-        rows = rows.masked_fill(torch.isin(rows, apart), -1)
-        found = [(rows, rescore(queries, take, rows))]
+        tail = self._store.lengths_list[bank] - size
+        if not tail and not len(apart):
+            return torch.from_numpy(answer).to(queries.device)
+        self._stats.rows_scanned += len(queries) * (tail + len(apart) + k)
+        if not tail and len(queries) <= _SMALL_BATCH and (keys := self._store.flat(bank)) is not None:
+            return torch.from_numpy(
+                merged_few(queries.numpy(), keys.numpy(), answer, apart.numpy(), apart_keys.numpy(), k)
+            )
+        rows = torch.from_numpy(answer).to(queries.device)
+        found = []
         if len(apart):
-            picked, scores = topk_rows(queries, take(apart), k)
+            apart = apart.to(queries.device)
+            rows = rows.masked_fill(among(rows, apart), -1)
+            picked, scores = topk_rows(queries, apart_keys.to(queries.device), k)
             found.append((apart[picked], scores))
-        if length > built.size:
-            found.append(topk_blocks(queries, self._store.scan(bank, len(queries), built.size), k))
-        self._stats.rows_scanned += len(queries) * (length - built.size + len(apart) + k)
+        found.append((rows, rescore(queries, partial(self._store.take, bank), rows)))
+        if tail:
+            found.append(topk_blocks(queries, self._store.scan(bank, len(queries), size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
-    def _ask(self, built: _Built, queries: Tensor, k: int) -> Tensor | None:
+    def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:
         """Checked rows (q, k) from the index, or None where it failed."""
-        index = built.index
+        index: Any = built.index
         for name in self.query_args:
             if hasattr(index, name):
                 setattr(index, name, getattr(self, name))
         if hasattr(index, "threads"):
             index.threads = self.threads_for(len(queries))
         try:
-            answer = index.search(built.transform.queries(queries.cpu()).numpy(), k)
-            rows = answer if isinstance(answer, Tensor) else _as_tensor(np.asarray(answer))
-            problem = _what_is_wrong(rows, len(queries), k, built.size)
+            answer = index.search(built.transform.queries(queries.cpu()), k)
+            rows, problem = checked_rows(answer, len(queries), k, built.size)
         except (MissingLibraryError, SettingError):
             raise
         except Exception as error:
@@ -308,7 +332,7 @@ class PerBankRetriever(Retriever):
         if problem:
             self._fell_back(problem)
             return None
-        return rows.to(device=queries.device, dtype=torch.int64)
+        return rows
 
     def _fell_back(self, problem: str) -> None:
         self._stats.fallbacks += 1
@@ -333,34 +357,10 @@ class PerBankRetriever(Retriever):
 
     def __getstate__(self) -> dict[str, Any]:
         # Indexes of foreign libraries do not pickle; they are rebuilt from the keys when next needed.
-        return {**super().__getstate__(), "_built": [None] * self.banks}
+        state = {**super().__getstate__(), "_built": [None] * self.banks, "_jobs": [None] * self.banks}
+        del state["_lock"]
+        return state
 
-
-def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor]:
-    """Transformed keys (n, dim) and the positions of those set apart, which the index sees as the mean key."""
-    apart = hubs.find(keys) if hubs is not None else torch.zeros(0, dtype=torch.int64)
-    hidden = keys.float()
-    if len(apart):
-        hidden = hidden.clone()
-        hidden[apart] = transform.centre
-    moved, outliers = transform.keys(hidden)
-    return moved, torch.cat((apart, outliers)).sort().values
-
-
-def _as_tensor(rows: NDArray[Any]) -> Tensor:
-    # Unsigned keys (usearch): their largest value, a usual mark for "none", becomes -1.
-    return torch.from_numpy(rows.astype(np.int64) if rows.dtype.kind == "u" else rows)
-
-
-def _what_is_wrong(rows: Tensor, queries: int, k: int, size: int) -> str | None:
-    """Why rows returned by an index cannot be used; None when they can."""
-    if tuple(rows.shape) != (queries, k):
-        return f"the index returned shape {tuple(rows.shape)} instead of {(queries, k)}"
-    if rows.is_floating_point() or rows.is_complex() or rows.dtype is torch.bool:
-        return f"the index returned {rows.dtype} instead of row numbers"
-    if int(rows.min()) < -1 or int(rows.max()) >= size:
-        return f"the index returned rows outside -1 to {size - 1}"
-    ordered = rows.sort(dim=1).values
-    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-        return "the index returned a row twice"
-    return None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = Lock()

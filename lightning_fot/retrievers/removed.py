@@ -70,6 +70,12 @@ class Removed:
             mask[numbers] = True
             self._masks[bank], self._counts[bank] = mask, int(mask.sum())
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Bank b has no more than ``lengths[b]`` rows: what comes behind them later was not removed."""
+        for bank, (mask, length) in enumerate(zip(self._masks, lengths, strict=True)):
+            if mask is not None and len(mask) > length:
+                self._masks[bank], self._counts[bank] = mask[:length], int(mask[:length].sum())
+
     def wider(self, k: int, lengths: Sequence[int]) -> int:
         """How many rows to ask for so that k are likely left."""
         share = max(count / max(1, length) for count, length in zip(self._counts, lengths, strict=True))

@@ -10,7 +10,8 @@ from lightning_fot.errors import SettingError
 
 SETTING = "model.memory.retriever"
 
-COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size")
+COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size", "build")
+BUILD_WAYS = ("background", "blocking")
 
 # Name -> (smallest, largest or None, None allowed). None means "sized by the backend".
 _BOUNDS: dict[str, tuple[int, int | None, bool]] = {
@@ -88,6 +89,10 @@ def check_value(name: str, value: Any, setting: str | None = None) -> None:
     """
     if name == "transform":
         resolve_transform(value, TransformSpec())
+        return
+    if name == "build":
+        if value not in BUILD_WAYS:
+            raise SettingError(f"{SETTING}.build", value, "is not known", f"Use {' or '.join(BUILD_WAYS)}.")
         return
     if name not in _BOUNDS:
         return

@@ -137,6 +137,14 @@ class KeyStore:
         empty = torch.zeros(0, self.dim, dtype=self.float_dtype, device=self.device)
         return torch.cat(pieces) if pieces else empty
 
+    def flat(self, bank: int) -> Tensor | None:
+        """Keys of a bank (n, dim) where they lie together in main memory in float32; None where they do not."""
+        if len(self._parts) == 1 and self.dtype == torch.float32 and self.device.type == "cpu":
+            part = self._parts[0]
+            if not part.starts[bank]:
+                return part.segment.data[part.banks[bank], : self._lengths[bank]]
+        return None
+
     def blocks(
         self, bank: int, start: int = 0, stop: int | None = None, size: int = _BLOCK
     ) -> Iterator[tuple[int, Tensor]]:

@@ -31,7 +31,14 @@ class Brute:
         return np.argsort(-(queries @ self.keys.T), axis=1)[:, :k]
 
 
-class BruteRetriever(PerBankRetriever):
+class Blocking(PerBankRetriever):
+    """Builds in the search that finds it due: what happens does not depend on the time."""
+
+    def __init__(self, dim: int, banks: int = 1, **kwargs: Any) -> None:
+        super().__init__(dim, banks, **{"build": "blocking", **kwargs})
+
+
+class BruteRetriever(Blocking):
     def new_index(self, dim: int) -> Brute:
         return Brute()
 
@@ -47,7 +54,7 @@ def answer(kind: str, rows: NDArray[np.int64]) -> Any:
     }[kind]
 
 
-class BadRetriever(PerBankRetriever):
+class BadRetriever(Blocking):
     kind = "raises"
 
     def new_index(self, dim: int) -> Brute:
@@ -84,7 +91,7 @@ def test_a_bad_index_becomes_exact_search_with_one_warning(kind: str) -> None:
 
 
 def test_a_failing_build_is_not_repeated_at_every_search() -> None:
-    class NoBuild(PerBankRetriever):
+    class NoBuild(Blocking):
         tries = 0
 
         def new_index(self, dim: int) -> Brute:

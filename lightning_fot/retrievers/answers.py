@@ -1,0 +1,85 @@
+"""What an index answered: checked, and merged with rows that are scored exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+def checked_rows(answer: Any, queries: int, k: int, size: int) -> tuple[Rows, str | None]:
+    """Rows (q, k) of an index that holds ``size`` keys, and why they cannot be used; None when they can.
+
+    Unsigned ones (usearch): their largest value, a usual mark for "none", becomes -1.
+    """
+    rows = answer.detach().cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
+    empty = np.zeros((0, 0), dtype=np.int64)
+    if rows.shape != (queries, k):
+        return empty, f"the index returned shape {tuple(rows.shape)} instead of {(queries, k)}"
+    if rows.dtype.kind not in "iu":
+        return empty, f"the index returned {rows.dtype} instead of row numbers"
+    if rows.dtype != np.int64:
+        rows = rows.astype(np.int64)
+    if not (rows.flags.c_contiguous and rows.flags.writeable):
+        rows = rows.copy()
+    if queries == 1:
+        # Python beats array operations on a handful of numbers.
+        line = rows[0].tolist()
+        if min(line) < -1 or max(line) >= size:
+            return empty, f"the index returned rows outside -1 to {size - 1}"
+        twice = len(set(line)) < k and len(set(line)) < k - max(0, line.count(-1) - 1)
+    else:
+        ordered = np.sort(rows, axis=1)
+        if ordered[:, 0].min() < -1 or ordered[:, -1].max() >= size:
+            return empty, f"the index returned rows outside -1 to {size - 1}"
+        same = ordered[:, 1:] == ordered[:, :-1]
+        twice = bool(same.any()) and bool((same & (ordered[:, 1:] >= 0)).any())
+    return (empty, "the index returned a row twice") if twice else (rows, None)
+
+
+def stacked(parts: list[Tensor]) -> Tensor:
+    """``torch.stack``, but without a copy where there is one part."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def among(rows: Tensor, apart: Tensor) -> Tensor:
+    """Which of ``rows`` (any shape) are in ``apart`` (h,), sorted and not empty; bool."""
+    places = torch.searchsorted(apart, rows).clamp_max_(len(apart) - 1)
+    return apart[places] == rows
+
+
+def merged_few(queries: Floats, keys: Floats, rows: Rows, apart: Rows, apart_keys: Floats, k: int) -> Rows:
+    """Rows (q, k) of an index merged with rows set apart, by exact scores: for a few queries, where calls cost most.
+
+    Args:
+        queries: (q, D).
+        keys: (n, D) of the bank.
+        rows: (q, k) from the index, -1 where there is none.
+        apart: (h,) sorted, at least one.
+        apart_keys: (h, D).
+        k: Rows wanted; fewer than n.
+    """
+    scores = np.matmul(keys[rows], queries[:, :, None])[:, :, 0]
+    places = np.searchsorted(apart, rows)
+    np.minimum(places, len(apart) - 1, out=places)
+    out = (apart[places] == rows) | (rows < 0)
+    if out.any():
+        rows = np.where(out, -1, rows)
+        scores[out] = -np.inf
+    others = queries @ apart_keys.T
+    if len(apart) > k:
+        picked = np.argpartition(others, len(apart) - k, axis=1)[:, -k:]
+        others = np.take_along_axis(others, picked, axis=1)
+        candidates = np.concatenate((rows, apart[picked]), axis=1)
+    else:
+        candidates = np.concatenate((rows, np.broadcast_to(apart, (len(rows), len(apart)))), axis=1)
+    every = np.concatenate((scores, others), axis=1)
+    best = np.argsort(-every, axis=1)[:, :k]
+    found: Rows = np.take_along_axis(candidates, best, axis=1)
+    return found

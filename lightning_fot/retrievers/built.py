@@ -1,0 +1,188 @@
+"""An index of one bank as a retriever uses it: with its transform and the rows that it is not asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_fot.retrievers.building import Gate, Job, StoppedError
+from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
+from lightning_fot.retrievers.settings import TransformSpec
+from lightning_fot.retrievers.store import KeyStore
+from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
+
+_FIRST_STEP, _MOST_A_STEP = 32, 4096
+_STEP_SECONDS = 0.002
+
+
+class Index(Protocol):
+    """An index of one bank, as a plug-in writes it: larger inner product is better.
+
+    Rows are numbered in the order of adding. Optional further members: ``nbytes`` (bytes held) and attributes named
+    in the retriever's ``query_args`` and ``threads``, which are set before each search where they exist.
+
+    ``add`` may be called from another thread than ``search``, but never while a search runs.
+    """
+
+    def add(self, keys: NDArray[np.float32]) -> None:
+        """Append keys (n, dim), contiguous."""
+
+    def search(self, queries: NDArray[np.float32], k: int) -> Any:
+        """Rows (q, k) of any integer dtype for queries (q, dim), contiguous; -1 where there are fewer."""
+
+
+@dataclass(eq=False)
+class Built:
+    """An index over rows 0..size-1. Nobody begins to extend it while several retrievers own it.
+
+    ``size``, ``apart`` and ``apart_keys`` change together with the index, behind the gate.
+
+    Attributes:
+        index: What the backend made.
+        transform: Put before it.
+        hubs: Finds keys to set apart; None without a transform.
+        size: Rows it covers.
+        trained_at: Rows it was built from.
+        apart: (h,) int64, sorted: rows that the index holds but is not asked for, hubs and outliers, scored exactly in
+            every search.
+        apart_keys: (h, D) float32.
+        broken: An extension failed half-way: the index cannot be used.
+        owners: Retrievers that answer with it.
+        gate: Keeps searches and extensions apart.
+    """
+
+    index: Index
+    transform: FittedTransform
+    hubs: HubDetector | None
+    size: int
+    trained_at: int
+    apart: Tensor
+    apart_keys: Tensor
+    broken: bool = False
+    owners: WeakSet[object] = field(default_factory=WeakSet)
+    gate: Gate = field(default_factory=Gate)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index, as far as it tells, and of the keys set apart."""
+        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4
+
+    def still_fits(self, length: int) -> bool:
+        """Whether what was learned at training (cells, mean, radius) suits a bank of ``length`` keys."""
+        return length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
+
+    def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
+        """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
+
+        Raises:
+            StoppedError: The job is not wanted any more; what was taken in until then counts.
+            Exception: What the index raised; it cannot be used any more.
+        """
+        done = self.size
+        moved, apart, apart_keys = _prepare(store.rows(bank, done, length).cpu(), self.transform, self.hubs)
+        vectors, first, step = moved.numpy(), done, _FIRST_STEP
+        while done < length:
+            job.check()
+            end = min(length, done + step)
+            inside = (apart >= done - first) & (apart < end - first)
+            with self.gate:
+                began = perf_counter()
+                try:
+                    self.index.add(vectors[done - first : end - first])
+                except BaseException:
+                    self.broken = True
+                    raise
+                if bool(inside.any()):
+                    self.apart = torch.cat((self.apart, apart[inside] + first))
+                    self.apart_keys = torch.cat((self.apart_keys, apart_keys[inside]))
+                self.size = done = end
+                share = _STEP_SECONDS / max(1e-6, perf_counter() - began)
+            step = int(min(_MOST_A_STEP, max(_FIRST_STEP // 2, step * min(4.0, share))))
+
+
+def build(
+    new_index: Callable[[int], Index], store: KeyStore, bank: int, length: int, past: Tensor, spec: TransformSpec
+) -> Built:
+    """An index over the first ``length`` rows of a bank.
+
+    Args:
+        new_index: Makes an empty index of so many coordinates.
+        store: Where the keys are.
+        bank: Which of its banks.
+        length: Rows to cover.
+        past: (m, D) past queries of the bank, to learn from.
+        spec: Maps to put before the index.
+    """
+    keys = store.rows(bank, 0, length).cpu()
+    transform = fit_transform(keys, past, spec)
+    hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
+    moved, apart, apart_keys = _prepare(keys, transform, hubs)
+    index = new_index(transform.dim)
+    index.add(moved.numpy())
+    return Built(index, transform, hubs, length, length, apart, apart_keys)
+
+
+def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Transformed keys (n, dim), sorted positions of those set apart, and these as they were (h, D) float32.
+
+    The index sees the mean key in the place of a hub.
+    """
+    hidden = keys.float()
+    found = hubs.find(keys) if hubs is not None else torch.zeros(0, dtype=torch.int64)
+    if len(found):
+        hidden = hidden.clone()
+        hidden[found] = transform.centre
+    moved, outliers = transform.keys(hidden)
+    apart = torch.cat((found, outliers)).sort().values
+    return moved, apart, keys[apart].float()
+
+
+class BuildJob(Job):
+    """Builds the index of one bank, or extends one, from a snapshot of its keys.
+
+    Args:
+        store: The snapshot.
+        bank: Which of its banks.
+        length: Rows that the index is to cover.
+        past: (m, D) past queries, the job's own.
+        extends: The index to extend; None builds one.
+
+    Attributes:
+        length: As given.
+        extends: As given.
+        built: What was built.
+        counted: Whether some retriever's counters hold it.
+    """
+
+    def __init__(self, store: KeyStore, bank: int, length: int, past: Tensor, extends: Built | None) -> None:
+        super().__init__(partial(_work, store, bank, past))
+        self.length = length
+        self.extends = extends
+        self.built: Built | None = None
+        self.counted = False
+
+    def abandon(self) -> None:
+        """As :meth:`Job.abandon`; an index that was being extended is torn."""
+        if self.begun and self.extends is not None:
+            self.extends.broken = True
+        super().abandon()
+
+
+def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
+    assert isinstance(job, BuildJob)
+    if job.extends is not None:
+        job.extends.extend(store, bank, job.length, job)
+        return
+    owner: Any = next(iter(job.wanted_by), None)
+    if owner is None:
+        raise StoppedError
+    job.built = build(owner.new_index, store, bank, job.length, past, owner.transform)
