@@ -10,11 +10,14 @@ A plug-in's test file needs three lines::
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, ClassVar
 
 import pytest
@@ -284,6 +287,41 @@ class RetrieverContract:
         assert torch.get_num_threads() == threads
         assert all(torch.equal(rows, want) for rows in answers)
 
+    def test_indexes_are_built_beside_the_caller(self) -> None:
+        retriever, keys, queries = self.filled(1024)
+        for start in range(1024, 4096, 256):
+            window = real_qk()["L10h0"]["keys"][:, start : start + 256]
+            retriever.add(window)
+            keys = torch.cat((keys, window), dim=1)
+            rows = retriever.search(queries[:, :8], 16)
+            self.check_rows(rows, [keys.shape[1]], 16)
+            assert self.overlap(rows, keys, queries[:, :8]) > 0.6
+        retriever.flush()
+        assert retriever.exact or retriever.indexed.tolist() == [4096]
+        assert retriever.stats().fallbacks == 0
+        assert self.overlap(retriever.search(queries, 16), keys, queries) > 0.7
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_forked_process_searches(self) -> None:
+        retriever, _, queries = self.filled()
+        want = retriever.search(queries[:, :8], 8)
+        child = os.fork()
+        if not child:
+            # Nothing may leave this branch but by the exit, or pytest would go on twice.
+            try:
+                torch.set_num_threads(1)
+                os._exit(0 if torch.equal(retriever.search(queries[:, :8], 8), want) else 3)
+            finally:
+                os._exit(4)
+        until = monotonic() + 30
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+                until = float("inf")
+            sleep(0.01)
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
+
     def test_query_arguments(self) -> None:
         retriever, _, queries = self.filled()
         retriever.search(queries, 8)
@@ -306,12 +344,32 @@ class RetrieverContract:
             ("lengths", lambda: retriever.add(keys, torch.tensor([101]))),
             ("queries", lambda: retriever.search(queries * float("inf"), 4)),
             ("queries", lambda: retriever.search(queries[..., :8], 4)),
+            ("queries", lambda: retriever.search(queries.long(), 4)),
+            ("queries", lambda: retriever.search(queries[0], 4)),
+            ("queries", lambda: retriever.observe(queries * float("nan"))),
+            ("keys", lambda: retriever.add(keys.long())),
+            ("keys", lambda: retriever.add(keys * float("inf"))),
+            ("lengths", lambda: retriever.add(keys, torch.tensor([-1]))),
+            ("rows", lambda: retriever.remove([torch.tensor([100])])),
+            ("rows", lambda: retriever.remove([torch.tensor([-1])])),
+            ("banks", lambda: retriever.reset([1])),
             ("k", lambda: retriever.search(queries, 0)),
+            ("k", lambda: retriever.search(queries, -3)),
+            ("k", lambda: retriever.search(queries, True)),
         ):
             with pytest.raises(SettingError, match=name):
                 call()
         assert retriever.lengths.tolist() == [100]
+        # Large enough for their sum to overflow, and finite all the same.
+        assert retriever.search(torch.full((1, 1, 64), 3e37), 4).shape == (1, 1, 4)
 
     def test_unknown_argument_is_named(self) -> None:
         with pytest.raises(SettingError, match="no_such_argument"):
             self.make(no_such_argument=1)
+
+    @pytest.mark.parametrize(
+        "argument", [{"seed": -1}, {"num_threads": -1}, {"min_index_size": -1}, {"transform": "x"}, {"build": "later"}]
+    )
+    def test_bad_arguments_are_named(self, argument: dict[str, Any]) -> None:
+        with pytest.raises(SettingError, match=next(iter(argument))):
+            self.make(**argument)

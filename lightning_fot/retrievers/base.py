@@ -157,7 +157,9 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         Raises:
             SettingError: There is not one entry a bank, or a row is not there.
         """
-        self._removed.add(rows, self._store.lengths_list)
+        lengths = self._store.lengths_list
+        self._truncated(lengths)
+        self._removed.add(rows, lengths)
 
     def renumber(self) -> None:
         """Take the keys of the store anew, after its owner dropped rows and numbered the others from 0."""

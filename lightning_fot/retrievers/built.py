@@ -20,8 +20,8 @@ from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
 from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
 
-_FIRST_STEP, _MOST_A_STEP = 32, 4096
-_STEP_SECONDS = 0.002
+_FIRST_STEP, _LEAST_A_STEP, _MOST_A_STEP = 16, 4, 4096
+_STEP_SECONDS = 0.0005  # a search that comes during an extension waits for one step
 
 
 class Index(Protocol):
@@ -106,7 +106,7 @@ class Built:
                     self.apart_keys = torch.cat((self.apart_keys, apart_keys[inside]))
                 self.size = done = end
                 share = _STEP_SECONDS / max(1e-6, perf_counter() - began)
-            step = int(min(_MOST_A_STEP, max(_FIRST_STEP // 2, step * min(4.0, share))))
+            step = int(min(_MOST_A_STEP, max(_LEAST_A_STEP, step * min(4.0, share))))
 
 
 def build(

@@ -74,7 +74,9 @@ class Removed:
         """Bank b has no more than ``lengths[b]`` rows: what comes behind them later was not removed."""
         for bank, (mask, length) in enumerate(zip(self._masks, lengths, strict=True)):
             if mask is not None and len(mask) > length:
-                self._masks[bank], self._counts[bank] = mask[:length], int(mask[:length].sum())
+                left = mask[:length]
+                count = int(left.sum())
+                self._masks[bank], self._counts[bank] = left if count else None, count
 
     def wider(self, k: int, lengths: Sequence[int]) -> int:
         """How many rows to ask for so that k are likely left."""

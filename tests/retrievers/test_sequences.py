@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,13 +121,17 @@ class Model:
 
 @pytest.mark.parametrize(("spec", "exhaustive"), SPECS.values(), ids=SPECS.keys())
 @pytest.mark.filterwarnings("ignore:HNSWRetriever. search failed:RuntimeWarning")
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shared=st.booleans(),
     build=st.sampled_from(["background", "blocking"]),
     operations=st.lists(OPERATION, min_size=4, max_size=14),
     number=st.integers(0, 2**16),
 )
+@example(True, "blocking", [("add", [0, 2]), ("remove", 0.5), ("truncate", 0.5), ("remove", 0.5)], 0)
+@example(True, "blocking", [("add", [1, 2]), ("remove", 0.9), ("truncate", 0.0)], 0)
+@example(True, "blocking", [("add", [90, 90]), ("flush", None), ("truncate", 0.5), ("add", [90, 60])], 0)
+@example(True, "background", [("add", [90, 90]), ("search", 5), ("fork", True), ("add", [90, 90]), ("flush", None)], 0)
 def test_any_sequence(
     spec: Any, exhaustive: bool, shared: bool, build: str, operations: list[tuple[str, Any]], number: int
 ) -> None:
