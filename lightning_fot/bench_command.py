@@ -1,4 +1,4 @@
-"""``lightning bench``: recall and speed of retrievers on recorded keys and queries, without a model."""
+"""``lightning bench``: recall and speed of retrievers on recorded keys and queries; recording and tuning too."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 from lightning_fot.arguments import Parser
 from lightning_fot.errors import SettingError
 
+DEFAULT_BATCHES = (1, 512)
 SHIPPED_KEYS = Path(__file__).parent / "testing_qk.npz"
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=program,
-        description="Recall and speed of retrievers on keys and queries of a model, exact search beside them.",
+        description="Recall and speed of retrievers on keys and queries of a model, exact search beside them. "
+        "With --record, the keys and queries are recorded first; with --target-recall or --budget-ms, the settings "
+        "that reach it are looked for.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -37,8 +40,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help='name, or JSON such as {"name": "hnsw", "M": 32}; may be repeated; default: all that can be used',
     )
     parser.add_argument("--k", type=int, help="neighbours wanted (default 32)")
-    parser.add_argument("--batch", type=int, help="queries a bank in one call (default all; 1 is decoding)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each setting (default 3)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        action="append",
+        help="queries a bank in one call; may be repeated (default 1, as in decoding, and 512, as in reading)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the queries (default 3)")
     parser.add_argument(
         "--min_index_size",
         type=int,
@@ -48,6 +56,31 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", metavar="FILE", help="also write the rows as JSON; - prints them instead of the table"
     )
+    recording = parser.add_argument_group("recording: keys and queries of a model, on real text")
+    recording.add_argument(
+        "--record",
+        metavar="OUT",
+        help="read text with the model of --config (default hnsw) and write its keys and queries to this .safetensors; "
+        "--model.KEY=VALUE and --data.paths=[…] as in run; Ctrl-C keeps what was recorded so far",
+    )
+    recording.add_argument("--tokens", type=int, default=122_880, help="tokens whose keys are kept (default 122880)")
+    recording.add_argument("--past", type=int, default=8192, help="past queries kept of each head (default 8192)")
+    recording.add_argument("--queries", type=int, default=2048, help="queries to measure with (default 2048)")
+    recording.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of the file (default float16)"
+    )
+    tuning = parser.add_argument_group("tuning: retriever and settings for each memory layer")
+    tuning.add_argument(
+        "--target-recall", type=float, metavar="SHARE", help="the fastest settings that find this share of the k best"
+    )
+    tuning.add_argument(
+        "--budget-ms",
+        type=float,
+        metavar="MS",
+        help="the best settings whose call takes no longer, all heads of a layer",
+    )
+    tuning.add_argument("--out", metavar="YAML", help="write the settings found, for run --config hnsw --config YAML")
+    tuning.add_argument("--plot", metavar="PNG", help="draw recall and speed of what was tried")
     return parser
 
 
@@ -80,15 +113,25 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
         program: How it was called.
 
     Returns:
-        0.
+        Exit code: 0; 1 where nothing reaches what was asked for; 130 and 143 when recording was stopped by a signal.
 
     Raises:
         SettingError: An argument, the file or a retriever cannot be used.
     """
+    own, overrides = _split(words)
     try:
-        options = _parser(program).parse_args(list(words))
+        options = _parser(program).parse_args(own)
     except SystemExit as stop:
         return int(stop.code or 0)
+    if options.record is not None:
+        if options.file is not None:
+            raise SettingError("file", str(options.file), "is not read with --record", "Leave it out.")
+        from lightning_fot.record_command import record
+
+        return record(options, overrides, program)
+    if overrides:
+        raise SettingError("arguments", overrides[0], "only goes with --record", f"See {program} --help")
+    _check_numbers(options)
     configured, k = None, options.k
     if options.config is not None:
         from lightning_fot.request import read_request
@@ -97,13 +140,16 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
         configured = request.get("model.memory.retriever")
         k = k or request.get("model.memory.top_k")
     k = 32 if k is None else k
-    for name, value in (("k", k), ("repeats", options.repeats), ("min_index_size", options.min_index_size)):
-        if not isinstance(value, int) or value < 1:
-            raise SettingError(name, value, "must be a whole number of at least 1", "Correct it.")
+    if not isinstance(k, int) or k < 1:
+        raise SettingError("k", k, "must be a whole number of at least 1", "Correct it.")
     specs = _specs(options.retriever, configured)
     file = options.file or SHIPPED_KEYS
     if not file.is_file():
         raise SettingError("file", str(file), "no such file", "Give a .npz or .safetensors of keys and queries.")
+    if options.target_recall is not None or options.budget_ms is not None:
+        from lightning_fot.tune_command import tune
+
+        return tune(file, specs, k, options, program)
     rows = _measure(file, specs, k, options)
     if options.json == "-":
         print(json.dumps(rows, indent=2))
@@ -116,37 +162,80 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
     return 0
 
 
-def _measure(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    from lightning_fot.bench import load_qk, measure_retriever
-    from lightning_fot.progress import JobProgress
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and settings of the model and its text; one without ``=`` takes the next word."""
+    own: list[str] = []
+    settings: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if not word.startswith(("--model.", "--data.")):
+            own.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and pending:
+            settings.append(pending.pop(0))
+    return own, settings
 
-    recorded = load_qk(file)
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    options.batch = options.batch or list(DEFAULT_BATCHES)
+    counts = [("repeats", options.repeats), ("min_index_size", options.min_index_size)]
+    for name, value in counts + [("batch", size) for size in options.batch]:
+        if value < 1:
+            raise SettingError(name, value, "must be a whole number of at least 1", "Correct it.")
+    target, budget = options.target_recall, options.budget_ms
+    if target is not None and not 0 < target <= 1:
+        raise SettingError("target-recall", target, "must lie between 0 and 1", "Write --target-recall 0.95.")
+    if budget is not None and not budget > 0:
+        raise SettingError("budget-ms", budget, "must be above 0", "Write --budget-ms 0.5.")
+    if target is not None and budget is not None:
+        raise SettingError("budget-ms", budget, "cannot be had with --target-recall", "Give one of them.")
+    for name in ("out", "plot"):
+        if getattr(options, name) is None:
+            continue
+        path = Path(getattr(options, name))
+        if target is None and budget is None:
+            raise SettingError(name, str(path), "needs something to tune for", "Add --target-recall 0.95.")
+        if path.is_dir() or not path.parent.is_dir():
+            raise SettingError(name, str(path), "cannot be written there", "Give a file in a folder that exists.")
+
+
+def _measure(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    from lightning_fot.bench import layer_of, load_metadata, load_qk, measure_retriever, scale_of
+    from lightning_fot.progress import JobProgress
+    from lightning_fot.retrievers.registry import layer_spec
+
+    recorded, metadata = load_qk(file), load_metadata(file)
     rows: list[dict[str, Any]] = []
     with JobProgress() as progress:
         progress.plan([(f"{name}: {_label(spec)}", 1.0) for name in recorded for spec in specs])
         for name, tensors in recorded.items():
+            layer = layer_of(name)
             for spec in specs:
                 progress.start(f"{name}: {_label(spec)}")
+                chosen = layer_spec(spec, layer)
                 # Exact search has no index to wait for.
-                own = spec.get("min_index_size") if isinstance(spec, dict) else None
-                extra = {} if spec == "exact" or own is not None else {"min_index_size": options.min_index_size}
+                own = chosen.get("min_index_size") if isinstance(chosen, dict) else None
+                extra = {} if chosen == "exact" or own is not None else {"min_index_size": options.min_index_size}
                 found = measure_retriever(
-                    spec,
+                    chosen,
                     tensors["keys"],
                     tensors["queries"],
                     tensors.get("past_queries"),
                     k=k,
+                    scale=scale_of(name, metadata),
                     repeats=options.repeats,
                     batch=options.batch,
                     **extra,
                 )
-                rows += [{"keys": name, **row} for row in found]
+                rows += [{"keys": name, "layer": layer, **row} for row in found]
                 progress.finish(f"{name}: {_label(spec)}")
     return rows
 
 
 def _label(spec: Any) -> str:
-    return str(spec.get("name")) if isinstance(spec, dict) else str(spec)
+    return str(spec.get("name", "by layer")) if isinstance(spec, dict) else str(spec)
 
 
 def _print(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -154,28 +243,38 @@ def _print(rows: Sequence[dict[str, Any]], file: Path) -> None:
     from rich.table import Table
 
     console = Console()
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
     for name in dict.fromkeys(row["keys"] for row in rows):
         group = [row for row in rows if row["keys"] == name]
         title = f"{file.name}: {name}, {group[0]['memory_tokens']:,} keys"
-        table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-        table.add_column("retriever", overflow="fold")
-        for heading in ("recall", "mass", "queries/s", "ms a call", "build s", "MB"):
+        table = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
+        table.add_column("retriever", overflow="fold", min_width=18)
+        for heading in ("recall", "mass", *(f"{size} at once" for size in batches), "build s", "MB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in group:
+            if row["batch"] != group[0]["batch"]:
+                continue
+            same = [other for other in group if (other["retriever"], other["args"]) == (row["retriever"], row["args"])]
+            calls = {other["batch"]: other for other in same}
             table.add_row(
                 _setting(row, [other for other in group if other["retriever"] == row["retriever"]]),
                 f"{row['recall']:.1%}",
                 f"{row['mass_recall']:.1%}",
-                f"{row['qps']:,.0f}",
-                f"{row['search_ms_p50']:.2f}",
+                *(_milliseconds(calls[size]) if size in calls else "" for size in batches),
                 f"{row['build_s']:.2f}",
                 f"{row['bytes'] / 1e6:.1f}",
             )
         console.print(table)
     console.print(
-        f"recall: share of the {rows[0]['k']} best keys found. mass: share of their attention that those found hold.",
+        f"recall: share of the {rows[0]['k']} best keys found. mass: share of their attention that those found hold. "
+        "N at once: milliseconds of a call with N queries, p50/p95/p99.",
         highlight=False,
     )
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    found = (row[f"search_ms_{share}"] for share in ("p50", "p95", "p99"))
+    return "/".join(f"{value:.2f}" if value < 9.995 else f"{value:.0f}" for value in found)
 
 
 def _setting(row: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:

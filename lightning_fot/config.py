@@ -29,7 +29,8 @@ class MemoryConfig:
         top_k: Pairs retrieved for each query and KV head.
         positions: ``first``: local rotary, memory keys as if at position 0 (LongLLaMA); ``none``: no rotary in
             memory layers (the paper's small models).
-        retriever: Name, ``{"name": ..., **arguments}`` or a factory.
+        retriever: Name, ``{"name": ..., **arguments}`` or a factory; or one for each memory layer,
+            ``{"layers": {18: ..., 20: ...}}``, layers counted from 0.
         overlap: Local tokens that a window shares with the one before.
         sink_tokens: First tokens of the text that stay in the local context of every layer.
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
@@ -104,8 +105,10 @@ class MemoryConfig:
             num_layers: Layers of the backbone.
 
         Raises:
-            SettingError: A layer is out of range or named twice.
+            SettingError: A layer is out of range, named twice, or has no retriever where each has its own.
         """
+        from lightning_fot.retrievers.registry import layer_spec
+
         resolved = []
         for layer in self.memory_layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -num_layers <= layer < num_layers:
@@ -120,6 +123,8 @@ class MemoryConfig:
             raise SettingError(
                 "model.memory.memory_layers", self.memory_layers, "names a layer twice", "Name each layer once."
             )
+        for layer in sorted(resolved):
+            layer_spec(self.retriever, layer)
         return tuple(sorted(resolved))
 
 

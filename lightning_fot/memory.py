@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_fot.documents import Document, TokenLog, TokensRead
 from lightning_fot.errors import SettingError
 from lightning_fot.memory_layer import MemoryLayer
+from lightning_fot.retrievers.registry import layer_spec
 
 # Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
 PACKED_SHARE = 8
@@ -50,7 +51,7 @@ class Memory:
     Args:
         shape: Layers, heads, sizes and dtype of the model it belongs to.
         batch_size: B, independent rows.
-        retriever: Specification as ``MemoryConfig.retriever``; one retriever is made for each layer.
+        retriever: Specification as ``MemoryConfig.retriever``, for all layers or by layer; one is made for each layer.
         capacity: Tokens kept a row, oldest out; None keeps all.
         fingerprint: Names the model when the memory is saved, JSON-able; called then, since it reads weights.
         key_folder: Keep keys in files of this folder, paged in and out by the operating system; None keeps them in
@@ -83,7 +84,15 @@ class Memory:
         """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
         self.layers: dict[int, MemoryLayer] = {
             layer: MemoryLayer(
-                batch_size, heads, dim, value_dim, retriever, shape.dtype, shape.device, key_folder, value_folder
+                batch_size,
+                heads,
+                dim,
+                value_dim,
+                layer_spec(retriever, layer),
+                shape.dtype,
+                shape.device,
+                key_folder,
+                value_folder,
             )
             for layer, heads, dim, value_dim in zip(
                 shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.registry import layer_specs
 
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
@@ -70,7 +71,12 @@ def retriever_label(spec: Any) -> str:
     Example:
         >>> retriever_label("hnsw"), retriever_label({"name": "package.module.MyIndex", "M": 8})
         ('hnsw', 'MyIndex')
+        >>> retriever_label({"layers": {18: {"name": "scann"}, 20: "hnsw"}})
+        'scann+hnsw'
     """
+    by_layer = layer_specs(spec)
+    if by_layer is not None:
+        return "+".join(dict.fromkeys(retriever_label(by_layer[layer]) for layer in sorted(by_layer)))
     if isinstance(spec, Mapping):
         spec = spec.get("name", spec.get("class_path", "retriever"))
     if isinstance(spec, str):
@@ -79,7 +85,10 @@ def retriever_label(spec: Any) -> str:
 
 
 def index_size(spec: Any) -> int:
-    """Keys a bank from which a retriever given by ``spec`` builds an index."""
+    """Keys a bank from which a retriever given by ``spec`` builds an index; the first of its layers to have one."""
+    by_layer = layer_specs(spec)
+    if by_layer is not None:
+        return min(index_size(one) for one in by_layer.values())
     given = spec.get("min_index_size") if isinstance(spec, Mapping) else None
     return MIN_INDEX_SIZE if given is None else int(given)
 

@@ -246,23 +246,24 @@ def measure_capture(
         Rows of ``results.json``; the setting that the specification gives is marked ``"configured": true``.
     """
     from lightning_fot.bench import DEFAULT_QUERY_GRIDS, measure_retriever
-    from lightning_fot.retrievers.registry import create_retriever
+    from lightning_fot.retrievers.registry import create_retriever, layer_spec
 
     label = retriever_label(spec)
     rows: list[dict[str, Any]] = []
     for number in capture.lm.memory_layers:
         layer, queries = capture.layer(number)
         keys = layer.keys.flatten(0, 1)
-        retriever = create_retriever(spec, keys.shape[-1], keys.shape[0])
+        own = layer_spec(spec, number)
+        retriever = create_retriever(own, keys.shape[-1], keys.shape[0])
         configured = {name: getattr(retriever, name) for name in retriever.query_args}
-        grid = DEFAULT_QUERY_GRIDS.get(label, []) if config.query_grid is None else config.query_grid
+        grid = DEFAULT_QUERY_GRIDS.get(retriever_label(own), []) if config.query_grid is None else config.query_grid
         # Whole settings, since each stays until it is changed; a grid for one backend says nothing to another, such as
         # to exact search beside it.
         grid = [{**configured, **setting} for setting in grid if setting.keys() <= set(retriever.query_args)]
         grid = grid if configured in grid else [configured, *grid]
         past = capture.past.get(number)
         measured = measure_retriever(
-            spec,
+            own,
             keys,
             sample_rows(queries, config.retrieval_queries),
             past_queries=torch.cat(past, dim=1) if past else None,

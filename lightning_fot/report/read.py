@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.evaluation.plan import retriever_label
+
 Row = Mapping[str, Any]
 """One measurement of ``results.json``."""
 
@@ -75,10 +77,8 @@ def by_context(measured: Iterable[Row], field: str) -> dict[str, dict[int, Row]]
 def retriever_name(results: Row) -> str:
     """Name of the configured retriever, from the settings or else from what was measured."""
     spec = retriever_spec(results)
-    named = spec.get("name", spec.get("class_path"))
-    if named:
-        # A class path is called by its last part, as in the rows of the evaluation.
-        return str(named).rpartition(".")[2]
+    if any(key in spec for key in ("name", "class_path", "layers")):
+        return retriever_label(spec)
     measured = [str(row.get("retriever")) for row in rows(results, "retrieval") if row.get("retriever")]
     measured += [kind for kind in memory_kinds(rows(results, "perplexity")) if kind not in MEMORY_ORDER]
     return measured[0] if measured else "exact"
@@ -95,7 +95,7 @@ def retriever_spec(results: Row) -> dict[str, Any]:
 
 def retriever_arguments(results: Row) -> dict[str, Any]:
     """The configured retriever's arguments, whether given flat or as ``init_args``."""
-    spec = {key: value for key, value in retriever_spec(results).items() if key not in ("name", "class_path")}
+    spec = {key: value for key, value in retriever_spec(results).items() if key not in ("name", "class_path", "layers")}
     inner = spec.pop("init_args", None)
     return {**spec, **inner} if isinstance(inner, Mapping) else spec
 

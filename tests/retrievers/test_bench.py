@@ -22,10 +22,25 @@ def test_exact_search_scores_one_even_with_ties() -> None:
     assert (row["recall"], row["memory_tokens"], row["k"], row["index_used"]) == (1.0, 200, 6, True)
     assert row["mass_recall"] == pytest.approx(1.0, abs=1e-9)
     assert 0 < row["mass"] < 1
-    assert row["search_ms_p95"] >= row["search_ms_p50"] > 0
+    assert row["search_ms_p99"] >= row["search_ms_p95"] >= row["search_ms_p50"] > 0
     assert row["qps"] > 0
     assert row["bytes"] >= 2 * 200 * 8 * 4
     json.dumps(row)
+
+
+def test_each_batch_size_is_a_row_of_the_same_index() -> None:
+    keys = torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(0))
+    grid = [{"ef_search": 8}, {"ef_search": 64}]
+    rows = measure_retriever(
+        "hnsw", keys, keys[:, :9], k=6, query_grid=grid, repeats=2, batch=[1, 32], min_index_size=1
+    )
+    assert [(row["args"]["ef_search"], row["batch"]) for row in rows] == [(8, 1), (8, 32), (64, 1), (64, 32)]
+    assert len({(row["build_s"], row["bytes"]) for row in rows}) == 1
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["recall"] == second["recall"]
+    for batch in (0, [1, 0]):
+        with pytest.raises(SettingError, match="batch=0"):
+            measure_retriever("exact", keys, keys, batch=batch)
 
 
 class Worst(ExactRetriever):
