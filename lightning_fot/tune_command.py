@@ -16,7 +16,7 @@ from lightning_fot.run_folder import write_json, write_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lightning_fot.tune import Choice, Goal
+    from lightning_fot.tune_choice import Choice, Goal
 
 
 def tune(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace, program: str) -> int:
@@ -40,7 +40,8 @@ def tune(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace, 
     from lightning_fot.bench import load_metadata, load_qk
     from lightning_fot.progress import JobProgress
     from lightning_fot.retrievers.registry import layer_spec
-    from lightning_fot.tune import Goal, layers_of, tune_layer
+    from lightning_fot.tune import tune_layer
+    from lightning_fot.tune_choice import Goal, layers_of
 
     if options.plot is not None:
         _require_matplotlib()
@@ -115,7 +116,7 @@ def as_dict(choice: Choice) -> dict[str, Any]:
 
 def verdict(choice: Choice, goal: Goal) -> list[str]:
     """What was chosen for a layer and what it is worth, in lines of text."""
-    from lightning_fot.tune import EXACT
+    from lightning_fot.evaluation.plan import EXACT
 
     title = choice.layer.name.capitalize() if choice.layer.layer is not None else choice.layer.name
     if choice.chosen is None:

@@ -20,7 +20,8 @@ from lightning_fot.pretrained import load_backbone
 from lightning_fot.retrievers import check_retriever, create_retriever
 from lightning_fot.retrievers.registry import layer_spec
 from lightning_fot.testing import real_qk
-from lightning_fot.tune import Goal, LayerKeys, first_beyond, layers_of, tune_layer
+from lightning_fot.tune import first_beyond, tune_layer
+from lightning_fot.tune_choice import Goal, LayerKeys, layers_of
 
 
 def test_first_beyond_finds_every_step_from_everywhere() -> None:
