@@ -55,8 +55,12 @@ def tune_layer(
     sample = layer.calibration[:, :: max(1, layer.calibration.shape[1] // _SIFTING)]
     sifting = _Judge(layer, sample, k, goal)
     judge = _Judge(layer, layer.calibration, k, goal)
+
+    def better(one: tuple[Trial, _Candidate]) -> tuple[float, ...]:
+        return goal.order(one[0])
+
     found: list[tuple[Trial, _Candidate]] = []
-    sifted: list[tuple[tuple[float, ...], _Candidate]] = []
+    sifted: list[tuple[Trial, _Candidate]] = []
     for spec in specs:
         say(f"{_name(spec)}: its default index")
         candidate = _Candidate(spec, layer, k)
@@ -65,10 +69,9 @@ def tune_layer(
         if candidate.exact:
             found += candidate.look(judge)
         else:
-            sifted.append((min(goal.order(trial) for trial, _ in candidate.look(sifting)), candidate))
-    sifted.sort(key=lambda one: one[0])
-    del sifted[math.ceil(len(sifted) / 2) :]
-    for _, candidate in sifted:
+            sifted.append(min(candidate.look(sifting), key=better))
+    sifted = sorted(_timed_in_turns(sifted, len(sifted), sifting), key=better)
+    for _, candidate in sifted[: math.ceil(len(sifted) / 2)]:
         say(f"{candidate.built.name}: all calibration queries")
         found += candidate.look(judge)
         for arguments in _other_indexes(candidate, layer.keys.shape[1]):
@@ -77,8 +80,8 @@ def tune_layer(
     if not found:
         raise SettingError("file", layer.name, "holds too few keys for any index", "Record more, or add exact search.")
     say("the best of them, once more")
-    found = _timed_in_turns(sorted(found, key=lambda one: goal.order(one[0])), judge)
-    nearest, candidate = min(found, key=lambda one: goal.order(one[0]))
+    found = _timed_in_turns(sorted(found, key=better), _FINALISTS, judge)
+    nearest, candidate = min(found, key=better)
     choice = Choice(layer, [trial for trial, _ in found], None, nearest)
     if goal.met(nearest):
         say(f"{nearest}: held-out queries")
@@ -87,18 +90,18 @@ def tune_layer(
     return choice
 
 
-def _timed_in_turns(found: list[tuple[Trial, _Candidate]], judge: _Judge) -> list[tuple[Trial, _Candidate]]:
-    """The same trials, the first few timed anew side by side: what else the machine does then meets all of them."""
-    seconds: list[list[float]] = [[] for _ in found[:_FINALISTS]]
+def _timed_in_turns(found: list[tuple[Trial, _Candidate]], count: int, judge: _Judge) -> list[tuple[Trial, _Candidate]]:
+    """The same trials, the first ``count`` timed anew side by side: what else the machine does then meets all alike."""
+    seconds: list[list[float]] = [[] for _ in found[:count]]
     for _ in range(_ROUNDS):
-        for place, (trial, candidate) in enumerate(found[:_FINALISTS]):
+        for place, (trial, candidate) in enumerate(found[:count]):
             candidate.set(trial)
             seconds[place] += judge.seconds(candidate.built)
     timed = [
         (replace(trial, ms=1e3 * median(spent)), candidate)
-        for (trial, candidate), spent in zip(found[:_FINALISTS], seconds, strict=True)
+        for (trial, candidate), spent in zip(found[:count], seconds, strict=True)
     ]
-    return [*timed, *found[_FINALISTS:]]
+    return [*timed, *found[count:]]
 
 
 class _Judge:
