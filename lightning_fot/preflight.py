@@ -196,8 +196,12 @@ def _check_backbone(name: str, memory: MemoryConfig) -> None:
 
 
 def _check_paths(request: Request) -> None:
+    from lightning_fot.data.kinds import check_alone, check_sources
     from lightning_fot.data.readers import check_paths
 
+    if request.get("data.sources") is not None:
+        check_alone(request.get("data"))
+        check_sources(request.get("data.sources"), request.get("data.text_field", "text"))
     for key in ("data.paths", "data.heldout"):
         paths = request.get(key)
         if paths is None:

@@ -4,21 +4,22 @@ Annotations are plain (not postponed): the command line reads them, and the Args
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fot.data.documents import Corpus, Document, Item
+from lightning_fot.data.documents import Document
+from lightning_fot.data.feeds import Feed, MixtureFeed, PathsFeed
+from lightning_fot.data.kinds import ALONE, check_alone, read_sources
 from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
-from lightning_fot.data.readers import too_short
 from lightning_fot.data.rows import BatchSequence, RowPlan
-from lightning_fot.data.selection import Selection, SelectionSettings
-from lightning_fot.data.tokens import Ids, TextEncoder, default_cache_dir
+from lightning_fot.data.selection import SelectionSettings
+from lightning_fot.data.sequences import Specials
+from lightning_fot.data.tokens import TextEncoder, Vocabulary, default_cache_dir
 from lightning_fot.errors import SettingError
 
 # Encoded before training starts, so that progress is seen; what training needs beyond is encoded as it goes.
@@ -32,7 +33,8 @@ class CrossbatchDataModule(pl.LightningDataModule):
     predicted; layout ``paper`` adds ``previous_ids`` int64 (batch_size, prev_windows, window) and ``previous_valid``
     bool (batch_size, prev_windows), oldest window first. Batch t is a pure function of the settings and t, so a run
     that was stopped goes on with the batch that would have come. In distributed training each rank takes its own rows;
-    near the end of an epoch some rows, or all of a rank's, may be without targets.
+    near the end of an epoch some rows, or all of a rank's, may be without targets. With ``sources``, documents of
+    several sources are mixed by weight, and never is one read in two rows at once.
 
     Args:
         paths: Files and folders to read: .txt, .md, source code (the files of one folder are one document) and .jsonl
@@ -53,6 +55,9 @@ class CrossbatchDataModule(pl.LightningDataModule):
         text_field: Key of the text in .jsonl objects.
         seed: Of the held-out draw and of the order of documents; epoch e is shuffled with seed + e.
         cache_dir: Folder for encoded text; null means lightning_fot/tokens in the user's cache folder.
+        sources: A mixture, in place of paths, such as [{kind: text, paths: [books/], weight: 3}, {kind: passkey}].
+            Kinds: text, huggingface, dictionary, passkey, instructions (see lightning_fot.data.kinds for their keys).
+            It has no end, but for sources with passes: the trainer's max_steps ends the training.
 
     Raises:
         SettingError: A value is out of its range; from ``setup``: nothing to read, or too little of it.
@@ -76,6 +81,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         text_field: str = "text",
         seed: int = 0,
         cache_dir: str | None = None,
+        sources: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.paths = [paths] if isinstance(paths, str) else paths
@@ -94,12 +100,13 @@ class CrossbatchDataModule(pl.LightningDataModule):
         self.text_field = text_field
         self.seed = seed
         self.cache_dir = cache_dir
+        self.sources = sources
         self.messages: list[str] = []
         self.report: Callable[[str], None] = rank_zero_info
         self._check_settings()
         self._tokenizer_object: Any = None
-        self._corpus: Corpus
-        self._selection: Selection | None = None
+        self._vocabulary = Vocabulary(tokenizer)
+        self._feed: Feed | None = None
         self._marks: dict[int, str] = {}
         self._position = TrainPosition()
 
@@ -132,14 +139,21 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 f"is below the {self.min_tokens} tokens that a document must have",
                 "Raise it, or lower data.min_tokens.",
             )
+        if self.sources is None:
+            return
+        read_sources(self.sources)
+        check_alone({name: getattr(self, name) for name in ALONE})
 
     @property
     def tokenizer_object(self) -> Any:
         """The tokenizer itself, loaded when first asked for; may be set to one that is loaded already."""
         if self._tokenizer_object is None:
-            from lightning_fot.pretrained import load_tokenizer
+            from lightning_fot.pretrained import backbone_config, check_backbone, load_tokenizer
 
             self._tokenizer_object = load_tokenizer(self.tokenizer)
+            config = backbone_config(self.tokenizer)
+            size = check_backbone(self.tokenizer).vocab_size or config.get("text_config", config).get("vocab_size")
+            self._vocabulary = Vocabulary(self.tokenizer, size)
         return self._tokenizer_object
 
     @tokenizer_object.setter
@@ -171,11 +185,9 @@ class CrossbatchDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> RowLoader:
         """Batches of the held-out documents, in the same form; every iteration is one whole pass."""
-        selection, plan = self._open(), self._plan(self._world_size())
+        feed, plan = self._open(), self._plan(self._world_size())
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        items = selection.fill(selection.heldout, plan.streams)
-        sequence = BatchSequence(lambda epoch: self._sequences(items), plan, rank, self._world_size())
-        return RowLoader(sequence, None)
+        return RowLoader(BatchSequence(lambda epoch: feed.heldout(plan), plan, rank, self._world_size()), None)
 
     def test_dataloader(self) -> RowLoader:
         """The same as ``val_dataloader``."""
@@ -198,17 +210,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         Returns:
             Documents; none when no held-out document is so long.
         """
-        documents: list[Document] = []
-        for item in self._open().heldout:
-            if limit is not None and len(documents) >= limit:
-                break
-            # One token a byte is the most there can be.
-            if min_tokens is not None and item.source.size + 1 < min_tokens:
-                continue
-            ids = self._corpus.ids(item)
-            if ids is not None and len(ids) >= (min_tokens or 1):
-                documents.append(Document(item.source.name, ids, self.tokenizer_object))
-        return documents
+        return list(itertools.islice(self._open().heldout_documents(min_tokens or 1), limit))
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has completed, and a mark of the settings that decide them."""
@@ -223,86 +225,69 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 "number, but with other text than would have come."
             )
 
-    def _open(self) -> Selection:
+    def _open(self) -> Feed:
         """Find and split the documents, once."""
-        if self._selection is None:
+        if self._feed is None:
             folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
-            encoder = TextEncoder(self.tokenizer_object, folder, self._say)
-            self._corpus = Corpus(encoder, self.min_tokens, self.max_document_tokens)
-            settings = SelectionSettings(
-                self.paths,
-                self.heldout,
-                self.heldout_fraction,
-                self.max_documents,
-                self.max_tokens,
-                self.text_field,
-                self.seed,
-            )
-            self._selection = Selection(settings, self._corpus, self._say)
-        return self._selection
+            tokenizer = self.tokenizer_object
+            encoder = TextEncoder(tokenizer, folder, self._say, self._vocabulary)
+            if self.sources is not None:
+                self._feed = MixtureFeed(
+                    read_sources(self.sources),
+                    {
+                        name: getattr(self, name)
+                        for name in ("min_tokens", "max_document_tokens", "heldout_fraction", "text_field")
+                    },
+                    encoder,
+                    self.seed,
+                    self._say,
+                )
+            else:
+                settings = SelectionSettings(
+                    self.paths,
+                    self.heldout,
+                    self.heldout_fraction,
+                    self.max_documents,
+                    self.max_tokens,
+                    self.text_field,
+                    self.seed,
+                )
+                self._feed = PathsFeed(settings, self.min_tokens, self.max_document_tokens, encoder, self._say)
+        return self._feed
 
     def _sequence(self, rank: int, world_size: int) -> BatchSequence:
-        selection, plan = self._open(), self._plan(world_size)
-        return BatchSequence(
-            lambda epoch: self._sequences(selection.order(plan.streams, epoch)), plan, rank, world_size
-        )
+        feed, plan = self._open(), self._plan(world_size)
+        return BatchSequence(lambda epoch: feed.training(plan, epoch), plan, rank, world_size)
 
     def _plan(self, world_size: int) -> RowPlan:
-        tokenizer = self.tokenizer_object
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        pad = next(token for token in candidates if token is not None)
         previous = self.prev_windows if self.layout == "paper" else 0
+        pad = Specials.of(self.tokenizer_object).pad
         return RowPlan(self.batch_size * world_size, self.window, self.pack, previous, pad)
-
-    def _sequences(self, items: list[Item]) -> Iterator[Ids]:
-        """Items with the tokenizer's start and end tokens, where the document itself starts and ends."""
-        bos, eos = self.tokenizer_object.bos_token_id, self.tokenizer_object.eos_token_id
-        for item in items:
-            ids = self._corpus.ids(item)
-            if ids is None or not len(ids):
-                continue
-            before = [bos] if bos is not None and item.start == 0 else []
-            after = [eos] if eos is not None and item.stop is None else []
-            yield np.concatenate([np.asarray(before, np.int32), ids, np.asarray(after, np.int32)])
-        self._say_left_out()
 
     def _encode_ahead(self) -> None:
         """Encode what training will read first, and check that a batch can be filled."""
-        selection, plan = self._open(), self._plan(self._world_size())
+        plan = self._plan(self._world_size())
         batch = plan.rows * plan.window
-        wanted = max(batch, min(self._planned_batches() * batch, _TOKENS_AHEAD))
-        count, said = 0, time.monotonic()
-        for ids in self._sequences(selection.order(plan.streams, 0)):
-            count += len(ids)
-            if count >= wanted:
-                break
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                self._say(f"Encoding text: {count:,} of up to {wanted:,} tokens.")
-        if count == 0:
-            raise too_short("data.paths", self.paths, len(selection.train), self.min_tokens, "all are shorter")
-        if count < batch:
+        batches = self._planned_batches()
+        self._check_end(batches)
+        wanted = max(batch, min((batches or 1) * batch, _TOKENS_AHEAD))
+        self._open().prepare(plan, wanted, None if batches is None else batches * batch)
+
+    def _check_end(self, batches: int | None) -> None:
+        """Refuses a training that would never stop by itself."""
+        trainer: Any = self.trainer  # typed by Lightning without its callbacks
+        if batches is not None or trainer is None or not self._open().endless:
+            return
+        timed = any(isinstance(one, pl.callbacks.Timer) for one in trainer.callbacks)
+        if not timed and not isinstance(trainer.limit_train_batches, int):
             raise SettingError(
-                "data.batch_size",
-                self.batch_size,
-                f"a batch takes {batch:,} tokens, but the training documents have {count:,}",
-                "Add documents, or lower data.batch_size or model.memory.window.",
+                "trainer.max_steps", trainer.max_steps, "sets no end, and data.sources has none", "Set it."
             )
-        self._say_left_out()
 
-    def _say_left_out(self) -> None:
-        """Say what was left out so far; documents are encoded as they are read, so more may follow."""
-        corpus = self._corpus
-        if corpus.short:
-            self._say(f"Left out as shorter than {self.min_tokens:,} tokens: {_listed(sorted(corpus.short))}.")
-        if corpus.cut:
-            self._say(f"Cut at max_document_tokens={self.max_document_tokens:,}: {_listed(sorted(corpus.cut))}.")
-        for reason, number in corpus.skipped.items():
-            self._say(f"Left out while reading: {number:,} files {reason}.")
-
-    def _planned_batches(self) -> int:
+    def _planned_batches(self) -> int | None:
+        """Batches that training takes; None when it is not limited by steps."""
         if self.trainer is None or self.trainer.max_steps <= 0:
-            return 1
+            return None
         return int(self.trainer.max_steps) * int(self.trainer.accumulate_grad_batches)
 
     def _world_size(self) -> int:
@@ -314,7 +299,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
             settings = (
                 *(self.window, self.layout, self.batch_size * world_size, self.pack, self.prev_windows, self.seed),
                 *(self.min_tokens, self.max_document_tokens, self.max_tokens),
-                [(item.source.name, item.source.size, item.start, item.stop) for item in self._open().train],
+                self._open().mark,
             )
             self._marks[world_size] = hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
         return self._marks[world_size]
@@ -323,8 +308,3 @@ class CrossbatchDataModule(pl.LightningDataModule):
         if message not in self.messages:
             self.messages.append(message)
             self.report(message)
-
-
-def _listed(names: list[str], shown: int = 5) -> str:
-    rest = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return f"{len(names):,} ({', '.join(names[:shown])}{rest})"

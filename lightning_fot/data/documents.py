@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,11 @@ from lightning_fot.data.tokens import Ids, TextEncoder
 
 # Above this size all documents count as equally long in the split: 128 kB are about 32k tokens.
 LONG_BYTES = 128 * 1024
+# From this size on, ids are read from disk as they are used.
+LARGE_DOCUMENT_BYTES = 16 * 1024 * 1024
 _KEPT_TOKENS = 32 * 1024 * 1024
+# Documents up to this size are encoded side by side, a few ahead; the pieces of longer ones are anyway.
+_AHEAD_BYTES = 1024 * 1024
 # Text with more bytes a token than this is hardly text; documents so long are not encoded only to be measured.
 _BYTES_PER_TOKEN = 32
 
@@ -62,12 +66,20 @@ class Corpus:
         encoder: Text to ids.
         min_tokens: Items with fewer ids are left out.
         max_document_tokens: Documents are cut after so many ids; None keeps them whole.
+        large_bytes: From this size on, the ids of a document stay on disk.
     """
 
-    def __init__(self, encoder: TextEncoder, min_tokens: int, max_document_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        min_tokens: int,
+        max_document_tokens: int | None = None,
+        large_bytes: int = LARGE_DOCUMENT_BYTES,
+    ) -> None:
         self.encoder = encoder
         self.min_tokens = min_tokens
         self.max_document_tokens = max_document_tokens
+        self._large_bytes = large_bytes
         self.skipped: Counter[str] = Counter()
         self.short: set[str] = set()
         self.cut: set[str] = set()
@@ -77,13 +89,18 @@ class Corpus:
 
     def ids(self, item: Item) -> Ids | None:
         """Ids of ``item`` without special tokens, int32 (tokens,); None when it is too short."""
-        source = item.source
-        if not self.may_be_long_enough(source):
-            self.short.add(source.name)
-            return None
-        ids = self._source_ids(source)
-        if len(ids) < self.min_tokens:
-            self.short.add(source.name)
+        return self._long_enough(item, self._source_ids(item.source) if self.may_be_long_enough(item.source) else None)
+
+    def in_order(self, items: Iterable[Item]) -> Iterator[tuple[Item, Ids | None]]:
+        """Items with their ``ids``, encoded in threads, a few ahead of what is taken."""
+        for item, encoded in self.encoder.in_order(self._ahead, items):
+            if encoded is not None and item.source not in self._kept:
+                self._keep(item.source, *encoded)
+            yield item, self.ids(item)
+
+    def _long_enough(self, item: Item, ids: Ids | None) -> Ids | None:
+        if ids is None or len(ids) < self.min_tokens:
+            self.short.add(item.source.name)
             return None
         return ids[item.start : item.stop]
 
@@ -101,17 +118,51 @@ class Corpus:
         if source in self._kept:
             self._kept.move_to_end(source)
             return self._kept[source]
-        skipped = None if source in self._read else self.skipped
-        self._read.add(source)
-        ids, cut = self.encoder.encode(source.pieces(skipped), self.max_document_tokens)
+        skipped: Counter[str] = Counter()
+        if self._is_large(source):
+            ids, cut = self.encoder.encode_on_disk(lambda: source.pieces(_emptied(skipped))), False
+            if self.max_document_tokens is not None and len(ids) > self.max_document_tokens:
+                ids, cut = ids[: self.max_document_tokens], True
+        else:
+            ids, cut = self.encoder.encode(source.pieces(skipped), self.max_document_tokens)
+        self._keep(source, ids, cut, skipped)
+        return ids
+
+    def _ahead(self, item: Item) -> tuple[Item, tuple[Ids, bool, Counter[str]] | None]:
+        """An item with what can be encoded ahead of its turn; runs in several threads, so nothing is changed here."""
+        source = item.source
+        if source in self._kept or source.size > _AHEAD_BYTES or not self.may_be_long_enough(source):
+            return item, None
+        skipped: Counter[str] = Counter()
+        ids, cut = self.encoder.encode_alone(source.pieces(skipped), self.max_document_tokens)
+        return item, (ids, cut, skipped)
+
+    def _is_large(self, source: DocumentSource) -> bool:
+        # The beginning of a large document is read from the beginning of its text alone.
+        limit = self.max_document_tokens
+        return source.size >= self._large_bytes and (limit is None or limit * 4 >= self._large_bytes)
+
+    def _keep(self, source: DocumentSource, ids: Ids, cut: bool, skipped: Counter[str]) -> None:
+        if source not in self._read:
+            self.skipped += skipped
+            self._read.add(source)
         if cut:
             self.cut.add(source.name)
         self._kept[source] = ids
-        self._kept_tokens += len(ids)
+        self._kept_tokens += _tokens_in_memory(ids)
         while self._kept_tokens > _KEPT_TOKENS and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
-            self._kept_tokens -= len(dropped)
-        return ids
+            self._kept_tokens -= _tokens_in_memory(dropped)
+
+
+def _emptied(counter: Counter[str]) -> Counter[str]:
+    """For text that is read twice, so that what is left out is counted once."""
+    counter.clear()
+    return counter
+
+
+def _tokens_in_memory(ids: Ids) -> int:
+    return 0 if isinstance(ids, np.memmap) else len(ids)
 
 
 def split_documents(sizes: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from lightning_fot.data.kinds import PasskeySettings
+from lightning_fot.data.mixture import HELDOUT_DOCUMENTS, MixtureSource
+from lightning_fot.data.sequences import MadeSequence, Mask, TokenSequence
+from lightning_fot.data.token_cache import Ids
 from lightning_fot.errors import SettingError
 
 _TASK = (
@@ -42,7 +49,9 @@ class PasskeyExample:
     number: int
 
 
-def passkey_prompt(tokenizer: Any, n_tokens: int, seed: int) -> PasskeyExample:
+def passkey_prompt(
+    tokenizer: Any, n_tokens: int, seed: int, setting: str = "evaluation.passkey_tokens"
+) -> PasskeyExample:
     """A prompt of exactly ``n_tokens`` tokens; number and place are drawn uniformly with ``seed``.
 
     The filler's sentences are whole but for the first after the number, which is cut to make the length exact. Up to
@@ -53,26 +62,25 @@ def passkey_prompt(tokenizer: Any, n_tokens: int, seed: int) -> PasskeyExample:
         tokenizer: A Hugging Face tokenizer.
         n_tokens: Tokens of the prompt.
         seed: Of the draw.
+        setting: What set the length, for the error.
 
     Raises:
         SettingError: The prompt does not fit without any filler.
     """
-    draw = random.Random(seed)
-    number = draw.randint(1, LARGEST_NUMBER)
-    place = draw.random()
+    number, place = _drawn(seed)
     start = _start(tokenizer) + _encode(tokenizer, _TASK)
-    needle = _continuation(tokenizer, ".", _NEEDLE.format(number=number))
-    question = _continuation(tokenizer, ".", _QUESTION)
-    answer = _continuation(tokenizer, _QUESTION.strip(), f" {number}")
+    needle = continuation(tokenizer, ".", _NEEDLE.format(number=number))
+    question = continuation(tokenizer, ".", _QUESTION)
+    answer = _answer(tokenizer, number)
     room = n_tokens - len(start) - len(needle) - len(question)
     if room < 0:
         raise SettingError(
-            "evaluation.passkey_tokens",
+            setting,
             n_tokens,
             f"the passkey prompt takes {n_tokens - room} tokens without any filler",
             f"Use {_rounded_up(n_tokens - room)} or more.",
         )
-    sentences = [_continuation(tokenizer, ".", sentence) for sentence in _FILLER]
+    sentences = [continuation(tokenizer, ".", sentence) for sentence in _FILLER]
     before: list[int] = []
     for sentence in itertools.cycle(sentences):
         if len(before) + len(sentence) > place * room:
@@ -86,12 +94,97 @@ def passkey_prompt(tokenizer: Any, n_tokens: int, seed: int) -> PasskeyExample:
     return PasskeyExample(start + before + needle + after + question, answer, depth, number)
 
 
+def passkey_document(
+    tokenizer: Any, n_tokens: int, seed: int, answer_only: bool = True, setting: str = "tokens"
+) -> tuple[Ids, Mask]:
+    """A prompt with its answer, as training reads it: start token, prompt, number, end token.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        n_tokens: Tokens of the document.
+        seed: Of the draw, as for :func:`passkey_prompt`.
+        answer_only: Whether the loss counts the number and the end token alone.
+        setting: What set the length, for the error.
+
+    Returns:
+        Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,).
+
+    Raises:
+        SettingError: The document does not fit without any filler.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    answer = _answer(tokenizer, _drawn(seed)[0])
+    before = [bos] if bos is not None and not _start(tokenizer) else []
+    after = answer if eos is None else [*answer, eos]
+    prompt = passkey_prompt(tokenizer, n_tokens - len(before) - len(after), seed, setting).prompt_ids
+    ids = np.asarray([*before, *prompt, *after], np.int32)
+    targets = np.ones(n_tokens, np.bool_)
+    if answer_only:
+        targets[: n_tokens - len(after)] = False
+    return ids, targets
+
+
+class PasskeySource(MixtureSource):
+    """Passkey documents without end; document i is a function of the seeds and i.
+
+    Args:
+        settings: What they are like.
+        tokenizer: A Hugging Face tokenizer.
+        seed: The data module's.
+
+    Raises:
+        SettingError: ``tokens`` is too few for a document without any filler.
+    """
+
+    def __init__(self, settings: PasskeySettings, tokenizer: Any, seed: int) -> None:
+        super().__init__(settings.setting, settings.weight)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._seed = seed
+        for document in self.heldout():
+            document.read(0, 1)  # numbers of up to five digits: too few tokens are found now
+
+    def documents(self, number: int) -> Iterator[TokenSequence]:
+        """All of them: there is one pass."""
+        return (self._document(index, heldout=False) for index in itertools.count())
+
+    def heldout(self) -> Iterator[TokenSequence]:
+        """Some that are drawn apart."""
+        return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
+
+    @property
+    def mark(self) -> object:
+        """Its settings."""
+        return repr(self._settings), self._seed
+
+    def _document(self, index: int, heldout: bool) -> TokenSequence:
+        settings = self._settings
+        # One number of the four, which tells apart all that a run can draw.
+        draw = np.random.SeedSequence([self._seed, settings.seed, int(heldout), index]).generate_state(1, np.uint64)
+        return MadeSequence(
+            settings.tokens,
+            lambda: passkey_document(
+                self._tokenizer, settings.tokens, int(draw[0]), settings.answer_only, f"{settings.setting}.tokens"
+            ),
+        )
+
+
+def _drawn(seed: int) -> tuple[int, float]:
+    """The number, and its place in the filler."""
+    draw = random.Random(seed)
+    return draw.randint(1, LARGEST_NUMBER), draw.random()
+
+
+def _answer(tokenizer: Any, number: int) -> list[int]:
+    return continuation(tokenizer, _QUESTION.strip(), f" {number}")
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _continuation(tokenizer: Any, context: str, text: str) -> list[int]:
+def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
     """Ids of ``text`` as they come after ``context``: tokenizers may mark the start of a text otherwise."""
     head, whole = _encode(tokenizer, context), _encode(tokenizer, context + text)
     return whole[len(head) :] if whole[: len(head)] == head else _encode(tokenizer, text)

@@ -121,7 +121,7 @@ def too_short(setting: str, value: object, count: int, min_tokens: int, detail: 
         setting,
         value,
         f"no document has {min_tokens:,} tokens ({count:,} found, {detail})",
-        "Add longer documents, or lower data.min_tokens or model.memory.window.",
+        f"Add longer documents, or lower {setting.rpartition('.')[0]}.min_tokens or model.memory.window.",
     )
 
 
@@ -211,7 +211,7 @@ def _read_jsonl(found: Found, path: Path, name: str, text_field: str, max_docume
                 raise _bad_line(setting, path, number, f"is not JSON ({error})", "Correct or remove it.") from None
             if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
                 keys = f"; its keys are {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else ""
-                fix = "Set data.text_field to the key that holds the text."
+                fix = f"Set {setting.rpartition('.')[0]}.text_field to the key that holds the text."
                 raise _bad_line(setting, path, number, f"has no text under the key {text_field!r}{keys}", fix)
             if not record[text_field].strip():
                 found.skipped["empty"] += 1

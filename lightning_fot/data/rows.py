@@ -10,15 +10,17 @@ Tensor names: B rows, T tokens of a window, w previous windows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_fot.data.tokens import Ids
+from lightning_fot.data.sequences import TextSequence, TokenSequence
+from lightning_fot.data.token_cache import Ids
 
 IGNORED = -100
 Array = npt.NDArray[np.int64]
@@ -53,16 +55,80 @@ class RowPlan:
         return self.window * self.pack
 
 
-class _Stream:
-    """One reader: the document it is in, and how far it has come."""
+class Stream:
+    """One reader: the document it is in, and how far it has come.
 
-    def __init__(self) -> None:
-        self.ids: Ids = np.empty(0, np.int32)
+    Args:
+        previous: Batches before the one in the making that still count as read side by side with others.
+    """
+
+    def __init__(self, previous: int = 0) -> None:
+        self.document: TokenSequence | None = None
         self.at = 0
+        self._recent: deque[set[Hashable]] = deque([set() for _ in range(previous + 1)], maxlen=previous + 1)
 
     @property
     def left(self) -> int:
-        return len(self.ids) - self.at
+        """Tokens of the document that were not read yet."""
+        return 0 if self.document is None else len(self.document) - self.at
+
+    @property
+    def reads_now(self) -> set[Hashable]:
+        """Keys of what it reads in this batch."""
+        return self._recent[-1]
+
+    @property
+    def reads_lately(self) -> set[Hashable]:
+        """Keys of what it reads in this batch, or has read in the ``previous`` ones before it."""
+        return set().union(*self._recent)
+
+    def enter_batch(self, count: int = 1) -> None:
+        """A batch begins, or ``count`` of them in which it stays in its document."""
+        for _ in range(min(count, len(self._recent))):
+            self._recent.append(set(self.document.keys) if self.left and self.document is not None else set())
+
+    def take(self, document: TokenSequence) -> None:
+        """Begin a document."""
+        self.document, self.at = document, 0
+        self.reads_now.update(document.keys)
+
+
+class Supply(ABC):
+    """Gives streams their next documents."""
+
+    @abstractmethod
+    def take(self, streams: Sequence[Stream], number: int) -> TokenSequence | None:
+        """The next document for stream ``number``, of at least two tokens; None when there is none at the moment.
+
+        What it gives may depend on what was given before and on what the streams have read, and on nothing else.
+        """
+
+    @property
+    @abstractmethod
+    def exhausted(self) -> bool:
+        """Whether nothing is left to be given, now or later."""
+
+
+class Pass(Supply):
+    """Documents in a given order, each once.
+
+    Args:
+        documents: Each of at least two tokens.
+    """
+
+    def __init__(self, documents: Iterator[TokenSequence | Ids]) -> None:
+        self._documents = documents
+        self._waiting = next(documents, None)
+
+    def take(self, streams: Sequence[Stream], number: int) -> TokenSequence | None:
+        """The next document in order."""
+        document, self._waiting = self._waiting, next(self._documents, None)
+        return document if document is None or isinstance(document, TokenSequence) else TextSequence(document)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all were given."""
+        return self._waiting is None
 
 
 class Epoch:
@@ -71,16 +137,15 @@ class Epoch:
     The pass is over when no token is left to predict. Streams that end before others give padding without targets.
 
     Args:
-        documents: Ids with their special tokens, int32 (tokens,), in the order in which streams take them; each of at
-            least two tokens. The first token of a document is no target.
+        documents: What streams take: a supply, or documents in their order (ids int32 (tokens,) with their special
+            tokens). The first token of a document is no target.
         plan: Geometry.
     """
 
-    def __init__(self, documents: Iterator[Ids], plan: RowPlan) -> None:
+    def __init__(self, documents: Supply | Iterator[TokenSequence | Ids], plan: RowPlan) -> None:
         self._plan = plan
-        self._documents = documents
-        self._waiting = next(documents, None)
-        self._streams = [_Stream() for _ in range(plan.streams)]
+        self._supply = documents if isinstance(documents, Supply) else Pass(documents)
+        self._streams = [Stream(plan.previous) for _ in range(plan.streams)]
         empty = np.full((plan.rows, plan.window), plan.pad_id, np.int64)
         self._history: deque[tuple[Array, npt.NDArray[np.bool_]]] = deque(
             [(empty, np.zeros(plan.rows, np.bool_))] * plan.previous, maxlen=plan.previous
@@ -89,7 +154,7 @@ class Epoch:
     @property
     def done(self) -> bool:
         """Whether the pass is over."""
-        return self._waiting is None and all(stream.left <= 1 for stream in self._streams)
+        return self._supply.exhausted and all(stream.left <= 1 for stream in self._streams)
 
     def skip(self, batches: int) -> int:
         """Go ``batches`` on without making them, or to the end of the pass; returns how many there were."""
@@ -105,9 +170,11 @@ class Epoch:
             if easy > 0:
                 for stream in self._streams:
                     stream.at += easy * self._plan.step
+                    stream.enter_batch(easy)
                 skipped += easy
             else:
-                self.next()
+                for _ in self._advance():
+                    pass
                 skipped += 1
         return skipped
 
@@ -122,22 +189,13 @@ class Epoch:
         inputs = np.full((plan.streams, plan.step), plan.pad_id, np.int64)
         targets = np.full((plan.streams, plan.step), IGNORED, np.int64)
         filled = np.zeros((plan.streams, plan.step), np.bool_)
-        for number, stream in enumerate(self._streams):
-            position = 0
-            while position < plan.step:
-                if stream.left == 0:
-                    if self._waiting is None:
-                        break
-                    stream.ids, stream.at = self._waiting, 0
-                    self._waiting = next(self._documents, None)
-                count = min(plan.step - position, stream.left)
-                inputs[number, position : position + count] = stream.ids[stream.at : stream.at + count]
-                filled[number, position : position + count] = True
-                following = stream.ids[stream.at + 1 : stream.at + 1 + count]
-                # After a document's last token comes another document's first, which nothing can predict.
-                targets[number, position : position + len(following)] = following
-                stream.at += count
-                position += count
+        for number, position, document, start, count in self._advance():
+            # One more: the target of the last. After a document's end comes another's start: nothing predicts that.
+            ids, scored = document.read(start, min(start + count + 1, len(document)))
+            inputs[number, position : position + count] = ids[:count]
+            filled[number, position : position + count] = True
+            following = ids[1:] if scored is None else np.where(scored[1:], ids[1:], IGNORED)
+            targets[number, position : position + len(following)] = following
         batch: dict[str, Any] = {
             "input_ids": inputs.reshape(plan.rows, plan.window),
             "targets": targets.reshape(plan.rows, plan.window),
@@ -149,19 +207,42 @@ class Epoch:
             self._history.append((batch["input_ids"], valid))
         return batch
 
+    def _advance(self) -> Iterator[tuple[int, int, TokenSequence, int, int]]:
+        """One batch: (stream, place in its rows, document, start, count) of each stretch that is read."""
+        for stream in self._streams:
+            stream.enter_batch()
+        for number, stream in enumerate(self._streams):
+            position = 0
+            while position < self._plan.step:
+                if stream.left == 0:
+                    document = self._supply.take(self._streams, number)
+                    if document is None:
+                        break
+                    stream.take(document)
+                assert stream.document is not None  # for the type checker: something is left of it
+                count = min(self._plan.step - position, stream.left)
+                start = stream.at
+                stream.at += count
+                yield number, position, stream.document, start, count
+                position += count
+
 
 class BatchSequence:
     """Batch after batch, epoch after epoch; batch t is always the same.
 
     Args:
-        open_epoch: Gives the documents of an epoch in their order, as ``Epoch`` takes them.
+        open_epoch: Gives the documents of an epoch, as ``Epoch`` takes them.
         plan: Geometry over all ranks.
         rank: Whose rows ``next`` gives.
         world_size: Ranks; each gets ``plan.rows / world_size`` neighbouring rows, whole packs.
     """
 
     def __init__(
-        self, open_epoch: Callable[[int], Iterator[Ids]], plan: RowPlan, rank: int = 0, world_size: int = 1
+        self,
+        open_epoch: Callable[[int], Supply | Iterator[TokenSequence | Ids]],
+        plan: RowPlan,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._open = open_epoch
         self._plan = plan

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_fot.data.documents import Corpus, Item, cut_into_parts, split_documents
+from lightning_fot.data.documents import Corpus, Document, Item, cut_into_parts, split_documents
 from lightning_fot.data.readers import find_documents, too_short
 from lightning_fot.data.sources import DocumentSource, Found
 from lightning_fot.errors import SettingError
@@ -17,7 +17,7 @@ _FEW_DOCUMENTS = 32
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """The arguments of ``CrossbatchDataModule`` that choose documents; see there."""
+    """The arguments of ``CrossbatchDataModule`` that choose documents; see there. ``prefix`` is where they were set."""
 
     paths: list[str] | None
     heldout: list[str] | None
@@ -26,6 +26,7 @@ class SelectionSettings:
     max_tokens: int | None
     text_field: str
     seed: int
+    prefix: str = "data"
 
 
 class Selection:
@@ -61,6 +62,35 @@ class Selection:
         long = sum(self._estimate(item) for item in items) / streams / 2
         return sorted(items, key=lambda item: self._estimate(item) <= long)
 
+    def one_pass(self, number: int) -> list[Item]:
+        """Training items in the order of pass ``number``, shuffled with seed + number; none of them cut into parts."""
+        if 0 not in self._items:
+            self._items[0] = self._limited()
+        return _shuffled(self._items[0], self._settings.seed + number)
+
+    def leave_out(self, keys: Set[Hashable]) -> int:
+        """Take documents with one of these keys, held out elsewhere, out of training; returns how many they were."""
+        kept = [item for item in self.train if item.source.keys.isdisjoint(keys)]
+        left_out = len(self.train) - len(kept)
+        self.train = kept
+        self._items.clear()
+        return left_out
+
+    def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
+        """Held-out documents of at least so many tokens, each encoded when it is asked for."""
+        for item in self.heldout:
+            # One token a byte is the most there can be.
+            if item.source.size + 1 < min_tokens:
+                continue
+            ids = self._corpus.ids(item)
+            if ids is not None and len(ids) >= min_tokens:
+                yield Document(item.source.name, ids, self._corpus.encoder.tokenizer)
+
+    @property
+    def mark(self) -> list[tuple[str, int, int, int | None]]:
+        """The training documents: equal marks mean equal text, as far as names and sizes tell."""
+        return [(item.source.name, item.source.size, item.start, item.stop) for item in self.train]
+
     def fill(self, items: list[Item], streams: int) -> list[Item]:
         """``items``, cut into parts when there are fewer than streams to read them."""
         if len(items) > max(_FEW_DOCUMENTS, streams):
@@ -81,24 +111,27 @@ class Selection:
 
     def _select(self) -> None:
         settings = self._settings
-        found = find_documents(settings.paths, text_field=settings.text_field, max_documents=settings.max_documents)
+        paths, given = f"{settings.prefix}.paths", f"{settings.prefix}.heldout"
+        found = find_documents(
+            settings.paths, text_field=settings.text_field, max_documents=settings.max_documents, setting=paths
+        )
         if found.skipped:
             self._say(f"Left out: {found.skipped_text()}.")
         if settings.heldout is not None:
-            other = find_documents(settings.heldout, text_field=settings.text_field, setting="data.heldout")
+            other = find_documents(settings.heldout, text_field=settings.text_field, setting=given)
             self._leave_out(found, other.documents)
-            heldout = self._long_enough(other.documents, "data.heldout", settings.heldout)
-            train = self._long_enough(self._draw(found.documents), "data.paths", settings.paths)
+            heldout = self._long_enough(other.documents, given, settings.heldout)
+            train = self._long_enough(self._draw(found.documents), paths, settings.paths)
             self.train, self.heldout = [Item(one) for one in train], [Item(one) for one in heldout]
         else:
-            sources = self._long_enough(self._draw(found.documents), "data.paths", settings.paths)
+            sources = self._long_enough(self._draw(found.documents), paths, settings.paths)
             if not self._split(sources):
                 # Bytes promised more than there are tokens: look at every document.
-                self._split(self._long_enough(sources, "data.paths", settings.paths, exactly=True))
+                self._split(self._long_enough(sources, paths, settings.paths, exactly=True))
             if self.train[0].source == self.heldout[0].source:
                 return
         size = sum(item.source.size for item in self.train) / 1e6
-        name = "the Python standard library" if settings.paths is None else "data.paths"
+        name = "the Python standard library" if settings.paths is None else paths
         self._say(
             f"Documents of {name}: {len(self.train):,} for training ({size:,.1f} MB), {len(self.heldout):,} held out."
         )
@@ -121,11 +154,12 @@ class Selection:
         held = max(round(count * self._settings.heldout_fraction), minimum)
         if count - held < minimum:
             raise SettingError(
-                "data.paths",
+                f"{self._settings.prefix}.paths",
                 self._settings.paths,
                 f"is one document of {count:,} tokens, too short for a training and a held-out part of {minimum:,} "
                 "tokens each",
-                "Add documents, name data.heldout, or lower data.min_tokens or model.memory.window.",
+                f"Add documents, name {self._settings.prefix}.heldout, or lower {self._settings.prefix}.min_tokens or "
+                "model.memory.window.",
             )
         self.train, self.heldout = [Item(source, 0, count - held)], [Item(source, count - held)]
         self._say(
@@ -144,13 +178,15 @@ class Selection:
 
     def _leave_out(self, found: Found, heldout: list[DocumentSource]) -> None:
         """Take documents that share a file or line with a held-out one out of training."""
+        prefix = self._settings.prefix
         taken = {part.key for one in heldout for part in one.parts}
         kept = [one for one in found.documents if not any(part.key in taken for part in one.parts)]
         if len(kept) < len(found.documents):
-            self._say(f"{len(found.documents) - len(kept):,} documents of data.paths are held out by data.heldout.")
+            left_out = len(found.documents) - len(kept)
+            self._say(f"{left_out:,} documents of {prefix}.paths are held out by {prefix}.heldout.")
         if not kept:
             raise SettingError(
-                "data.heldout", self._settings.heldout, "leaves no document for training", "Name other files."
+                f"{prefix}.heldout", self._settings.heldout, "leaves no document for training", "Name other files."
             )
         found.documents = kept
 

@@ -87,6 +87,11 @@ class DocumentSource:
         """Bytes on disk, headers included."""
         return sum(part.size + len(part.header) for part in self.parts)
 
+    @property
+    def keys(self) -> frozenset[tuple[str, int | None]]:
+        """The files or lines themselves."""
+        return frozenset(part.key for part in self.parts)
+
     def pieces(self, skipped: Counter[str] | None = None) -> Iterator[str]:
         """The text in order; parts that turn out to be unreadable are left out.
 

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 from byte_tokenizer import ByteTokenizer
+from fast_tokenizer import byte_level, sentence_piece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fot.data import tokens
 from lightning_fot.data.documents import LONG_BYTES, Corpus, Item, cut_into_parts, split_documents
 from lightning_fot.data.readers import find_documents
-from lightning_fot.data.tokens import TextEncoder
+from lightning_fot.data.tokens import TextEncoder, Vocabulary
+from lightning_fot.errors import SettingError
 from lightning_fot.pretrained import load_tokenizer
 
 PROSE = "\n\n".join(f"Paragraph {number} has some words, and more words." for number in range(800))
@@ -32,21 +36,103 @@ def test_pieces_give_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch, pr
     assert not cut
 
 
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
 @pytest.mark.parametrize("text", [TEXT, PROSE])
-def test_pieces_agree_with_a_byte_level_bpe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    raw.train_from_iterator([TEXT, PROSE], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+def test_pieces_in_threads_agree_with_the_tokenizer_itself(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], text: str
+) -> None:
+    tokenizer = make()
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 300)
-    encoder = TextEncoder(fast)
-    pieces = list(encoder._cut([text], None))
-    assert len(pieces) > 20
-    seen = encoder.encode([text])[0].tolist()
-    assert seen == fast(text, add_special_tokens=False)["input_ids"]
+    encoder = TextEncoder(tokenizer)
+    encoder.threads = 3
+    parts = list(encoder.stream([text[:1000], text[1000:]]))
+    assert len(parts) > 20
+    assert np.concatenate(parts).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    # The tokenizer's own state is not touched, and does not matter.
+    tokenizer.truncation_side = "left"
+    tokenizer(text, truncation=True, max_length=5)
+    assert encoder.encode([text])[0].tolist() == np.concatenate(parts).tolist()
+
+
+def test_a_document_on_disk_has_the_ids_of_one_in_memory(tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    def texts() -> Iterator[str]:
+        reads.append(1)
+        yield from (TEXT, PROSE)
+
+    tokenizer = byte_level()
+    stored = TextEncoder(tokenizer, tmp_path).encode_on_disk(texts)
+    assert isinstance(stored, np.memmap)
+    assert stored.tolist() == tokenizer(TEXT + PROSE, add_special_tokens=False)["input_ids"]
+    assert len(list(tmp_path.rglob("*.*"))) == 1
+    again = TextEncoder(tokenizer, tmp_path).encode_on_disk(texts)
+    assert len(reads) == 3  # hash and ids, then the hash alone
+    assert np.array_equal(again, stored)
+    (tmp_path / "file").write_text("in the way")
+    for encoder in (TextEncoder(tokenizer, tmp_path / "file"), TextEncoder(tokenizer)):
+        assert np.array_equal(encoder.encode_on_disk(texts), stored)
+
+
+def test_a_large_document_is_cut_and_sliced_like_a_small_one(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(PROSE)
+    (source,) = find_documents([str(tmp_path / "book.txt")]).documents
+    encoder = TextEncoder(ByteTokenizer(), tmp_path / "cache")
+    for limit in (None, 9_000):
+        small, large = (Corpus(encoder, 10, limit, large_bytes=size) for size in (10**9, 1000))
+        for item in (Item(source), Item(source, 5, 700), Item(source, 20)):
+            one, other = small.ids(item), large.ids(item)
+            assert one is not None
+            assert other is not None
+            assert one.tolist() == other.tolist()
+        assert isinstance(large.ids(Item(source)), np.memmap)
+        assert small.cut == large.cut
+
+
+_BOUNDED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from fast_tokenizer import byte_level
+from lightning_fot.data.documents import Corpus, Item
+from lightning_fot.data.readers import find_documents
+from lightning_fot.data.rows import Epoch, RowPlan
+from lightning_fot.data.sequences import TextSequence
+from lightning_fot.data.tokens import TextEncoder, Vocabulary
+from lightning_fot.errors import SettingError
+from pathlib import Path
+(source,) = find_documents([sys.argv[2]]).documents
+encoder = TextEncoder(byte_level(), Path(sys.argv[3]))
+encoder.encode(["Some words, and more words.\\n" * 60_000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = Corpus(encoder, 10).ids(Item(source))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+epoch = Epoch(iter([TextSequence(ids, 1, 2)]), RowPlan(4, 256, 4))
+assert epoch.skip(10_000) == 10_000
+epoch.next()
+print(len(ids), peak // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_document_over_100_mb_is_encoded_in_bounded_memory(tmp_path: Path) -> None:
+    size, path = 0, tmp_path / "book.txt"
+    with open(path, "w") as file:
+        for number in itertools.count():
+            size += file.write(f"{number}\n{PROSE}\n")
+            if size > 110 * 1024 * 1024:
+                break
+    command = [sys.executable, "-c", _BOUNDED, str(Path(__file__).parent), str(path), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, peak_mb = map(int, done.stdout.split())
+    assert count > 10**7
+    assert peak_mb < 200  # text and ids together would be more than 250, a tokenizer's own record of them far more
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path) -> None:
+    encoder = TextEncoder(ByteTokenizer(), tmp_path, vocabulary=Vocabulary("my/model", 100))
+    assert encoder.encode(["AAA" * 2000])[0].max() < 100
+    with pytest.raises(SettingError, match=r"model\.backbone='my/model': its tokenizer gives token 124.*only 100"):
+        encoder.encode(["yyy" * 2000])
 
 
 @pytest.mark.parametrize("prefix", [False, True])

@@ -1,0 +1,151 @@
+"""The dictionary lookup task of the Focused Transformer paper (arXiv 2307.03170, appendix): learn records, then recall.
+
+A record is ``<k> k1 k2 k3 k4 <v> v1 v2 v3 v4``, a question ``<q> k1 k2 k3 k4 <v> v1 v2 v3 v4``. The first half of a
+document defines records, the second half asks for them; the loss counts v1 to v4 of the questions and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_fot.data.kinds import MARKERS, RECORD_TOKENS, DictionarySettings
+from lightning_fot.data.mixture import HELDOUT_DOCUMENTS, MixtureSource
+from lightning_fot.data.sequences import MadeSequence, Mask, Specials, TokenSequence
+from lightning_fot.data.token_cache import Ids
+from lightning_fot.errors import SettingError
+
+Symbols = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class DictionaryTokens:
+    """The ids that stand for the task's tokens.
+
+    Args:
+        key: ``<k>``.
+        value: ``<v>``.
+        question: ``<q>``.
+        symbols: int32 (symbols,), what keys and values are made of.
+        specials: Start and end of a document; the padding fills what a half has left over.
+    """
+
+    key: int
+    value: int
+    question: int
+    symbols: Symbols
+    specials: Specials
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: int, setting: str = "vocabulary") -> DictionaryTokens:
+        """The lowest ``vocabulary`` ids that are no control tokens: three markers, and symbols.
+
+        Raises:
+            SettingError: The tokenizer has fewer.
+        """
+        specials = Specials.of(tokenizer)
+        taken = {specials.bos, specials.eos, specials.pad, *getattr(tokenizer, "all_special_ids", ())}
+        ids = [number for number in range(len(tokenizer.get_vocab())) if number not in taken][:vocabulary]
+        if len(ids) < vocabulary:
+            raise SettingError(setting, vocabulary, f"the tokenizer has {len(ids)} usable tokens", "Lower it.")
+        return cls(ids[0], ids[1], ids[2], np.asarray(ids[MARKERS:], np.int32), specials)
+
+
+def dictionary_document(
+    tokens: DictionaryTokens, n_tokens: int, records: int, random: np.random.Generator
+) -> tuple[Ids, Mask]:
+    """One document: its first half defines ``records`` records, its second half asks for them.
+
+    Keys are different from each other. Every record is defined once before one is defined again, and likewise asked.
+
+    Args:
+        tokens: The task's tokens.
+        n_tokens: Tokens of the document, the specials included; halves are filled up with padding.
+        records: Different records; no more than a half holds.
+        random: Draws keys, values and order.
+
+    Returns:
+        Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,).
+    """
+    count = len(tokens.symbols)
+    keys: dict[int, None] = {}
+    while len(keys) < records:
+        keys.setdefault(int(random.integers(count**4)))
+    digits = np.stack(np.unravel_index(np.fromiter(keys, np.int64), (count,) * 4), axis=1)
+    values = tokens.symbols[random.integers(count, size=(records, 4))]
+    table = np.empty((records, RECORD_TOKENS), np.int32)
+    table[:, 0], table[:, 1:5] = tokens.key, tokens.symbols[digits]
+    table[:, 5], table[:, 6:] = tokens.value, values
+    specials = tokens.specials
+    ids = np.full(n_tokens, specials.pad, np.int32)
+    targets = np.zeros(n_tokens, np.bool_)
+    middle = n_tokens // 2
+    starts = 0 if specials.bos is None else 1
+    ends = n_tokens if specials.eos is None else n_tokens - 1
+    if specials.bos is not None:
+        ids[0] = specials.bos
+    if specials.eos is not None:
+        ids[-1] = specials.eos
+    for begin, end, asks in ((starts, middle, False), (middle, ends, True)):
+        room = (end - begin) // RECORD_TOKENS
+        rounds = [random.permutation(records) for _ in range(-(-room // records))]
+        chosen = table[np.concatenate(rounds)[:room]]
+        stop = begin + room * RECORD_TOKENS
+        if asks:
+            chosen[:, 0] = tokens.question
+            targets[begin:stop].reshape(room, RECORD_TOKENS)[:, 6:] = True
+        ids[begin:stop] = chosen.reshape(-1)
+    return ids, targets
+
+
+class DictionarySource(MixtureSource):
+    """Dictionary documents without end; document i is a function of the seeds and i.
+
+    Args:
+        settings: What they are like.
+        tokenizer: Gives the ids.
+        seed: The data module's.
+    """
+
+    def __init__(self, settings: DictionarySettings, tokenizer: Any, seed: int) -> None:
+        super().__init__(settings.setting, settings.weight)
+        self._settings = settings
+        self._seed = seed
+        self._tokens = DictionaryTokens.of(tokenizer, settings.vocabulary, f"{settings.setting}.vocabulary")
+
+    def documents(self, number: int) -> Iterator[TokenSequence]:
+        """All of them: there is one pass."""
+        index = 0
+        while True:
+            yield self._document(index)
+            index += 1
+
+    def heldout(self) -> Iterator[TokenSequence]:
+        """Some that are drawn apart, with the last number of records."""
+        return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
+
+    def records(self, index: int) -> int:
+        """Distinct records of document ``index``."""
+        settings = self._settings
+        if not isinstance(settings.records, list):
+            return settings.room if settings.records is None else settings.records
+        first, last = settings.records
+        return first + (last - first) * min(index, settings.grow_documents) // settings.grow_documents
+
+    @property
+    def mark(self) -> object:
+        """Its settings."""
+        return repr(self._settings), self._seed
+
+    def _document(self, index: int, heldout: bool = False) -> TokenSequence:
+        records = self.records(self._settings.grow_documents if heldout else index)
+
+        def make() -> tuple[Ids, Mask]:
+            random = np.random.default_rng([self._seed, self._settings.seed, int(heldout), index])
+            return dictionary_document(self._tokens, self._settings.tokens, records, random)
+
+        return MadeSequence(self._settings.tokens, make)
