@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.errors import SettingError
+from lightning_fot.schedules import ScheduleConfig, schedule_from
 
 
 def _at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:
@@ -143,6 +144,7 @@ class CrossbatchConfig:
         w: ``paper``: previous windows of each row.
         differentiable: Let gradients reach the shown keys and values (FoT); False detaches them (Memorizing
             Transformers).
+        schedule: How ``range`` or ``d`` changes in training; None keeps it.
 
     Raises:
         SettingError: A value is out of its range.
@@ -155,12 +157,59 @@ class CrossbatchConfig:
     d: int = 2
     w: int = 1
     differentiable: bool = True
+    schedule: ScheduleConfig | None = None
 
     def __post_init__(self) -> None:
         _at_least("model.crossbatch", self, 1, "pack", "d", "w")
         _at_least("model.crossbatch", self, 0, "range")
         if self.layout not in ("packed", "paper"):
             raise SettingError("model.crossbatch.layout", self.layout, "is not known", "Choose packed or paper.")
+        self.schedule = schedule_from(self.schedule)
+        if self.schedule is not None and self.layout == "paper" and min(self.schedule.values) < 1:
+            key, values = "model.crossbatch.schedule.values", self.schedule.values
+            raise SettingError(key, values, "d is at least 1", "A row sees its own context.")
+
+    @property
+    def most(self) -> int:
+        """The most contexts that a row is ever shown."""
+        if self.schedule is not None:
+            return max(self.schedule.values)
+        return self.d if self.layout == "paper" else self.range
+
+    @classmethod
+    def recipe(cls, name: str, **changes: Any) -> "CrossbatchConfig":
+        """Settings of published models, by name.
+
+        ``longllama-3b``: LongLLaMA's released continued pretraining; rows of a pack see (positives, negatives) =
+            (0, 0), (1, 1), (2, 1), (3, 0). Exact, but in the first pack of a batch, which has no rows before it.
+        ``longllama-7b``: the released formula with range 7: (0, 0), (1, 2), (2, 4), (3, 4). The 7B model's own
+            mixture is not in the released code, so that this is not said to reproduce it.
+        ``pg19``: the paper's d, 2 until step 450,000, then 64.
+        ``dictionary``: the paper's d, 1 until an accuracy of 98 % (logged as ``val/accuracy``), then 128.
+        ``mixed``: d drawn from 2 and 128 for each step.
+
+        Batches must have room: d is at most the rows of a batch, so give ``schedule`` smaller values for smaller ones.
+
+        Args:
+            name: One of these.
+            changes: Settings that differ.
+
+        Raises:
+            SettingError: There is no such recipe.
+        """
+        recipes: dict[str, dict[str, Any]] = {
+            "longllama-3b": {"layout": "packed", "range": 3, "pack": 4, "stepping": True},
+            "longllama-7b": {"layout": "packed", "range": 7, "pack": 4, "stepping": True},
+            "pg19": {"layout": "paper", "schedule": ScheduleConfig("step", [2, 64], at=[450_000])},
+            "dictionary": {
+                "layout": "paper",
+                "schedule": ScheduleConfig("metric", [1, 128], at=[0.98], metric="val/accuracy"),
+            },
+            "mixed": {"layout": "paper", "schedule": ScheduleConfig("draw", [2, 128])},
+        }
+        if name not in recipes:
+            raise SettingError("model.crossbatch", name, "is not a recipe", f"Choose one of {', '.join(recipes)}.")
+        return cls(**{**recipes[name], **changes})
 
 
 @dataclass

@@ -61,11 +61,22 @@ def paper_rows(batch_size: int, d: int) -> RowTable:
     return [[(row + other) % batch_size for other in range(d)] for row in range(batch_size)]
 
 
-def row_table(config: CrossbatchConfig, batch_size: int) -> RowTable:
-    """The table of a configuration; entries number rows of the batch (``packed``) or of C_prev (``paper``)."""
+def row_table(config: CrossbatchConfig, batch_size: int, count: int | None = None) -> RowTable:
+    """The table of a configuration; entries number rows of the batch (``packed``) or of C_prev (``paper``).
+
+    Args:
+        config: Layout and counts.
+        batch_size: Rows.
+        count: What a schedule says in place of ``d`` or ``range``; None takes those.
+
+    Raises:
+        SettingError: The most that the schedule ever asks for is more than the batch has: said at the first step, not
+            when it is reached.
+    """
     if config.layout == "paper":
-        return paper_rows(batch_size, config.d)
-    return packed_rows(batch_size, config.pack, config.range, config.stepping)
+        table = paper_rows(batch_size, config.most)
+        return [seen[: config.d if count is None else count] for seen in table]
+    return packed_rows(batch_size, config.pack, config.range if count is None else count, config.stepping)
 
 
 def crossbatch_attention(

@@ -58,6 +58,8 @@ class FocusedTransformer(L.LightningModule):
         self.backbone: nn.Module | None = None
         self.gates: nn.ParameterDict | None = None
         self._lm: MemoryLM | None = None
+        # Marks that the metric of a schedule has passed.
+        self._stage = 0
         # Checkpoints hold what is trained; the rest comes from the backbone. on_load_checkpoint checks completeness.
         self.strict_loading = False
 
@@ -125,7 +127,7 @@ class FocusedTransformer(L.LightningModule):
             SettingError: The loss is not finite.
         """
         ids, targets = batch["input_ids"], batch["targets"]
-        table = row_table(self.crossbatch_config, len(ids))
+        table = row_table(self.crossbatch_config, len(ids), self._shown_contexts())
         logits = self.lm.crossbatch(
             ids,
             table,
@@ -144,6 +146,19 @@ class FocusedTransformer(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/tokens", float((targets != -100).sum()))
         return loss
+
+    def _shown_contexts(self) -> int | None:
+        """What the schedule says for this optimiser step, the same on all ranks; None without a schedule."""
+        schedule = self.crossbatch_config.schedule
+        if schedule is None:
+            return None
+        if schedule.kind == "metric" and self._stage < len(schedule.at):
+            stage = schedule.stage(self._stage, self.trainer.callback_metrics)
+            # A metric that is not reduced may differ between ranks.
+            self._stage = self.trainer.strategy.broadcast(stage)
+        count = schedule.count(self.global_step, self._stage)
+        self.log("train/shown_contexts", float(count))
+        return count
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and perplexity with memory and the configured retriever; the training state is not touched."""
@@ -185,6 +200,11 @@ class FocusedTransformer(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: part for name, part in checkpoint["state_dict"].items() if name in trained}
         checkpoint["lightning_fot"] = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
+        schedule = self.crossbatch_config.schedule
+        if schedule is not None:
+            # The metric itself is not saved: what it says for the next step is.
+            stage = schedule.stage(self._stage, self.trainer.callback_metrics)
+            checkpoint["lightning_fot_schedule"] = {"stage": stage}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, or one that lacks trained weights.
@@ -200,6 +220,7 @@ class FocusedTransformer(L.LightningModule):
         if made_with != now or missing:
             what = f"was made with {made_with}, this run has {now}" if made_with != now else f"lacks {missing[:3]}"
             raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
+        self._stage = checkpoint.get("lightning_fot_schedule", {}).get("stage", 0)
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
