@@ -29,6 +29,8 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   validate    loss and perplexity on held-out documents, with memory
   test        the same, logged as test
   bench       recall and speed of retrievers on keys and queries in a file
+  ingest      read documents into a named memory on disk: ingest MEMORY PATH…
+  ask         ask that memory a question: ask MEMORY "question"
   export      write a trained run as a Hugging Face folder: export RUN_FOLDER OUT
   retrievers  every retriever found: built-in and plug-ins
   doctor      versions, devices, who owns the script name, a self-test
@@ -109,6 +111,14 @@ def _dispatch(words: list[str], debug: bool) -> int:
         from lightning_fot.bench_command import bench
 
         return bench(rest, f"{program_name()} bench")
+    if verb == "ingest":
+        from lightning_fot.ingest_command import ingest
+
+        return ingest(rest, f"{program_name()} ingest", debug)
+    if verb == "ask":
+        from lightning_fot.ask_command import ask
+
+        return ask(rest, f"{program_name()} ask", debug)
     if verb == "export":
         from lightning_fot.export_command import export
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library import FILE, Library, ModelSettings, find_folder, quietly
+from lightning_fot.library import FILE, Library, find_folder, is_free, quietly
+from lightning_fot.library_settings import settings_of, settings_with
 from lightning_fot.request import Request, read_request
 
 if TYPE_CHECKING:
@@ -65,16 +67,21 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     library = _library(folder, given, program)
     library.model.check()
     found = _find(given.paths)
-    sources, known = _unread(found, library)
-    for note in (found.skipped_text(), known):
-        if note:
-            print(f"Left out: {note}.", file=sys.stderr)
-    if not sources:
-        print(f"Nothing to read: all {len(found.documents):,} documents are in {folder} already.")
-        return 0
     command = shlex.join([*program.split(), *words])
     with library.locked():
-        return _read(library, sources, command, program, given.memory, debug)
+        library.refresh()
+        sources, known = _unread(found, library)
+        if not sources and not known:
+            raise SettingError(
+                "PATH", given.paths, f"holds no text ({found.skipped_text()})", "Give text files in UTF-8."
+            )
+        for note in (found.skipped_text(), known):
+            if note:
+                print(f"Left out: {note}.", file=sys.stderr)
+        if not sources:
+            print(f"Nothing to read: {folder} has all of it, {len(library.documents):,} documents.")
+            return 0
+        return _read(library, sources, found.skipped, command, program, given.memory, debug)
 
 
 def _split(words: Sequence[str], program: str) -> _Words:
@@ -108,15 +115,15 @@ def _split(words: Sequence[str], program: str) -> _Words:
 def _library(folder: Path, given: _Words, program: str) -> Library:
     """The library in the folder, or a new one."""
     if not (folder / FILE).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if not is_free(folder):
             raise SettingError(
                 "MEMORY", str(folder), "is a folder of other things", "Give the memory first, then the documents."
             )
-        return Library(folder, _settings(_request(given, program, DEFAULT_CONFIG)))
+        return Library(folder, settings_of(_request(given, program, DEFAULT_CONFIG)))
     library = Library.read(folder)
     request = _request(given, program, None)
     # Without a configuration only what is named counts; all else is the memory's own.
-    asked = _settings(request) if request.configs else _changed(library.model, request)
+    asked = settings_of(request) if request.configs else settings_with(library.model, request)
     own, other = library.model.flat(), asked.flat()
     different = [key for key in own if own[key] != other.get(key)]
     if different:
@@ -142,63 +149,6 @@ def _request(given: _Words, program: str, default: str | None) -> Request:
     return request
 
 
-def _settings(request: Request) -> ModelSettings:
-    """What a configuration and overrides say of the model, checked."""
-    from lightning_fot.preflight import check_settings
-
-    spoken = len(request.notes)
-    check_settings(request)
-    for note in request.notes[spoken:]:
-        print(note, file=sys.stderr)
-    return _model(request, request.get("model.memory") or {})
-
-
-def _changed(model: ModelSettings, request: Request) -> ModelSettings:
-    """The settings of a memory with those that the command line names in their place."""
-    from lightning_fot.preflight import check_settings
-
-    memory = request.get("model.memory") or {}
-    if not isinstance(memory, dict):
-        raise SettingError("model.memory", memory, "must hold settings", "Write --model.memory.top_k=32.")
-    own = {"backbone": model.backbone, "dtype": model.dtype, **(request.get("model") or {})}
-    checked = replace_settings(request, {**own, "memory": {**model.memory, **memory}})
-    check_settings(checked)
-    changed = _model(checked, checked.get("model.memory"))
-    return changed if request.get("ckpt_path") is not None else replace(changed, checkpoint=model.checkpoint)
-
-
-def replace_settings(request: Request, model: dict[str, Any]) -> Request:
-    """The request with another section ``model``."""
-    return replace(request, settings={**request.settings, "model": model}, overrides=[], notes=[])
-
-
-def _model(request: Request, memory: dict[str, Any]) -> ModelSettings:
-    from lightning_fot.config import MemoryConfig
-
-    backbone = str(request.get("model.backbone", "smollm2-135m"))
-    if Path(backbone).expanduser().is_dir():
-        backbone = str(Path(backbone).expanduser().resolve())
-    dtype = request.get("model.dtype", "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
-    return ModelSettings(backbone, asdict(MemoryConfig(**memory)), dtype, _checkpoint(request))
-
-
-def _checkpoint(request: Request) -> str | None:
-    word = request.get("ckpt_path")
-    if word is None:
-        return None
-    path = Path(str(word)).expanduser()
-    if word == "last":
-        folder = request.configs[-1].parent if request.configs else Path()
-        path = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise SettingError(
-            "ckpt_path", word, f"there is no file {path}", "Give a checkpoint, or last with a run folder's config.yaml."
-        )
-    return str(path.resolve())
-
-
 def _find(paths: list[str]) -> Found:
     from lightning_fot.data.readers import find_documents
 
@@ -206,13 +156,19 @@ def _find(paths: list[str]) -> Found:
 
 
 def _unread(found: Found, library: Library) -> tuple[list[tuple[DocumentSource, str]], str]:
-    """Documents that are not in the library yet, with the digests of their texts; and what to say of the others."""
+    """Documents that are not in the library yet, with the digests of their texts; and what to say of the others.
+
+    Whatever turns out to be no text is added to ``found.skipped``.
+    """
     unread: dict[str, DocumentSource] = {}
     read = twice = 0
     for source in found.documents:
-        digest = hashlib.sha256()
-        for piece in source.pieces():
+        digest, empty = hashlib.sha256(), True
+        for piece in source.pieces(found.skipped):
             digest.update(piece.encode("utf-8", "surrogatepass"))
+            empty = empty and not piece.strip()
+        if empty:
+            continue
         entry = library.find(digest.hexdigest())
         if entry is not None and entry.done:
             read += 1
@@ -227,6 +183,7 @@ def _unread(found: Found, library: Library) -> tuple[list[tuple[DocumentSource, 
 def _read(
     library: Library,
     sources: list[tuple[DocumentSource, str]],
+    skipped: Counter[str],
     command: str,
     program: str,
     word: str,
@@ -255,8 +212,10 @@ def _read(
         seconds = progress.elapsed
     speed = reader.tokens / max(seconds, 1e-9)
     size = sum(file.stat().st_size for file in library.path.iterdir() if file.is_file()) / 2**20
-    if reader.skipped:
-        print(f"Could not be read: {dict(reader.skipped)}.", file=sys.stderr)
+    gone = reader.skipped - skipped
+    if gone:
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in gone.items())
+        print(f"Could not be read any more: {lost}.", file=sys.stderr)
     print(
         f"Read {len(sources):,} documents, {reader.tokens:,} tokens in {format_seconds(seconds)} "
         f"({speed:,.0f} tokens/s).\n"

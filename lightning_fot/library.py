@@ -1,7 +1,9 @@
 """A named memory on disk: what ``lightning ingest`` writes and ``lightning ask`` reads.
 
 The folder holds what ``Memory.save`` writes, and ``library.json``: the model that reads the memory, and its documents.
-Where the two differ after a kill, the memory counts: it knows how many tokens of each document it has read.
+The list is written before the memory, and says of each document how many tokens had been read in all when it was
+complete. So where the two differ after a kill, the memory counts: a document is read once the saved memory has come so
+far, even where ``capacity`` has dropped it since.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 ROOT = Path("memories")
 FILE = "library.json"
 MEMORY_FILE = "memory.json"
+LOCK_FILE = ".lock"
+# What a kill may leave of files that were being written.
+_UNFINISHED = ("*.part", f".{FILE}.*")
 FORMAT = 1
 # Where a memory is kept while it is used is the machine's business; all else decides what its pairs are.
 _OF_THE_MACHINE = ("offload", "offload_dir")
@@ -113,17 +118,51 @@ class Entry:
         source: Its name where it was found.
         digest: SHA-256 of its text.
         tokens: How many it has, once it was read to its end.
+        read_at: Tokens that the memory had read in all by then, those of other documents included.
     """
 
     name: str
     source: str
     digest: str
     tokens: int | None = None
+    read_at: int | None = None
 
     @property
     def done(self) -> bool:
         """Whether it was read to its end."""
         return self.tokens is not None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How far the memory in a folder has come.
+
+    Args:
+        seen: Tokens read in all.
+        stored: Tokens that it holds.
+    """
+
+    seen: int = 0
+    stored: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Asks the files that ``Memory.save`` wrote, without torch; zeros where there are none.
+
+        Raises:
+            SettingError: They are damaged.
+        """
+        file = path / MEMORY_FILE
+        if not file.is_file():
+            return cls()
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            index = json.loads(file.read_text(encoding="utf-8"))
+            with safe_open(path / index["log"]["file"], framework="np") as log:
+                return cls(int(log.get_tensor("seen").sum()), sum(index["lengths"]))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise damaged(path, MEMORY_FILE, error) from error
 
 
 @dataclass
@@ -142,10 +181,10 @@ class Library:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads ``library.json``.
+        """Reads ``library.json``, as far as the memory beside it bears it out.
 
         Raises:
-            SettingError: There is none, or it cannot be read.
+            SettingError: There is none, or it or the memory cannot be read.
         """
         file = path / FILE
         if not file.is_file():
@@ -162,10 +201,27 @@ class Library:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, SettingError) and error.setting == "MEMORY":
                 raise
-            raise SettingError(
-                "MEMORY", str(path), f"{FILE} is damaged ({error})", "Ingest the documents into a new memory."
-            ) from error
+            raise damaged(path, FILE, error) from error
+        seen = Saved.read(path).seen
+        for document in documents:
+            if document.read_at is None or document.read_at > seen:
+                document.tokens = document.read_at = None
         return cls(path, model, documents)
+
+    def refresh(self) -> None:
+        """Takes the documents from the disk, where another process may have added some.
+
+        Raises:
+            SettingError: It has made the memory with other settings, or ``library.json`` cannot be read.
+        """
+        if not (self.path / FILE).is_file():
+            return
+        now = Library.read(self.path)
+        if now.model.flat() != self.model.flat():
+            raise SettingError(
+                "MEMORY", str(self.path), "another process has just made it with other settings", "Try again."
+            )
+        self.documents = now.documents
 
     def write(self) -> None:
         """Writes ``library.json`` as a whole.
@@ -213,7 +269,7 @@ class Library:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = (self.path / LOCK_FILE).open("w")
         except OSError as error:
             raise cannot_write(self.path, error) from error
         with file:
@@ -227,6 +283,8 @@ class Library:
                 raise SettingError(
                     "MEMORY", str(self.path), "another process is writing to it", "Wait until it is done."
                 ) from None
+            for left in [file for pattern in _UNFINISHED for file in self.path.glob(pattern)]:
+                left.unlink(missing_ok=True)
             yield
 
 
@@ -264,6 +322,13 @@ def find_folder(word: str) -> Path:
     return path
 
 
+def is_free(path: Path) -> bool:
+    """Whether a new memory can be made in a folder: it is missing or empty, but for what a kill may have left."""
+    if not path.is_dir():
+        return True
+    return all(file.name == LOCK_FILE or any(map(file.match, _UNFINISHED)) for file in path.iterdir())
+
+
 def existing(word: str) -> Library:
     """The library that MEMORY means.
 
@@ -279,6 +344,12 @@ def existing(word: str) -> Library:
 def cannot_write(path: Path, error: OSError) -> SettingError:
     """The error for a folder that cannot be written."""
     return SettingError("MEMORY", str(path), f"cannot be written ({error.strerror})", "Choose another folder.")
+
+
+def damaged(path: Path, file: str, error: Exception) -> SettingError:
+    """The error for a file of the folder that cannot be understood."""
+    problem = f"{file} is damaged ({type(error).__name__}: {error})"
+    return SettingError("MEMORY", str(path), problem, "Ingest the documents into a new memory.")
 
 
 def _others() -> str:

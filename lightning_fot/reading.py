@@ -32,7 +32,7 @@ class Reader:
 
     A window is read whole or not at all, and each document begins a window. So a document that was cut goes on at its
     next token as if nothing had happened. With ``overlap`` or ``sink_tokens`` windows depend on those before: there, a
-    document that was cut is forgotten and read again from its start.
+    document is saved once it is complete, and one that was cut is read again from its start.
 
     Args:
         lm: The library's model.
@@ -101,15 +101,11 @@ class Reader:
         self.name = entry.name
         # Listed before any of it can be saved: a kill must not leave tokens in the memory that no document owns.
         self.library.write()
-        start = self._tokens_of(entry)
-        if start and not self._goes_on:
-            self.memory.forget(entry.name)
-            start = 0
-        total = start
+        total = start = self._tokens_of(entry)
         for ids in self._parts(source, start):
             self.lm.ingest(ids, self.memory, progress=self._window_read, document=entry.name)
             total += ids.shape[1]
-        entry.tokens = total
+        entry.tokens, entry.read_at = total, int(self.memory.tokens_seen.sum())
         self._finished_bytes += source.size
         self._finished_tokens += total
         if not self._goes_on:
@@ -122,6 +118,9 @@ class Reader:
         for old in [one for one in self.library.documents if one.source == source.name and not one.done]:
             if self._tokens_of(old):
                 self.memory.forget(old.name)
+                # At once: after a kill, its tokens would pass for those of the new document, which gets its name.
+                self.memory.save(self.library.path)
+                self._whole = self.memory.snapshot()
             self.library.documents.remove(old)
 
     def _tokens_of(self, entry: Entry) -> int:
@@ -164,6 +163,7 @@ class Reader:
         self._orderly = False
 
     def _save(self) -> None:
-        self.memory.save(self.library.path)
+        # The list first: what it says of documents that the memory does not hold yet is not believed (see library).
         self.library.write()
+        self.memory.save(self.library.path)
         self._saved_at = self._clock()

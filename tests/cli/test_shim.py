@@ -51,6 +51,8 @@ def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
         (["run", "job", "--name", "x"], False),
         (["run"], False),
         (["bench", "keys.npz"], True),
+        (["ingest", "book", "book.txt"], True),
+        (["ask", "book", "Who?"], True),
         (["retrievers"], True),
         (["doctor"], True),
         (["login"], False),
@@ -58,8 +60,6 @@ def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
         ([], False),
         # Not there yet: another distribution may have them.
         (["sweep", "--config", "x"], False),
-        (["ingest"], False),
-        (["ask"], False),
     ],
 )
 def test_claims_only_its_own(monkeypatch: pytest.MonkeyPatch, words: list[str], ours: bool) -> None:

@@ -1,0 +1,69 @@
+"""The model of a named memory as a command line describes it: checked, without torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_fot.errors import SettingError
+from lightning_fot.library import ModelSettings
+from lightning_fot.request import Request
+
+
+def settings_of(request: Request) -> ModelSettings:
+    """What a configuration and overrides say of the model, checked."""
+    from lightning_fot.preflight import check_settings
+
+    spoken = len(request.notes)
+    check_settings(request)
+    for note in request.notes[spoken:]:
+        print(note, file=sys.stderr)
+    return _model(request, request.get("model.memory") or {})
+
+
+def settings_with(model: ModelSettings, request: Request) -> ModelSettings:
+    """The settings of a memory with those that the command line names in their place."""
+    from lightning_fot.preflight import check_settings
+
+    memory = request.get("model.memory") or {}
+    if not isinstance(memory, dict):
+        raise SettingError("model.memory", memory, "must hold settings", "Write --model.memory.top_k=32.")
+    own = {"backbone": model.backbone, "dtype": model.dtype, **(request.get("model") or {})}
+    checked = _replaced(request, {**own, "memory": {**model.memory, **memory}})
+    check_settings(checked)
+    changed = _model(checked, checked.get("model.memory"))
+    return changed if request.get("ckpt_path") is not None else replace(changed, checkpoint=model.checkpoint)
+
+
+def _replaced(request: Request, model: dict[str, Any]) -> Request:
+    """The request with another section ``model``."""
+    return replace(request, settings={**request.settings, "model": model}, overrides=[], notes=[])
+
+
+def _model(request: Request, memory: dict[str, Any]) -> ModelSettings:
+    from lightning_fot.config import MemoryConfig
+
+    backbone = str(request.get("model.backbone", "smollm2-135m"))
+    if Path(backbone).expanduser().is_dir():
+        backbone = str(Path(backbone).expanduser().resolve())
+    dtype = request.get("model.dtype", "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
+    return ModelSettings(backbone, asdict(MemoryConfig(**memory)), dtype, _checkpoint(request))
+
+
+def _checkpoint(request: Request) -> str | None:
+    word = request.get("ckpt_path")
+    if word is None:
+        return None
+    path = Path(str(word)).expanduser()
+    if word == "last":
+        folder = request.configs[-1].parent if request.configs else Path()
+        path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise SettingError(
+            "ckpt_path", word, f"there is no file {path}", "Give a checkpoint, or last with a run folder's config.yaml."
+        )
+    return str(path.resolve())
