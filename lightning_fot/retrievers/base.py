@@ -246,7 +246,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
     def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Exact rows (q, min(k, n)) of one bank; -1 where rows were removed and fewer are left."""
         self._stats.rows_scanned += queries.shape[0] * self._store.lengths_list[bank]
-        return topk_blocks(queries, self._store.scan(bank, len(queries)), k, self._removed.mask(bank))[0]
+        return topk_blocks(queries, self._store.scan(bank), k, self._removed.mask(bank))[0]
 
     def observe(self, queries: Tensor) -> None:
         """Show past queries (banks, q, dim), rotated as they are searched with; backends may learn from them.

@@ -1,10 +1,18 @@
-"""Exact search: a blocked scan of all keys in float32."""
+"""Exact search: the fastest way to score every key, by the number of queries and keys."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from lightning_fot.retrievers.base import Retriever
+from lightning_fot.retrievers.int8_scan import best_of_coded, fits, products_are_exact
+from lightning_fot.retrievers.scan import Block, best_of, topk_blocks
+
+_FEW_QUERIES = 8
+_ENOUGH_ROWS = 8192
 
 
 class ExactRetriever(Retriever):
@@ -24,3 +32,36 @@ class ExactRetriever(Retriever):
     """
 
     exact: ClassVar[bool] = True
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._store.code_bytes
+
+    def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
+        if not 0 < len(queries) <= _FEW_QUERIES or not products_are_exact(self.dim):
+            return super()._scan(bank, queries, k)
+        self._stats.rows_scanned += len(queries) * self._store.lengths_list[bank]
+        removed = self._removed.mask(bank)
+        found: list[tuple[Tensor, Tensor]] = []
+        plain: list[Block] = []
+        for block, book in zip(self._store.scan(bank), self._store.codes(bank), strict=True):
+            size = len(block.keys)
+            coded = book.upto(block.keys) if book is not None and size >= _ENOUGH_ROWS and fits(size, k) else None
+            if coded is None:
+                plain.append(block)
+                continue
+            mask = None if removed is None else removed[block.start :]
+            rows, scores, unproved = best_of_coded(queries, coded, block.keys, k, mask)
+            if unproved:
+                some = topk_blocks(queries[unproved], [Block(0, block.keys[: coded.size])], k, mask)
+                rows[unproved], scores[unproved] = some
+            found.append(
+                (rows + block.start if mask is None else torch.where(rows < 0, rows, rows + block.start), scores)
+            )
+            if coded.size < size:
+                plain.append(Block(block.start + coded.size, block.keys[coded.size :]))
+        if plain or not found:
+            found.append(topk_blocks(queries, plain, k, removed))
+        if len(found) == 1:
+            return found[0][0]
+        return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]

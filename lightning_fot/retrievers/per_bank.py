@@ -311,7 +311,7 @@ class PerBankRetriever(Retriever):
             found.append((apart[picked], scores))
         found.append((rows, rescore(queries, partial(self._store.take, bank), rows)))
         if tail:
-            found.append(topk_blocks(queries, self._store.scan(bank, len(queries), size), k))
+            found.append(topk_blocks(queries, self._store.scan(bank, size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
     def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:

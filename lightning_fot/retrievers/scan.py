@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 _GROUP = 32
-_KEY_BLOCK = 65536
-_SMALL_BLOCK = 8192
 _SCORE_BUDGET = 1 << 22  # scores held at a time: 16 MB of fp32
+_CONVERTED = 8192  # keys converted to float32 at a time
+# For many queries, queries and keys of one product, the rows of a group, and numbers gathered at a time (1 MB).
+_QUERIES = 512
+_WIDTH = 4096
+_ROWS = 16
+_GATHERED = 1 << 18
 
 
 def topk_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -54,14 +58,12 @@ def topk_rows(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Row numbers (Q, min(k, N)) int64 and scores float32, best first.
     """
-    size = block_size(queries.shape[0], keys.shape[0])
-    pieces = (Block(start, keys[start : start + size]) for start in range(0, keys.shape[0], size))
-    return topk_blocks(queries, pieces, k)
+    return topk_blocks(queries, [Block(0, keys)], k)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Keys that are scored together: as they are, or in eight bits (:class:`~lightning_fot.retrievers.quantiser`).
+    """Keys that lie together: as they are, or in eight bits (:class:`~lightning_fot.retrievers.quantiser`).
 
     Args:
         start: Row number of the first.
@@ -77,22 +79,27 @@ class Block:
     spread: Tensor | None = None
     centre: Tensor | None = None
 
-    def scores(self, queries: Tensor) -> Tensor:
-        """Inner products (Q, n) float32 with queries (Q, D) float32."""
+    def scores(self, queries: Tensor, first: int, last: int, out: Tensor) -> Tensor:
+        """Inner products (Q, last - first) float32 of queries (Q, D) float32 with these keys, written to ``out``."""
+        keys = self.keys[first:last].float().T
         if self.scales is None or self.spread is None or self.centre is None:
-            return queries @ self.keys.float().T
+            return torch.mm(queries, keys, out=out)
         # What belongs to a coordinate goes to the query: the codes themselves are multiplied once.
-        scores = (queries * self.spread) @ self.keys.float().T
-        return scores.mul_(self.scales.float()).add_((queries @ self.centre)[:, None])
+        torch.mm(queries * self.spread, keys, out=out)
+        return out.mul_(self.scales[first:last].float()).add_((queries @ self.centre)[:, None])
+
+    def groups(self, numbers: Tensor) -> Tensor:
+        """Keys (q, C * GROUP, D) floating of groups (q, C): group g is rows from ``g * GROUP`` on."""
+        picked = _grouped(self.keys).index_select(0, numbers.flatten())
+        if self.scales is not None and self.spread is not None and self.centre is not None:
+            scales = _grouped(self.scales).index_select(0, numbers.flatten()).float()
+            picked = picked.float() * scales[..., None] * self.spread + self.centre
+        return picked.view(len(numbers), -1, self.keys.shape[1])
 
 
-def block_size(queries: int, keys: int) -> int:
-    """Keys worth scoring at once.
-
-    Few queries: as many as stay in the cache between their conversion to float32 and the product, since memory traffic
-    is all the cost. Many queries: large matrix products.
-    """
-    return _SMALL_BLOCK if queries * keys <= _SCORE_BUDGET else _KEY_BLOCK
+def _grouped(rows: Tensor) -> Tensor:
+    groups = len(rows) // _ROWS
+    return rows[: groups * _ROWS].view(groups, _ROWS, *rows.shape[1:])
 
 
 def topk_blocks(
@@ -109,29 +116,7 @@ def topk_blocks(
     Returns:
         Row numbers (Q, min(k, N)) int64, -1 where too few count, and scores float32, best first.
     """
-    found: list[tuple[Tensor, Tensor]] = []
-    waiting: list[Tensor] = []
-    first = columns = 0
-    for block in blocks if queries.shape[0] and k else ():
-        size = block.keys.shape[0]
-        if queries.shape[0] * (columns + size) > _SCORE_BUDGET and waiting:
-            found.append(_best(torch.cat(waiting, 1), first, k, removed))
-            waiting, columns = [], 0
-        if not waiting:
-            first = block.start
-        if queries.shape[0] * size <= _SCORE_BUDGET:
-            waiting.append(block.scores(queries))
-            columns += size
-            continue
-        ready = block if block.scales is not None else Block(block.start, block.keys.float())
-        step = max(1, _SCORE_BUDGET // size)
-        parts = [
-            _best(ready.scores(queries[row : row + step]), block.start, k, removed)
-            for row in range(0, queries.shape[0], step)
-        ]
-        found.append((torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])))
-    if waiting:
-        found.append(_best(waiting[0] if len(waiting) == 1 else torch.cat(waiting, 1), first, k, removed))
+    found = [_topk_block(queries, block, k, removed) for block in blocks if len(queries) and k and len(block.keys)]
     if not found:
         empty = queries.new_zeros(queries.shape[0], 0)
         return empty.long(), empty
@@ -141,14 +126,65 @@ def topk_blocks(
     return (rows if removed is None else rows.masked_fill(values == float("-inf"), -1)), values
 
 
-def _best(scores: Tensor, start: int, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows and scores of the k best of scores (Q, n) of rows from ``start`` on."""
-    if removed is not None:
-        out = removed[start : start + scores.shape[1]].nonzero()[:, 0].to(scores.device)
-        if len(out):
-            scores = scores.index_fill_(1, out, float("-inf"))
-    values, columns = topk_columns(scores, min(k, scores.shape[1]))
-    return columns + start, values
+def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
+    count, size = len(queries), len(block.keys)
+    gone = None if removed is None else removed[block.start : block.start + size].nonzero()[:, 0].to(queries.device)
+    grouped = count * size > _SCORE_BUDGET and size >= 4 * k * _ROWS
+    step = max(1, min(_QUERIES, _SCORE_BUDGET * _ROWS // size) if grouped else _SCORE_BUDGET // size)
+    search = _by_groups if grouped else _at_once
+    parts = [search(queries[row : row + step], block, min(k, size), gone) for row in range(0, count, step)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])
+
+
+def _at_once(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All scores are kept until the best are known: for few of them."""
+    size = len(block.keys)
+    scores = queries.new_empty(len(queries), size)
+    # What has to be converted to float32 stays in the cache until it is multiplied.
+    width = size if block.keys.dtype == torch.float32 else _CONVERTED
+    for first in range(0, size, width):
+        last = min(size, first + width)
+        block.scores(queries, first, last, scores[:, first:last])
+    if gone is not None:
+        scores.index_fill_(1, gone, float("-inf"))
+    values, columns = topk_columns(scores, k)
+    return columns + block.start, values
+
+
+def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each group of keys the largest score is kept; the k groups that hold the k best keys are scored again.
+
+    The scores of one product never leave the cache, and are never written to fresh memory.
+    """
+    count, size = len(queries), len(block.keys)
+    whole = size // _ROWS * _ROWS
+    tops = queries.new_empty(count, whole // _ROWS)
+    room = queries.new_empty(count * min(size, _WIDTH))
+    for first in range(0, whole, _WIDTH):
+        last = min(whole, first + _WIDTH)
+        scores = block.scores(queries, first, last, room[: count * (last - first)].view(count, -1))
+        if gone is not None:
+            scores.index_fill_(1, gone[(gone >= first) & (gone < last)] - first, float("-inf"))
+        tops[:, first // _ROWS : last // _ROWS] = scores.view(count, -1, _ROWS).amax(2)
+    groups = topk_columns(tops, k)[1]
+    rows = (groups[..., None] * _ROWS + torch.arange(_ROWS, device=groups.device)).flatten(1)
+    values = queries.new_empty(rows.shape)
+    step = max(1, _GATHERED // (rows.shape[1] * queries.shape[1]))
+    for row in range(0, count, step):
+        keys = block.groups(groups[row : row + step]).float()
+        # This order of operands is several times faster on CPUs than keys @ query.
+        values[row : row + step] = (queries[row : row + step, None] @ keys.transpose(1, 2))[:, 0]
+    if whole < size:
+        rest = torch.arange(whole, size, device=rows.device).expand(count, -1)
+        rows = torch.cat((rows, rest), 1)
+        values = torch.cat((values, block.scores(queries, whole, size, queries.new_empty(count, size - whole))), 1)
+    if gone is not None and len(gone):
+        mask = torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill_(0, gone, True)
+        values.masked_fill_(mask[rows], float("-inf"))
+    rows, values = best_of(rows, values, k)
+    return rows + block.start, values
 
 
 def rescore(queries: Tensor, keys: Tensor | Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.codes import CodeBook
 
 if TYPE_CHECKING:
     from lightning_fot.retrievers.store import KeyStore
@@ -43,6 +44,7 @@ class Segment:
         self.fixed = False
         # How far each store that reads this segment has filled or uses each bank.
         self.claims: WeakKeyDictionary[KeyStore, list[int]] = WeakKeyDictionary()
+        self.books: dict[int, CodeBook] = {}
         self._file: BinaryIO | None = None
         self.data = torch.zeros(banks, 0, dim, dtype=dtype, device=device)
         self.scales = torch.zeros(banks, 0, dtype=torch.float16, device=device) if dtype == torch.int8 else None
@@ -114,6 +116,9 @@ class Segment:
         """Writes rows from ``start`` on: (n, dim) of one bank, or (banks, n, dim) of all where ``bank`` is None."""
         place = slice(start, start + data.shape[-2])
         where = slice(None) if bank is None else bank
+        for number, book in self.books.items():
+            if bank is None or bank == number:
+                book.cut(start)
         self.data[where, place] = data
         if self.scales is not None and scales is not None:
             self.scales[where, place] = scales
@@ -121,6 +126,10 @@ class Segment:
     def rows(self, bank: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Rows of a bank as stored, views: (n, dim) and, for int8, scales (n,)."""
         return self.data[bank, start:stop], None if self.scales is None else self.scales[bank, start:stop]
+
+    def book(self, bank: int) -> CodeBook:
+        """Where eight-bit codes of a bank are kept, for all stores that read this segment."""
+        return self.books.setdefault(bank, CodeBook())
 
     def pick(self, banks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Single rows as stored: (n, dim) and, for int8, scales (n,), of banks (n,) and rows (n,)."""

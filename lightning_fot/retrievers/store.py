@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.checks import checked_banks, checked_counts
+from lightning_fot.retrievers.codes import CodeBook
 from lightning_fot.retrievers.quantiser import Quantiser
-from lightning_fot.retrievers.scan import Block, block_size
+from lightning_fot.retrievers.scan import Block
 from lightning_fot.retrievers.segment import Segment
 from lightning_fot.retrievers.settings import check_value
 
@@ -152,14 +153,30 @@ class KeyStore:
         for first, (data, scales) in self._raw_blocks(bank, start, stop, size):
             yield first, self._decoded(data, scales, bank)
 
-    def scan(self, bank: int, queries: int, start: int = 0) -> Iterator[Block]:
-        """Pieces of a bank from row ``start`` on, to be scored for a number of queries."""
-        size = block_size(queries, self._lengths[bank] - start)
-        for first, (data, scales) in self._raw_blocks(bank, start, None, size):
+    def scan(self, bank: int, start: int = 0) -> Iterator[Block]:
+        """Pieces of a bank from row ``start`` on, to be scored: one for each segment."""
+        for first, (data, scales) in self._raw_blocks(bank, start, None, max(1, self._lengths[bank])):
             if scales is None or self.quantiser is None:
                 yield Block(first, data)
             else:
                 yield Block(first, data, scales, self.quantiser.spread[bank], self.quantiser.centre[bank])
+
+    def codes(self, bank: int) -> list[CodeBook | None]:
+        """For each piece of :meth:`scan` the book that codes it in eight bits, empty until somebody asks it to.
+
+        None where keys are kept small on purpose: in eight bits already, or in a file.
+        """
+        books = []
+        for number, part in enumerate(self._parts):
+            if part.starts[bank] < self._ends(number)[bank]:
+                plain = self.dtype != torch.int8 and self.folder is None and self.device.type == "cpu"
+                books.append(part.segment.book(part.banks[bank]) if plain else None)
+        return books
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes that were made; shared ones count in full."""
+        return sum(book.nbytes for part in self._parts for book in part.segment.books.values())
 
     def take(self, bank: int, rows: Tensor) -> Tensor:
         """Keys of one bank by row number: (*rows.shape, dim) for rows of any shape."""
