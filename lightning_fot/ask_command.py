@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.arguments import Parser
 from lightning_fot.errors import SettingError
-from lightning_fot.library import Library, Saved, existing, quietly
+from lightning_fot.library import Library, Saved, count, existing, quietly
 from lightning_fot.library_settings import settings_with
 from lightning_fot.request import read_request
 
@@ -193,7 +193,7 @@ def _answer(library: Library, options: argparse.Namespace, question: str | None)
     answerer = Answerer(lm, tokenizer, memory, AnswerSettings(**wanted))
     unread = sum(not document.done for document in library.documents)
     _say(
-        f"{len(memory):,} tokens of {len(memory.documents):,} documents"
+        f"{count(len(memory), 'token')} of {count(len(memory.documents), 'document')}"
         + (f"; {unread:,} not read to the end yet" if unread else "")
         + ".\n"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library import FILE, Library, find_folder, is_free, quietly
+from lightning_fot.library import FILE, Library, count, find_folder, is_free, quietly
 from lightning_fot.library_settings import settings_of, settings_with
 from lightning_fot.request import Request, read_request
 
@@ -79,7 +79,7 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
             if note:
                 print(f"Left out: {note}.", file=sys.stderr)
         if not sources:
-            print(f"Nothing to read: {folder} has all of it, {len(library.documents):,} documents.")
+            print(f"Nothing to read: {folder} has all of it, {count(len(library.documents), 'document')}.")
             return 0
         return _read(library, sources, found.skipped, command, program, given.memory, debug)
 
@@ -207,7 +207,7 @@ def _read(
             reader.read(sources)
         except Stopped as stopped:
             progress.close()
-            progress.message(_how_to_go_on(library, reader.name, len(sources), command, lm.config))
+            progress.message(_how_to_go_on(library, reader.name, command, lm.config))
             return stopped.exit_code
         seconds = progress.elapsed
     speed = reader.tokens / max(seconds, 1e-9)
@@ -217,20 +217,19 @@ def _read(
         lost = ", ".join(f"{count:,} {reason}" for reason, count in gone.items())
         print(f"Could not be read any more: {lost}.", file=sys.stderr)
     print(
-        f"Read {len(sources):,} documents, {reader.tokens:,} tokens in {format_seconds(seconds)} "
+        f"Read {count(len(sources), 'document')}, {reader.tokens:,} tokens in {format_seconds(seconds)} "
         f"({speed:,.0f} tokens/s).\n"
-        f"{library.path}: {len(library.documents):,} documents, {len(reader.memory):,} tokens stored, "
+        f"{library.path}: {count(len(library.documents), 'document')}, {len(reader.memory):,} tokens stored, "
         f"{size:,.1f} MiB.\n"
         f'Ask it: {program.replace("ingest", "ask")} {shlex.quote(word)} "…"'
     )
     return 0
 
 
-def _how_to_go_on(library: Library, name: str, wanted: int, command: str, config: Any) -> str:
+def _how_to_go_on(library: Library, name: str, command: str, config: Any) -> str:
     done = sum(document.done for document in library.documents)
-    said = (
-        f"Stopped and saved: {done:,} documents are complete in {library.path}. Go on with the same command:\n{command}"
-    )
+    complete = f"{count(done, 'document')} complete in {library.path}"
+    said = f"Stopped and saved: {complete}. Go on with the same command:\n{command}"
     if config.overlap or config.sink_tokens:
         said += (
             f"\n{name} will be read again from its start, since windows overlap (model.memory.overlap, sink_tokens)."

@@ -346,6 +346,11 @@ def cannot_write(path: Path, error: OSError) -> SettingError:
     return SettingError("MEMORY", str(path), f"cannot be written ({error.strerror})", "Choose another folder.")
 
 
+def count(number: int, noun: str) -> str:
+    """Such as ``1 document`` and ``2,000 documents``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def damaged(path: Path, file: str, error: Exception) -> SettingError:
     """The error for a file of the folder that cannot be understood."""
     problem = f"{file} is damaged ({type(error).__name__}: {error})"

@@ -90,7 +90,7 @@ def test_documents_already_read_are_skipped_and_new_ones_added(here: Path, capsy
     assert ingest("mine", "shelf") == 0
     said = capsys.readouterr()
     assert "Left out: 1 read already, 1 with the same text as another." in said.err
-    assert "Read 1 documents" in said.out
+    assert "Read 1 document," in said.out
     names = [name for name, *_ in contents(here / "memories" / "mine").documents]
     assert names == ["shelf/book0.txt", "shelf/book1.txt", "shelf/book1.txt (2)"]
 
@@ -105,7 +105,7 @@ def test_what_is_no_text_is_reported(here: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr()
     assert "2 binary or not UTF-8" in said.err
     assert "1 empty" in said.err
-    assert "Read 1 documents" in said.out
+    assert "Read 1 document," in said.out
     assert ingest("other", "shelf/late.txt", *SETTINGS) == 2
     assert "holds no text (1 binary or not UTF-8)" in capsys.readouterr().err
     assert ingest("other", "shelf/empty.txt", *SETTINGS) == 2
