@@ -346,3 +346,26 @@ def test_a_document_that_changed_after_a_cut_is_read_as_it_is_now(repository: Pa
     found = contents(folder)
     folder.rename(here / "cut")
     assert found == _undisturbed(repository, here, *words)
+
+
+@pytest.mark.slow
+def test_a_trained_run_reads_and_answers_with_its_own_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 4, words=200)
+    words = ["--config", "smoke", "--data.paths=[shelf]", "--data.max_documents=null", "--trainer.max_steps=2"]
+    assert main(["fit", *words, "--run_dir=run"]) == 0
+    assert ingest("plain", "shelf/book0.txt", "--config", "run/config.yaml") == 0
+    assert ingest("trained", "shelf/book0.txt", "--config", "run/config.yaml", "--ckpt_path", "last") == 0
+    checkpoint = Library.read(here / "memories" / "trained").model.checkpoint
+    assert checkpoint == str(here / "run" / "checkpoints" / "last.ckpt")
+    plain, trained = (contents(here / "memories" / name) for name in ("plain", "trained"))
+    assert plain.documents == trained.documents
+    assert not torch.equal(plain.pairs["3.keys"], trained.pairs["3.keys"])
+    # What is added later is read by the same weights, named or not; others are refused.
+    assert ingest("trained", "shelf/book1.txt") == 0
+    assert main(["ask", "trained", "What?", "--max_new_tokens=3"]) == 0
+    capsys.readouterr()
+    assert ingest("trained", "shelf/book2.txt", "--config", "run/config.yaml") == 2
+    assert "ckpt_path=None" in capsys.readouterr().err
+    Path(checkpoint).unlink()
+    assert main(["ask", "trained", "What?"]) == 2
+    assert "no such file" in capsys.readouterr().err
