@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
 _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
-_SAMPLING = ("temperature", "top_p", "top_k_tokens")
 _EPILOG = f"""\
 Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
 Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.

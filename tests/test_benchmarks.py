@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import refused
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "attention.py"
@@ -102,9 +102,4 @@ def test_sections_of_an_earlier_run_stay_in_the_file(tmp_path):
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(arguments, named, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--quick", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stopped.value.code == 2
-    assert named in capsys.readouterr().err
+    assert named in refused(SCRIPT, arguments, monkeypatch, capsys)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import refused
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "retrievers.py"
@@ -154,9 +154,4 @@ def test_stretching_keeps_the_recorded_keys_and_repeats_few(heads):
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(arguments, named, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--quick", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stopped.value.code == 2
-    assert named in capsys.readouterr().err
+    assert named in refused(SCRIPT, arguments, monkeypatch, capsys)

@@ -91,11 +91,6 @@ class Mixture(Supply):
         """Whether every source has had its last pass; never, when one is read as often as needed."""
         return all(state.exhausted for state in self._states)
 
-    @property
-    def tokens_given(self) -> list[int]:
-        """Tokens of the documents given from each source, in the order of the sources."""
-        return [state.given for state in self._states]
-
     def take(self, streams: Sequence[Stream], number: int) -> TokenSequence | None:
         """The next document for stream ``number``; None when all that could come is being read by others."""
         blocked = set(streams[number].reads_now)
