@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _GROUP = 32
-_SCORE_BUDGET = 1 << 22  # scores held at a time: 16 MB of fp32
+_SCORE_BUDGET = 1 << 22  # scores, or largest scores of groups, held at a time: 16 MB of fp32
 _CONVERTED = 8192  # keys converted to float32 at a time
 # For many queries, queries and keys of one product, the rows of a group, and numbers gathered at a time (1 MB).
 _QUERIES = 512
 _WIDTH = 4096
 _ROWS = 16
 _GATHERED = 1 << 18
+_LONGEST = 1 << 17  # keys searched at a time, so that as many queries share each reading however many keys there are
 
 
 def topk_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -88,18 +89,20 @@ class Block:
         torch.mm(queries * self.spread, keys, out=out)
         return out.mul_(self.scales[first:last].float()).add_((queries @ self.centre)[:, None])
 
-    def groups(self, numbers: Tensor) -> Tensor:
-        """Keys (q, C * GROUP, D) floating of groups (q, C): group g is rows from ``g * GROUP`` on."""
-        picked = _grouped(self.keys).index_select(0, numbers.flatten())
+    def parts(self, longest: int) -> Iterator[Block]:
+        """The same in pieces of at most ``longest`` keys; nothing is copied."""
+        for first in range(0, len(self.keys), longest):
+            piece = slice(first, first + longest)
+            scales = None if self.scales is None else self.scales[piece]
+            yield Block(self.start + first, self.keys[piece], scales, self.spread, self.centre)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Keys (q, C, D) floating of rows (q, C), numbered from this block's first."""
+        flat = numbers.flatten()
+        picked = self.keys.index_select(0, flat)
         if self.scales is not None and self.spread is not None and self.centre is not None:
-            scales = _grouped(self.scales).index_select(0, numbers.flatten()).float()
-            picked = picked.float() * scales[..., None] * self.spread + self.centre
-        return picked.view(len(numbers), -1, self.keys.shape[1])
-
-
-def _grouped(rows: Tensor) -> Tensor:
-    groups = len(rows) // _ROWS
-    return rows[: groups * _ROWS].view(groups, _ROWS, *rows.shape[1:])
+            picked = picked.float() * self.scales.index_select(0, flat).float()[:, None] * self.spread + self.centre
+        return picked.view(*numbers.shape, -1)
 
 
 def topk_blocks(
@@ -116,7 +119,8 @@ def topk_blocks(
     Returns:
         Row numbers (Q, min(k, N)) int64, -1 where too few count, and scores float32, best first.
     """
-    found = [_topk_block(queries, block, k, removed) for block in blocks if len(queries) and k and len(block.keys)]
+    pieces = [piece for block in blocks for piece in block.parts(_LONGEST)] if len(queries) and k else []
+    found = [_topk_block(queries, piece, k, removed) for piece in pieces]
     if not found:
         empty = queries.new_zeros(queries.shape[0], 0)
         return empty.long(), empty
@@ -156,7 +160,8 @@ def _at_once(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tupl
 def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of each group of keys the largest score is kept; the k groups that hold the k best keys are scored again.
 
-    The scores of one product never leave the cache, and are never written to fresh memory.
+    The scores of one product never leave the cache, and are never written to fresh memory. Groups are strided within a
+    product, so that the maximum vectorises: twice as fast as groups of neighbours, all in all.
     """
     count, size = len(queries), len(block.keys)
     whole = size // _ROWS * _ROWS
@@ -167,13 +172,12 @@ def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tu
         scores = block.scores(queries, first, last, room[: count * (last - first)].view(count, -1))
         if gone is not None:
             scores.index_fill_(1, gone[(gone >= first) & (gone < last)] - first, float("-inf"))
-        tops[:, first // _ROWS : last // _ROWS] = scores.view(count, -1, _ROWS).amax(2)
-    groups = topk_columns(tops, k)[1]
-    rows = (groups[..., None] * _ROWS + torch.arange(_ROWS, device=groups.device)).flatten(1)
+        torch.amax(scores.view(count, _ROWS, -1), dim=1, out=tops[:, first // _ROWS : last // _ROWS])
+    rows = _members(topk_columns(tops, k)[1], whole)
     values = queries.new_empty(rows.shape)
     step = max(1, _GATHERED // (rows.shape[1] * queries.shape[1]))
     for row in range(0, count, step):
-        keys = block.groups(groups[row : row + step]).float()
+        keys = block.rows(rows[row : row + step]).float()
         # This order of operands is several times faster on CPUs than keys @ query.
         values[row : row + step] = (queries[row : row + step, None] @ keys.transpose(1, 2))[:, 0]
     if whole < size:
@@ -185,6 +189,15 @@ def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tu
         values.masked_fill_(mask[rows], float("-inf"))
     rows, values = best_of(rows, values, k)
     return rows + block.start, values
+
+
+def _members(groups: Tensor, whole: int) -> Tensor:
+    """Rows (q, C * _ROWS) of groups (q, C) of products of ``_WIDTH`` rows, the last of them of what is left."""
+    first = groups // (_WIDTH // _ROWS) * _WIDTH
+    apart = (whole - first).clamp_max(_WIDTH) // _ROWS
+    inside = groups - first // _ROWS
+    each = torch.arange(_ROWS, device=groups.device)
+    return ((first + inside)[..., None] + apart[..., None] * each).flatten(1)
 
 
 def rescore(queries: Tensor, keys: Tensor | Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
