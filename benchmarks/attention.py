@@ -10,6 +10,8 @@ taken. With ``--json FILE`` the rows of each section are kept, and a later run o
 
 from __future__ import annotations
 
+import _openmp  # isort: skip # noqa: F401
+
 import argparse
 import json
 from pathlib import Path

@@ -10,6 +10,8 @@ backward. Times are ratios within a turn; memory is what torch allocates, at its
 
 from __future__ import annotations
 
+import _openmp  # isort: skip # noqa: F401
+
 import argparse
 import statistics
 from pathlib import Path

@@ -13,6 +13,8 @@ file are stretched from them (see _pairs.py), which is said for every head.
 
 from __future__ import annotations
 
+import _openmp  # isort: skip # noqa: F401
+
 import argparse
 from pathlib import Path
 from typing import Any

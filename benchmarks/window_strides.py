@@ -15,6 +15,8 @@ its context, so that easy and hard tokens cancel out.
 
 from __future__ import annotations
 
+import _openmp  # isort: skip # noqa: F401
+
 import argparse
 import importlib.util
 import json

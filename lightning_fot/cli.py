@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lightning_fot._shim import CONFIG_VERBS, OTHER_VERBS
 from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.openmp import wait_briefly
 
 if TYPE_CHECKING:
     from lightning_fot.request import Request
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    wait_briefly()
     try:
         return _dispatch(words, debug)
     except (SettingError, MissingLibraryError) as error:

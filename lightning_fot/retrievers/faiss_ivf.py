@@ -15,6 +15,9 @@ from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
 from lightning_fot.retrievers.settings import TransformSpec, check_value
 
 _KEYS_A_CELL = 39  # below this faiss calls the training set too small
+_TRAINED_A_CELL = 64  # keys that k-means looks at, and its rounds: more of either found no more neighbours
+_ROUNDS = 5
+_MOST_PROBES = 64
 
 
 class FaissIVFRetriever(PerBankRetriever):
@@ -26,8 +29,9 @@ class FaissIVFRetriever(PerBankRetriever):
     Args:
         dim: Head size D.
         banks: Independent key sets.
-        nlist: Cells; None takes about 3 sqrt(n), a power of two.
-        nprobe: Cells scanned for a query; None takes nlist / 16, at least 8.
+        nlist: Cells; None takes about 6 sqrt(n), a power of two, of at least 39 keys each.
+        nprobe: Cells scanned for a query; None takes nlist / 16, from 8 to 64: a fixed share of the cells would make
+            searches of a long memory as slow as reading it.
         **kwargs: Those of :class:`Retriever`.
 
     Raises:
@@ -83,13 +87,14 @@ class _IVFIndex:
 
     def _train(self, keys: NDArray[np.float32]) -> Any:
         faiss = self._faiss
-        wanted = self._nlist or 2 ** round(math.log2(3 * math.sqrt(len(keys))))
+        wanted = self._nlist or 2 ** round(math.log2(6 * math.sqrt(len(keys))))
         nlist = max(1, min(wanted, len(keys) // _KEYS_A_CELL))
         metric = faiss.METRIC_L2 if self._l2 else faiss.METRIC_INNER_PRODUCT
         index = faiss.IndexIVFFlat(faiss.IndexFlatL2(self._dim), self._dim, nlist, metric)
         index.cp.spherical = False
         index.cp.seed = self._seed + 1
-        index.cp.niter = 10
+        index.cp.niter = _ROUNDS
+        index.cp.max_points_per_centroid = _TRAINED_A_CELL
         index.train(keys)
         self._centres = faiss.IndexFlatIP(self._dim)
         self._centres.add(index.quantizer.reconstruct_n(0, nlist))
@@ -97,7 +102,7 @@ class _IVFIndex:
 
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         nlist = self._index.nlist
-        self._index.nprobe = min(nlist, self.nprobe or max(8, nlist // 16))
+        self._index.nprobe = min(nlist, self.nprobe or min(_MOST_PROBES, max(8, nlist // 16)))
         with _threads(self._faiss, self.threads):
             if self._l2:
                 _, rows = self._index.search(queries, k)

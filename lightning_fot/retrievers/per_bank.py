@@ -21,7 +21,7 @@ from lightning_fot.retrievers.built import BuildJob, Built
 from lightning_fot.retrievers.built import Index as Index
 from lightning_fot.retrievers.checks import checked_banks
 from lightning_fot.retrievers.reservoir import QueryReservoir
-from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks, topk_rows
+from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
 from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
 
@@ -307,8 +307,8 @@ class PerBankRetriever(Retriever):
         if len(apart):
             apart = apart.to(queries.device)
             rows = rows.masked_fill(among(rows, apart), -1)
-            picked, scores = topk_rows(queries, apart_keys.to(queries.device), k)
-            found.append((apart[picked], scores))
+            # All of them: choosing among the few takes longer than carrying them along.
+            found.append((apart.expand(len(queries), -1), queries @ apart_keys.to(queries.device).T))
         found.append((rows, rescore(queries, partial(self._store.take, bank), rows)))
         if tail:
             found.append(topk_blocks(queries, self._store.scan(bank, size), k))

@@ -14,7 +14,7 @@ _CONVERTED = 8192  # keys converted to float32 at a time
 # For many queries, queries and keys of one product, the rows of a group, and numbers gathered at a time (1 MB).
 _QUERIES = 512
 _WIDTH = 4096
-_ROWS = 16
+_ROWS = 8
 _GATHERED = 1 << 18
 _LONGEST = 1 << 17  # keys searched at a time, so that as many queries share each reading however many keys there are
 
