@@ -29,6 +29,8 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   fit         only train
   validate    loss and perplexity on held-out documents, with memory
   test        the same, logged as test
+  sweep       many retrievers, settings and trainings: one table, one Pareto figure; finished cells are kept
+  report      rebuild the page of runs, or compare them: report RUN… --out FOLDER
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
   ask         ask that memory a question: ask MEMORY "question"
@@ -107,6 +109,14 @@ def _dispatch(words: list[str], debug: bool) -> int:
         print(f"lightning-fot {__version__}")
         return 0
     verb, rest = words[0], words[1:]
+    if verb == "sweep":
+        from lightning_fot.sweep_command import sweep
+
+        return sweep(rest, f"{program_name()} sweep", debug)
+    if verb == "report":
+        from lightning_fot.report_command import report
+
+        return report(rest, f"{program_name()} report")
     if verb in CONFIG_VERBS:
         return _with_config(verb, rest, debug)
     if verb == "bench":

@@ -111,9 +111,9 @@ def find_config(word: str) -> tuple[Path, str | None]:
     stem = word.removeprefix("./").removeprefix("configs/")
     stem = stem.removesuffix(".yaml").removesuffix(".yml")
     shipped = SHIPPED / f"{stem}.yaml"
-    if "/" not in stem and shipped.is_file():
+    if stem.removeprefix("sweeps/").isidentifier() and shipped.is_file():
         return shipped, f"No file {word} here: taking the configuration {stem!r} shipped with lightning-fot."
-    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    names = sorted(str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml"))
     raise SettingError(
         "config", word, "no such file", f"{close_match(stem, names)}Give a path, or a shipped name: {', '.join(names)}."
     )

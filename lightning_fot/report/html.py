@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lightning_fot.report import charts, curves, findings, formats, read, tables
+from lightning_fot.report.sweep import sweep_tables
 
 _GLOSSARY = (
     (
@@ -48,8 +49,9 @@ def page(results: read.Row, run_dir: Path) -> str:
     title = _title(results)
     body = "".join(
         (_header(results, run_dir, title), "<main>", _findings(results), _perplexity(results), _retrieval(results),
-         _tasks(results), _training(results, run_dir), _time(results), _everything(results), _run(results, run_dir),
-         _glossary(), "</main>", "<footer>Made by lightning-fot from results.json and metrics.csv of the run.</footer>")
+         _tasks(results), _training(results, run_dir), _time(results),
+         _sweep(results) or _everything(results), _run(results, run_dir), _glossary(),
+         "</main>", "<footer>Made by lightning-fot from results.json and metrics.csv of the run.</footer>")
     )  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -61,6 +63,8 @@ def page(results: read.Row, run_dir: Path) -> str:
 
 
 def _title(results: read.Row) -> str:
+    if isinstance(title := results.get("title"), str):
+        return title
     name = read.retriever_name(results)
     backbone = read.section(read.section(results, "config"), "model").get("backbone")
     memory = "Exact memory search" if name == "exact" else f"{name} against exact search"
@@ -232,6 +236,21 @@ def _everything(results: read.Row) -> str:
     )
 
 
+def _sweep(results: read.Row) -> str:
+    found = sweep_tables(results)
+    parts = []
+    for table in found:
+        parts.append(
+            f'<h2>{escape(table.title)}</h2><div class="tools"><p class="note">Click a heading to sort.</p>'
+            f"{_download(table, table.title.lower().replace(' ', '_'))}</div>" + _table(table, sortable=True)
+        )
+    failed = read.section(read.section(results, "sweep"), "failures")
+    if failed:
+        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(why))}</dd>" for name, why in failed.items())
+        parts.append(f"<h2>Failed</h2><dl>{listed}</dl>")
+    return "".join(parts)
+
+
 def _without_constants(table: tables.Table) -> tuple[tables.Table, str]:
     """The table without sizes that are the same in every row, and these in words."""
     constant = [
@@ -284,14 +303,14 @@ def _cell(cell: tables.Cell, index: int, words: int) -> str:
     return f"<td{css}{attributes}>{escape(cell.text)}</td>"
 
 
-def _download(table: tables.Table) -> str:
+def _download(table: tables.Table, name: str = "retrieval") -> str:
     """A link that holds the table as CSV, unrounded."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(table.columns)
     writer.writerows([["" if cell.raw is None else cell.raw for cell in row] for row in table.rows])
     data = quote(buffer.getvalue())
-    return f'<a class="button" download="retrieval.csv" href="data:text/csv;charset=utf-8,{data}">Download CSV</a>'
+    return f'<a class="button" download="{name}.csv" href="data:text/csv;charset=utf-8,{data}">Download CSV</a>'
 
 
 def _run(results: read.Row, run_dir: Path) -> str:

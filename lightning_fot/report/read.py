@@ -136,7 +136,7 @@ def setting(row: Row, names: Iterable[str] | None = None) -> str:
 def exact_row(results: Row, row: Row) -> Row | None:
     """The exact measurement to compare a retrieval row with: same layer and memory, from the same run."""
     same_layer = [exact for exact in rows(results, "exact") if exact.get("layer") == row.get("layer")]
-    for field in ("memory_tokens", "k"):
+    for field in ("memory_tokens", "k", "batch"):
         same_layer = [exact for exact in same_layer if exact.get(field) == row.get(field)]
     return same_layer[0] if same_layer else None
 

@@ -260,13 +260,18 @@ def print_tables(results: read.Row, console: Console) -> None:
     found = [perplexity(results), *tasks(results), retrieval(results), in_run(results)]
     tables = [table for table in found if table is not None]
     for table in tables:
-        console.print()
-        console.print(Text(table.title, style="bold"))
-        console.print(_rich(table))
-        if table.note:
-            console.print(Text(table.note, style="dim"))
+        print_table(table, console)
     if not tables:
         console.print("Nothing was measured.")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print one table with its title and its note."""
+    console.print()
+    console.print(Text(table.title, style="bold"))
+    console.print(_rich(table))
+    if table.note:
+        console.print(Text(table.note, style="dim"))
 
 
 def _rich(table: Table) -> RichTable:

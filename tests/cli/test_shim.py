@@ -58,8 +58,9 @@ def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
         (["login"], False),
         (["--help"], False),
         ([], False),
-        # Not there yet: another distribution may have them.
-        (["sweep", "--config", "x"], False),
+        (["sweep", "--config", "x"], True),
+        (["sweep", "agent"], False),
+        (["report", "runs/hnsw"], True),
     ],
 )
 def test_claims_only_its_own(monkeypatch: pytest.MonkeyPatch, words: list[str], ours: bool) -> None:

@@ -1,0 +1,134 @@
+"""What a sweep leaves: one table, one figure, one page, and the numbers as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.doctor import environment
+from lightning_fot.run_folder import write_json, write_text
+from lightning_fot.sweep.cost_model import cost_model
+
+if TYPE_CHECKING:
+    from lightning_fot.sweep.folder import SweepFolder
+    from lightning_fot.sweep.measure import IndexCell
+    from lightning_fot.sweep.runs import RunCell
+    from lightning_fot.sweep.settings import SweepConfig
+
+SCHEMA = 1
+
+
+class Outcome:
+    """Collects the cells of a sweep and writes what is shown of them.
+
+    Args:
+        folder: Of the sweep.
+        settings: The configuration without the section ``sweep``.
+        config: That section.
+        cells: Index cells.
+        runs: Training cells.
+        failures: Errors by the label of their cell.
+    """
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        settings: Mapping[str, Any],
+        config: SweepConfig,
+        cells: Sequence[IndexCell],
+        runs: Sequence[RunCell],
+        failures: Mapping[str, str],
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.config = config
+        self.cells = cells
+        self.runs = runs
+        self.failures = failures
+
+    def results(self) -> dict[str, Any]:
+        """The contents of ``results.json``: as a run's, with a section ``sweep``.
+
+        ``retrieval`` and ``exact`` hold the cells of the largest batch and the first k, for the figure; ``sweep.cells``
+        holds all of them, ``sweep.runs`` a row a run, ``sweep.cost_model`` what larger memories would cost.
+        """
+        known = [(cell, self.folder.read(cell.key)) for cell in self.cells]
+        rows = [row for cell, found in known for row in cell.wanted(found)]
+        trained = [(cell, self.folder.read(cell.key)) for cell in self.runs]
+        done = not any(cell.missing(found) for cell, found in known) and all(
+            (found or {}).get("rows") for _, found in trained
+        )
+        shown = [row for row in rows if self._in_figure(row)]
+        exact = [row for row in shown if row["retriever"] == "exact"]
+        return {
+            "schema": SCHEMA,
+            "complete": bool(done and (self.cells or self.runs)),
+            "title": f"Sweep {self.folder.path.resolve().name}",
+            "config": {**self.settings, "sweep": vars(self.config)},
+            "environment": environment(),
+            "retrieval": [{**row, "layer": _named(row)} for row in shown if row["retriever"] != "exact"],
+            "exact": [{**row, "layer": _named(row)} for row in exact],
+            "sweep": {
+                "cells": rows,
+                "runs": [
+                    {**cell.combination, **row, "folder": cell.folder.path.name}
+                    for cell, found in trained
+                    for row in (found or {}).get("rows", [])
+                ],
+                "cost_model": cost_model(rows),
+                "failures": dict(self.failures),
+            },
+        }
+
+    def _in_figure(self, row: Mapping[str, Any]) -> bool:
+        return bool(row["batch"] == max(self.config.batch) and row["k"] == self.config.top_k[0])
+
+    def write(self) -> dict[str, Any]:
+        """Writes ``results.json``, ``cells.csv``, ``runs.csv``, ``report.html`` and ``recall_vs_speed.png``."""
+        from lightning_fot.report import write_report
+
+        results = self.results()
+        write_json(self.folder.path / "results.json", results)
+        for name in ("cells", "runs"):
+            if results["sweep"][name]:
+                write_text(self.folder.path / f"{name}.csv", as_csv(results["sweep"][name]))
+        if results["sweep"]["cells"] or results["sweep"]["runs"]:
+            write_report(results, self.folder.path)
+        return results
+
+    def print(self, results: Mapping[str, Any]) -> None:
+        """The tables, for a terminal or as plain text, and where the files are."""
+        from rich.console import Console
+
+        from lightning_fot.report.sweep import brief_tables
+        from lightning_fot.report.tables import print_table
+
+        console = Console()
+        for table in brief_tables(results):
+            print_table(table, console)
+        for label, problem in self.failures.items():
+            console.print(f"failed: {label}: {problem}", markup=False, highlight=False, soft_wrap=True)
+        files = [name for name in ("report.html", "recall_vs_speed.png", "cells.csv", "runs.csv", "results.json")
+                 if (self.folder.path / name).is_file()]  # fmt: skip
+        listed = ", ".join(files)
+        console.print(f"Results: {self.folder.path}  ({listed})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(row: Mapping[str, Any]) -> Any:
+    """The layer, with the recording it is of where there are several."""
+    return f"{row['layer']} ({row['recording']})" if row.get("recording") else row["layer"]
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with a column for every field of any; settings are JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        writer.writerow([json.dumps(cell) if isinstance(cell, dict | list) else cell for cell in cells])
+    return buffer.getvalue()
