@@ -213,6 +213,35 @@ class CrossbatchConfig:
 
 
 @dataclass
+class LoraSettings:
+    """Low-rank adapters in place of whole weights (peft): of the blocks that ``model.trainable`` names.
+
+    Args:
+        rank: Columns of each factor.
+        alpha: The update is scaled by ``alpha / rank``.
+        dropout: Share of an adapter's inputs that is dropped in training.
+        modules: Names of linear modules.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora", self, 1, "rank")
+        if not self.alpha > 0:
+            raise SettingError("model.lora.alpha", self.alpha, "must be above 0", "16 is a good number.")
+        if not 0 <= self.dropout < 1:
+            raise SettingError("model.lora.dropout", self.dropout, "must lie in [0, 1)", "0.05 is a good number.")
+        if not self.modules:
+            raise SettingError("model.lora.modules", self.modules, "names no module", "Write [q_proj, k_proj].")
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured after training, always with the configured retriever beside exact search.
 

@@ -79,5 +79,9 @@ def _export(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
     chosen = {name: settings[name] for name in ("trainable", "dtype") if name in settings}
     module = FocusedTransformer(settings["backbone"], MemoryConfig(**settings["memory"]), **chosen)
     loaded = load_trained(module, checkpoint)
+    if module.lora is not None:
+        from lightning_fot.parameters import merge_lora
+
+        merge_lora(module.lm.model)
     module.lm.save_pretrained(target, load_tokenizer(settings["backbone"]))
     return int(loaded["global_step"])

@@ -1,5 +1,6 @@
 """``FocusedTransformer``: the LightningModule that trains a backbone's memory layers on crossbatches."""
 
+from dataclasses import asdict
 from typing import Any, Literal, Optional
 
 import lightning as L
@@ -8,10 +9,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fot.config import CrossbatchConfig, MemoryConfig
+from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig
 from lightning_fot.crossbatch import row_table
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
+from lightning_fot.memory import Memory
+from lightning_fot.parameters import add_lora, parameter_groups, trained_layers
 
 Batch = dict[str, Tensor]
 
@@ -28,10 +31,17 @@ class FocusedTransformer(L.LightningModule):
             the backbone, where it has settings of its own.
         crossbatch: Which rows of a batch see each other in training.
         optimizer: Made from the trained parameters.
-        lr_scheduler: Made from the optimiser and advanced after each optimiser step; None keeps the rate.
+        lr_scheduler: Made from the optimiser and advanced after each optimiser step; None keeps the rate. Lightning's
+            ``ReduceLROnPlateau``, which names what it monitors, is advanced after each validation that logs it.
         trainable: ``memory_layers``: their blocks only; ``from_first_memory_layer``: all blocks from the first one on;
             ``all``: everything. What lies below the first trained parameter is not differentiated.
         dtype: Dtype of the weights, ``float32`` or ``bfloat16``.
+        lora: Train low-rank adapters of these blocks in place of their weights; None trains the weights.
+        gradient_checkpointing: Keep only the inputs of each block, and compute the rest again in the backward pass:
+            slower, and far less memory.
+        weight_decay_on: ``matrices`` leaves norms, biases and gates out of the optimiser's weight decay.
+        validation: ``single``: each held-out text has a memory of its own; ``multi``: the memory also holds the texts
+            validated before it.
 
     Raises:
         SettingError: A value cannot work.
@@ -46,6 +56,10 @@ class FocusedTransformer(L.LightningModule):
         lr_scheduler: Optional[LRSchedulerCallable] = None,  # noqa: UP045  (a forward reference inside)
         trainable: Literal["memory_layers", "from_first_memory_layer", "all"] = "memory_layers",
         dtype: Literal["float32", "bfloat16"] = "float32",
+        lora: Optional[LoraSettings] = None,  # noqa: UP045  (as lr_scheduler)
+        gradient_checkpointing: bool = False,
+        weight_decay_on: Literal["all", "matrices"] = "all",
+        validation: Literal["single", "multi"] = "single",
     ) -> None:
         super().__init__()
         self.backbone_name = backbone
@@ -55,6 +69,11 @@ class FocusedTransformer(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.trainable = trainable
         self.weights_dtype = dtype
+        self.lora = lora
+        self.gradient_checkpointing = gradient_checkpointing
+        self.weight_decay_on = weight_decay_on
+        self.validation = validation
+        self._validated: Memory | None = None
         self.backbone: nn.Module | None = None
         self.gates: nn.ParameterDict | None = None
         self._lm: MemoryLM | None = None
@@ -83,33 +102,33 @@ class FocusedTransformer(L.LightningModule):
         from lightning_fot.pretrained import load_backbone
 
         model = load_backbone(self.backbone_name, self.weights_dtype)
+        if self.lora is not None:
+            count = model.config.get_text_config().num_hidden_layers
+            layers = self.memory_config.resolve_layers(count)
+            add_lora(model, self.lora, trained_layers(self.trainable, layers, range(count)))
         nn.Module.to(model, self.device)
         self._lm = attach_memory(model, self.memory_config)
         self.backbone = model
         load_gates(self._lm, self.backbone_name)
         if len(self._lm.gates):
             self.gates = self._lm.gates
+        if self.gradient_checkpointing:
+            # Its name from transformers 5.22 on; the old one warns.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         # Backbones come in evaluation mode; this module's mode is the one that counts.
         model.train(self.training)
-        self._freeze()
+        self._freeze(model)
 
-    def _freeze(self) -> None:
-        layers = self.lm.memory_layers
-        if self.trainable == "all" or self.backbone is None:
-            return
-        if not layers:
-            raise SettingError(
-                "model.trainable",
-                self.trainable,
-                "there is no memory layer to train",
-                "Use all, or name memory layers.",
-            )
-        names = {id(module): name for name, module in self.backbone.named_modules()}
+    def _freeze(self, model: nn.Module) -> None:
         attentions = self.lm.attachment.attentions
-        chosen = layers if self.trainable == "memory_layers" else [i for i in attentions if i >= layers[0]]
+        chosen = trained_layers(self.trainable, self.lm.memory_layers, attentions)
+        if self.lora is not None or self.trainable == "all":
+            return
+        names = {id(module): name for name, module in model.named_modules()}
         # "model.layers.10.self_attn" belongs to the block "model.layers.10".
         blocks = tuple(names[id(attentions[index])].rpartition(".")[0] + "." for index in chosen)
-        for name, parameter in self.backbone.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(blocks))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -147,6 +166,25 @@ class FocusedTransformer(L.LightningModule):
         self.log("train/tokens", float((targets != -100).sum()))
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Stops before gradients that are not finite reach the weights: the loss can be finite all the same.
+
+        With ``precision=16-mixed`` such steps are usual, and the gradient scaler leaves them out.
+
+        Raises:
+            SettingError: A gradient is not finite.
+        """
+        if self.trainer.precision == "16-mixed":
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):
+                raise SettingError(
+                    "train/gradients",
+                    name,
+                    f"has a gradient that is not finite in optimiser step {self.global_step}",
+                    "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
+                )
+
     def _shown_contexts(self) -> int | None:
         """What the schedule says for this optimiser step, the same on all ranks; None without a schedule."""
         schedule = self.crossbatch_config.schedule
@@ -159,6 +197,17 @@ class FocusedTransformer(L.LightningModule):
         count = schedule.count(self.global_step, self._stage)
         self.log("train/shown_contexts", float(count))
         return count
+
+    def on_validation_epoch_start(self) -> None:
+        """Validation begins with an empty memory."""
+        self._validated = None
+
+    def on_validation_epoch_end(self) -> None:
+        """Lets go of its memory."""
+        self._validated = None
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and perplexity with memory and the configured retriever; the training state is not touched."""
@@ -178,7 +227,12 @@ class FocusedTransformer(L.LightningModule):
         elif self.crossbatch_config.layout == "packed":
             pack = self.crossbatch_config.pack
             ids, targets = (tensor.reshape(len(tensor) // pack, -1) for tensor in (ids, targets))
-        logits = self.lm(ids, logits_to_keep=targets.shape[1]).logits
+        memory = self._validated
+        if self.validation == "single" or (memory is not None and memory.batch_size != len(ids)):
+            memory = None
+        read = self.lm(ids, memory=memory, logits_to_keep=targets.shape[1])
+        self._validated = read.memory if self.validation == "multi" else None
+        logits = read.logits
         assert logits is not None  # for the type checker: without labels there always are logits
         loss = _mean_loss(logits, targets)
         weight = max(1, int((targets != -100).sum()))
@@ -186,20 +240,36 @@ class FocusedTransformer(L.LightningModule):
         self.log(f"{prefix}/ppl", loss.exp(), batch_size=weight, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over the trained parameters, and the scheduler if there is one."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        """The optimiser over the trained parameters, and the scheduler if there is one.
+
+        Raises:
+            SettingError: The scheduler waits for a metric and does not say which.
+        """
+        # The type is that of jsonargparse's callable: parameters, or groups of them.
+        optimizer = self.optimizer(parameter_groups(self, self.weight_decay_on))
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.lr_scheduler(optimizer)
+        how: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor = getattr(scheduler, "monitor", None)
+            if monitor is None:
+                raise SettingError(
+                    "model.lr_scheduler",
+                    type(scheduler).__name__,
+                    "does not say which metric it waits for",
+                    "Use lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss.",
+                )
+            how |= {"interval": "epoch" if str(monitor).startswith("val/") else "step", "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": how}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves frozen weights out: they are the backbone's."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: part for name, part in checkpoint["state_dict"].items() if name in trained}
         checkpoint["lightning_fot"] = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
+        if self.lora is not None:
+            checkpoint["lightning_fot"]["lora"] = asdict(self.lora)
         schedule = self.crossbatch_config.schedule
         if schedule is not None:
             # The metric itself is not saved: what it says for the next step is.
@@ -212,8 +282,12 @@ class FocusedTransformer(L.LightningModule):
         Raises:
             SettingError: The checkpoint does not fit.
         """
+        made_with = dict(checkpoint.get("lightning_fot", {}))
+        lora = made_with.pop("lora", None)
+        if lora is not None and self._lm is None and self.lora is None:
+            # Adapters belong to the weights: whoever opens the checkpoint need not know of them.
+            self.lora = LoraSettings(**lora)
         self.configure_model()
-        made_with = checkpoint.get("lightning_fot", {})
         now = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = sorted(trained - set(checkpoint["state_dict"]))

@@ -21,6 +21,8 @@ TRAIN_PHASE = "train"
 TRAIN_COST = 2.0
 # Reading and dequantising SmolLM2's weights takes as long as some thousand tokens.
 MODEL_COST = 3000.0
+# Between checkpoints; what a kill can cost.
+SAVE_EVERY_S = 60.0
 
 
 class TrainingRecord(Callback):
@@ -117,13 +119,13 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: The run folder.
         guard: Catches the signals; while training runs it defers them to the end of a step.
-        every_s: Seconds between checkpoints.
+        every_s: Seconds between checkpoints; None takes ``SAVE_EVERY_S``.
     """
 
-    def __init__(self, folder: RunFolder, guard: StopGuard, every_s: float = 60.0) -> None:
+    def __init__(self, folder: RunFolder, guard: StopGuard, every_s: float | None = None) -> None:
         self.folder = folder
         self.guard = guard
-        self.every_s = every_s
+        self.every_s = SAVE_EVERY_S if every_s is None else every_s
         self._saved_at = float("-inf")
         self._saved_step = -1
 

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -89,3 +90,15 @@ def test_every_public_member_is_described():
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", PAGE))
 def test_links_lead_somewhere(link):
     assert (ROOT / "docs" / link).exists()
+
+
+def test_every_command_of_the_page_on_training_is_understood():
+    from lightning_fot.preflight import check_settings
+    from lightning_fot.request import read_request
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
+    assert len(lines) > 5
+    for words in lines:
+        assert words[:2] == ["lightning", "fit"]
+        check_settings(read_request("fit", words[2:]))

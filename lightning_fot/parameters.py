@@ -1,0 +1,98 @@
+"""Which parameters are trained, and how an optimiser groups them; low-rank adapters (LoRA) by peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_fot.errors import MissingLibraryError, SettingError
+
+if TYPE_CHECKING:
+    from lightning_fot.config import LoraSettings
+
+MARK = "lora_"
+
+
+def trained_layers(trainable: str, memory_layers: Sequence[int], layers: Iterable[int]) -> list[int]:
+    """Numbers of the blocks that ``model.trainable`` means.
+
+    Args:
+        trainable: ``memory_layers``, ``from_first_memory_layer`` or ``all``.
+        memory_layers: Sorted.
+        layers: All.
+
+    Raises:
+        SettingError: Memory layers are to be trained and there is none.
+    """
+    if trainable == "all":
+        return list(layers)
+    if not memory_layers:
+        raise SettingError(
+            "model.trainable", trainable, "there is no memory layer to train", "Use all, or name memory layers."
+        )
+    return list(memory_layers) if trainable == "memory_layers" else [i for i in layers if i >= memory_layers[0]]
+
+
+def add_lora(model: nn.Module, settings: LoraSettings, layers: Sequence[int]) -> None:
+    """Puts low-rank adapters beside linear modules of some blocks (Hu et al., arXiv 2106.09685); all else is frozen.
+
+    A fresh adapter adds nothing: the model computes what it did.
+
+    Args:
+        model: A Hugging Face model.
+        settings: Rank, scale, dropout, and which modules.
+        layers: Numbers of the blocks.
+
+    Raises:
+        MissingLibraryError: peft is not installed.
+        SettingError: No module of these names is there.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingLibraryError("peft", "model.lora", "pip install 'lightning-fot[lora]'") from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.modules),
+        layers_to_transform=list(layers),
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise SettingError(
+            "model.lora.modules", settings.modules, f"are not in this model ({error})", f"Use some of {names}."
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(MARK in name)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds the adapters to the weights beside them and takes them out: a plain model is left."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    for name, part in found:
+        part.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, part.get_base_layer())
+
+
+def parameter_groups(module: nn.Module, weight_decay_on: str) -> list[Any]:
+    """What an optimiser is given: all trained parameters, or those of vectors (norms, biases, gates) apart.
+
+    Args:
+        module: Its parameters that require gradients count.
+        weight_decay_on: ``all``, or ``matrices``: vectors get a group without weight decay.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if weight_decay_on == "all":
+        return trained
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,153 @@
+"""A training that is killed (SIGKILL) at any moment, and resumed, ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STEPS_A_KILL = 16
+_SETTINGS = [
+    "--trainer.accumulate_grad_batches=1",
+    "--data.paths=[books]",
+    "--data.max_documents=null",
+    "--model.optimizer.init_args.lr=3e-3",
+]
+
+
+def _train(home: str, resume: bool, steps: int) -> None:
+    """Runs in a process of its own, forked from a server that has imported torch but computed nothing."""
+    os.chdir(home)
+    with open("log.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    import lightning_fot.training
+    from lightning_fot.cli import main
+
+    torch.set_num_threads(1)
+    # A checkpoint after each step: the more often one is written, the more often a kill meets one.
+    lightning_fot.training.SAVE_EVERY_S = 0.0
+    words = ["fit", "--config", "smoke", "--run_dir=out", f"--trainer.max_steps={steps}", *_SETTINGS]
+    code = main([*words, "--ckpt_path=last"] if resume else words)
+    os._exit(code)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_fot.run", "lightning_fot.pretrained", "lightning_fot.parsing"])
+    return context
+
+
+def _home(path: Path) -> Path:
+    books = path / "books"
+    books.mkdir(parents=True)
+    for number in range(4):
+        text = " ".join(f"word{(number * 7 + place * place) % 97}" for place in range(1500))
+        (books / f"book{number}.txt").write_text(text, encoding="utf-8")
+    return path
+
+
+def _start(server: Any, home: Path, steps: int) -> BaseProcess:
+    out = home / "out"
+    resume = (out / "checkpoints" / "last.ckpt").is_file()
+    if not resume and out.exists():
+        shutil.rmtree(out)  # killed before there was anything to go on from
+    process: BaseProcess = server.Process(target=_train, args=(str(home), resume, steps))
+    process.start()
+    return process
+
+
+def _kill(process: BaseProcess) -> bool:
+    """Whether it was still at work."""
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def _finish(server: Any, home: Path, steps: int) -> dict[str, Any]:
+    process = _start(server, home, steps)
+    process.join(240)
+    assert process.exitcode == 0, (home / "log.txt").read_text()[-3000:]
+    found: dict[str, Any] = torch.load(home / "out" / "checkpoints" / "last.ckpt", weights_only=True)
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _wait_for_steps(process: BaseProcess, checkpoint: Path, steps: int) -> None:
+    """Until the checkpoint has been replaced so often."""
+    seen = 0
+    before = _stamp(checkpoint)
+    while process.is_alive() and seen < steps:
+        now = _stamp(checkpoint)
+        seen, before = seen + (now != before), now
+        time.sleep(0.001)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (found.st_ino, found.st_mtime_ns)
+
+
+def _kill_and_compare(server: Any, folder: Path, kills: int) -> None:
+    steps = STEPS_A_KILL * kills
+    expected = _finish(server, _home(folder / "undisturbed"), steps)
+    assert expected["global_step"] == steps
+    home, draw = _home(folder / "killed"), random.Random(kills)
+    checkpoints = home / "out" / "checkpoints"
+    killed = writing = 0
+    for number in range(kills):
+        fresh = checkpoints / "last.new"
+        fresh.unlink(missing_ok=True)
+        process = _start(server, home, steps)
+        if number % 4 == 0:
+            # In the middle of writing a checkpoint.
+            while process.is_alive() and not fresh.exists():
+                time.sleep(0.0005)
+            writing += fresh.exists()
+        elif number % 4 == 1:
+            # While it starts.
+            process.join(0.6 * draw.random())
+        else:
+            _wait_for_steps(process, checkpoints / "last.ckpt", draw.randint(1, STEPS_A_KILL // 2))
+            process.join(0.05 * draw.random())
+        killed += _kill(process)
+    found = _finish(server, home, steps)
+    assert killed == kills
+    assert writing
+    assert sorted(found) == sorted(expected)
+    for section in expected:
+        if section != "callbacks":  # they count seconds
+            assert _same(found[section], expected[section]), section
+
+
+def test_three_kills(server, tmp_path):
+    _kill_and_compare(server, tmp_path, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills(server, tmp_path):
+    _kill_and_compare(server, tmp_path, kills=20)
