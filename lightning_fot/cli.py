@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lightning_fot._shim import CONFIG_VERBS, OTHER_VERBS
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.openmp import wait_briefly
+from lightning_fot.ranks import rank, share_folder
 
 if TYPE_CHECKING:
     from lightning_fot.request import Request
@@ -203,6 +204,8 @@ def _with_config(verb: str, words: list[str], debug: bool) -> int:
 
         return check(request, _arguments(request), checkpoint, debug=debug)
     folder, checkpoint = choose(request)
+    if rank() == 0:
+        share_folder(folder.path)
     check_folder(folder.path, required_bytes(request))
     _say(request)
     from lightning_fot.run import run

@@ -145,6 +145,8 @@ class CrossbatchConfig:
         differentiable: Let gradients reach the shown keys and values (FoT); False detaches them (Memorizing
             Transformers).
         schedule: How ``range`` or ``d`` changes in training; None keeps it.
+        across_ranks: In distributed training, whether rows also see windows of other ranks, with exact gradients: more
+            negatives for the same batch on each. False shows the rank's own.
 
     Raises:
         SettingError: A value is out of its range.
@@ -158,6 +160,7 @@ class CrossbatchConfig:
     w: int = 1
     differentiable: bool = True
     schedule: ScheduleConfig | None = None
+    across_ranks: bool = False
 
     def __post_init__(self) -> None:
         _at_least("model.crossbatch", self, 1, "pack", "d", "w")

@@ -40,6 +40,8 @@ from lightning_fot.saving import save_attached
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lightning_fot.distributed import RowGather
+
 Progress = bool | Callable[[int], None]
 
 
@@ -304,6 +306,7 @@ class MemoryLM:
         previous_ids: Tensor | None = None,
         previous_valid: Tensor | None = None,
         differentiable: bool = True,
+        gather: RowGather | None = None,
     ) -> Tensor:
         """Logits of a crossbatch (FoT paper section 3.2), with gradients.
 
@@ -313,6 +316,7 @@ class MemoryLM:
             previous_ids: (B, w, T) previous windows of each row: the ``paper`` layout; None is ``packed``.
             previous_valid: (B, w) bool; False where a row has no such window yet.
             differentiable: Let gradients reach shown keys and values.
+            gather: Shows the rows of all ranks: the table then numbers those. Every rank must make the same call.
 
         Returns:
             (B, T, vocabulary).
@@ -321,9 +325,10 @@ class MemoryLM:
             SettingError: The table does not fit the batch, or there are no such tokens.
         """
         check_ids("input_ids", input_ids, self._vocabulary)
-        check_table(table, len(input_ids), len(input_ids) if previous_ids is None else len(previous_ids))
+        own = len(input_ids) if previous_ids is None else len(previous_ids)
+        check_table(table, len(input_ids), own * (1 if gather is None else gather.world_size))
         if not self.memory_layers or previous_ids is None:
-            current = CrossbatchPass(table, None, differentiable)
+            current = CrossbatchPass(table, None, differentiable, gather)
         else:
             check_ids("previous_ids", previous_ids, self._vocabulary, dims=3)
             rows, windows, _ = previous_ids.shape
@@ -331,12 +336,13 @@ class MemoryLM:
             with self.attachment.during(collected):
                 self.model(input_ids=previous_ids.flatten(0, 1), use_cache=False)
             valid = torch.ones(rows, windows) if previous_valid is None else previous_valid
+            valid = valid if gather is None else gather(valid.to(input_ids.device, torch.uint8))
             shown = [
                 [row * windows + back for row in seen for back in range(windows) if bool(valid[row, back])]
                 for seen in table
             ]
             # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
-            current = CrossbatchPass(shown, dict(collected.pairs), differentiable)
+            current = CrossbatchPass(shown, dict(collected.pairs), differentiable, gather)
             collected.pairs.clear()
         with self.attachment.during(current):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig
 from lightning_fot.crossbatch import row_table
+from lightning_fot.distributed import RowGather
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
@@ -146,13 +147,17 @@ class FocusedTransformer(L.LightningModule):
             SettingError: The loss is not finite.
         """
         ids, targets = batch["input_ids"], batch["targets"]
-        table = row_table(self.crossbatch_config, len(ids), self._shown_contexts())
+        gather = self._gather()
+        ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
+        table = row_table(self.crossbatch_config, ranks * len(ids), self._shown_contexts())
+        table = table[rank * len(ids) : (rank + 1) * len(ids)]
         logits = self.lm.crossbatch(
             ids,
             table,
             batch.get("previous_ids"),
             batch.get("previous_valid"),
             self.crossbatch_config.differentiable,
+            gather,
         )
         loss = _mean_loss(logits, targets)
         if not bool(torch.isfinite(loss)):
@@ -184,6 +189,11 @@ class FocusedTransformer(L.LightningModule):
                     f"has a gradient that is not finite in optimiser step {self.global_step}",
                     "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
                 )
+
+    def _gather(self) -> RowGather | None:
+        if not self.crossbatch_config.across_ranks or self.trainer.world_size == 1:
+            return None
+        return RowGather(self.trainer.global_rank, self.trainer.world_size)
 
     def _shown_contexts(self) -> int | None:
         """What the schedule says for this optimiser step, the same on all ranks; None without a schedule."""

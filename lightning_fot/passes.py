@@ -19,6 +19,7 @@ from lightning_fot.positions import RotaryFn, at_position_zero, rotate
 
 if TYPE_CHECKING:
     from lightning_fot.attribution import AttentionTrace
+    from lightning_fot.distributed import RowGather
     from lightning_fot.memory import Memory
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
@@ -211,18 +212,22 @@ class CrossbatchPass(Pass):
         table: For each row what it sees: rows of this batch, or entries of ``shown``.
         shown: Pairs of the previous windows by layer (``paper``); None shows this batch's own rows (``packed``).
         differentiable: Let gradients reach shown keys and values.
+        gather: Shows the rows of all ranks; None those of this one.
     """
 
     replayable: ClassVar[bool] = True
     table: RowTable
     shown: Pairs | None = None
     differentiable: bool = True
+    gather: RowGather | None = None
 
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         local_query, local_key, own_key = call.local(query, key)
         shown_key, shown_value = (own_key, value) if self.shown is None else self.shown[call.layer_idx]
+        if self.gather is not None:
+            shown_key, shown_value = self.gather(shown_key), self.gather(shown_value)
         return crossbatch_attention(
             local_query,
             local_key,

@@ -21,6 +21,7 @@ from lightning_fot.evaluation.evaluate import evaluate, summarise
 from lightning_fot.evaluation.plan import fit_to_documents, plan, select_documents, tokens_needed
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
+from lightning_fot.ranks import rank
 from lightning_fot.request import Request
 from lightning_fot.run_folder import RunFolder, write_json, write_text
 from lightning_fot.stopping import StopGuard, Stopped
@@ -93,10 +94,10 @@ class Job:
 
     def start(self, evaluation: bool) -> None:
         """Makes the folder, plans the phases and reads the documents."""
-        self._note_changes()
-        write_text(
-            self.folder.config, self._header() + self.cli.config_text(run_dir=str(self.folder.path), ckpt_path=None)
-        )
+        if rank() == 0:
+            self._note_changes()
+            text = self._header() + self.cli.config_text(run_dir=str(self.folder.path), ckpt_path=None)
+            write_text(self.folder.config, text)
         phases = [(DOCUMENTS_PHASE, DOCUMENTS_COST), (MODEL_PHASE, MODEL_COST)]
         if self.will_train and self.cli.trainer.max_steps > 0:
             module, trainer = self.cli.datamodule, self.cli.trainer
@@ -161,13 +162,14 @@ class Job:
         """Trains, or takes the weights of a training that has ended."""
         model, trainer = self.cli.model, self.cli.trainer
         if self.will_train:
-            if self.folder.training.exists():
+            if rank() == 0 and self.folder.training.exists():
                 self.progress.message(f"Training goes on after the {self.folder.trained_steps} steps done.")
                 self.folder.training.unlink()
             path = None if self.checkpoint is None else str(self.checkpoint)
             # Checkpoints hold numbers only: nothing in one can run code when it is loaded.
             trainer.fit(model, datamodule=self.cli.datamodule, ckpt_path=path, weights_only=True)
-            write_json(self.folder.training, self.record.results())
+            if rank() == 0:
+                write_json(self.folder.training, self.record.results())
             return
         self.progress.start(MODEL_PHASE)
         model.configure_model()
@@ -278,7 +280,7 @@ def run(
         MissingLibraryError: A library is missing.
     """
     # Notes and progress to standard error, results to standard output.
-    console = Console(file=None, stderr=True)
+    console = Console(file=None, stderr=True, quiet=rank() != 0)
     progress = JobProgress(console)
     with progress, StopGuard(progress.message) as guard:
         job: Job | None = None
@@ -287,11 +289,16 @@ def run(
             job = Job(request, arguments, folder, checkpoint, progress, guard, debug)
             job.start(evaluation)
             job.train()
+            if rank() != 0:
+                # One process evaluates and reports; the others have done their part.
+                return 0
             folder.write_metrics()
             if evaluation:
                 measured = job.evaluate()
                 _finish(job, measured)
         except Stopped as stop:
+            if rank() != 0:
+                return stop.exit_code
             if job is None:
                 progress.close()
                 console.print(f"Stopped. Start again with:\n  {request.command()}", markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import SettingError
+from lightning_fot.ranks import rank, shared_folder
 from lightning_fot.request import Request
 
 ROOT = Path("runs")
@@ -158,6 +159,12 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
         SettingError: There is no such checkpoint.
     """
     given = request.get("run_dir")
+    if (shared := shared_folder()) is not None:
+        # Rank 0 has made it already: this rank neither takes another nor finds it used.
+        last = RunFolder(shared).last_checkpoint
+        word = request.get("ckpt_path")
+        named = None if word is None else Path(str(word)).expanduser()
+        return RunFolder(shared), (last if last.is_file() else None) if word == "last" else named
     base = Path(str(given)).expanduser() if given is not None else ROOT / request.name
     checkpoint = request.get("ckpt_path")
     if checkpoint == "last":
@@ -166,7 +173,8 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
         raise SettingError(
             "ckpt_path", checkpoint, "no such file", "Give a checkpoint, or 'last' for the run folder's newest one."
         )
-    folder = _fresh(base)
+    # Of processes that were started together, those of other ranks write nothing there.
+    folder = _fresh(base) if rank() == 0 else RunFolder(base)
     if folder.path != base:
         request.notes.append(f"{base} holds an earlier run: writing to {folder.path}.")
     return folder, None if checkpoint is None else Path(str(checkpoint)).expanduser()

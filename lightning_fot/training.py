@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_fot.progress import JobProgress
 from lightning_fot.run_folder import RunFolder
-from lightning_fot.stopping import StopGuard
+from lightning_fot.stopping import StopGuard, Stopped
 
 MODEL_PHASE = "model"
 TRAIN_PHASE = "train"
@@ -137,8 +138,10 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves if it is time to, and stops if asked."""
-        stop = self.guard.pending is not None
-        if stop or trainer.global_step == trainer.max_steps or time.monotonic() - self._saved_at > self.every_s:
+        # All ranks save, or none does: they wait for each other, and their clocks differ.
+        stop = _agreed(trainer, self.guard.pending is not None)
+        due = trainer.global_step == trainer.max_steps or time.monotonic() - self._saved_at > self.every_s
+        if stop or _agreed(trainer, due):
             self._save(trainer)
         if stop:
             # The loop logs a step's metrics after this hook, which it will not reach.
@@ -147,6 +150,8 @@ class LastCheckpoint(Checkpoint):
                 logger.log_metrics({**found, "epoch": float(trainer.current_epoch)}, step=trainer.global_step - 1)
                 logger.save()
             self.guard.check()
+            # The signal has reached another rank only.
+            raise Stopped(signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end, unless the last step has just been saved; from here on signals act at once again."""
@@ -161,6 +166,11 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             os.replace(fresh, self.folder.last_checkpoint)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def _agreed(trainer: Trainer, wanted: bool) -> bool:
+    """Whether any rank wants it."""
+    return wanted if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wanted, all=False)
 
 
 def load_trained(model: LightningModule, checkpoint: Any) -> dict[str, Any]:
