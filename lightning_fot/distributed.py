@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class RowGather:
         """The rows (B, ...) of all ranks; every rank must call it, in the same order."""
         gathered: Tensor = _Gather.apply(rows, self.rank, self.world_size)  # type: ignore[no-untyped-call]
         return gathered
+
+
+def shard(model: nn.Module, attentions: Sequence[nn.Module], mesh: Any) -> None:
+    """Shards a model's parameters over the data-parallel ranks (FSDP2), a block at a time.
+
+    Args:
+        model: With its memory attached, and frozen where it is to be.
+        attentions: Its attention layers; the module that holds one is a block.
+        mesh: Lightning's device mesh, of ``ModelParallelStrategy``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    names = {id(part): name for name, part in model.named_modules()}
+    ranks = mesh["data_parallel"]
+    for attention in attentions:
+        fully_shard(model.get_submodule(names[id(attention)].rpartition(".")[0]), mesh=ranks)
+    fully_shard(model, mesh=ranks)
 
 
 class _Gather(torch.autograd.Function):

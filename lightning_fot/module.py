@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig
 from lightning_fot.crossbatch import row_table
-from lightning_fot.distributed import RowGather
+from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
@@ -120,6 +120,8 @@ class FocusedTransformer(L.LightningModule):
         # Backbones come in evaluation mode; this module's mode is the one that counts.
         model.train(self.training)
         self._freeze(model)
+        if getattr(self, "device_mesh", None) is not None:
+            shard(model, [self._lm.attachment.attentions[i] for i in self._lm.attachment.attentions], self.device_mesh)
 
     def _freeze(self, model: nn.Module) -> None:
         attentions = self.lm.attachment.attentions

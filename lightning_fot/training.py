@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_fot.errors import SettingError
 from lightning_fot.progress import JobProgress
 from lightning_fot.run_folder import RunFolder
 from lightning_fot.stopping import StopGuard, Stopped
@@ -129,6 +130,20 @@ class LastCheckpoint(Checkpoint):
         self.every_s = SAVE_EVERY_S if every_s is None else every_s
         self._saved_at = float("-inf")
         self._saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses checkpoints that are folders: they could not be replaced as a whole.
+
+        Raises:
+            SettingError: The strategy writes such.
+        """
+        if stage == "fit" and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise SettingError(
+                "trainer.strategy.init_args.save_distributed_checkpoint",
+                True,
+                "makes a folder a checkpoint, which a kill could leave half written",
+                "Set it to false: one file, which any number of ranks can go on from.",
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on, with the weights read, a step is finished before the job stops."""

@@ -92,13 +92,15 @@ def test_links_lead_somewhere(link):
     assert (ROOT / "docs" / link).exists()
 
 
-def test_every_command_of_the_page_on_training_is_understood():
+@pytest.mark.parametrize("name", ["training", "distributed"])
+def test_every_command_of_the_pages_on_training_is_understood(name):
     from lightning_fot.preflight import check_settings
     from lightning_fot.request import read_request
 
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     lines = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
-    assert len(lines) > 5
+    assert len(lines) > 3
     for words in lines:
-        assert words[:2] == ["lightning", "fit"]
-        check_settings(read_request("fit", words[2:]))
+        assert words[0] == "lightning"
+        assert words[1] in ("fit", "run")
+        check_settings(read_request(words[1], words[2:]))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig
@@ -47,7 +49,7 @@ class Batches(torch.utils.data.Dataset):
         return {name: part[step, rank * ROWS : (rank + 1) * ROWS] for name, part in self.rows.items()}
 
 
-def train(folder: Path, layout: str, across: bool, ranks: int, strategy: str) -> None:
+def train(folder: Path, layout: str, across: bool, ranks: int, strategy: str | Strategy) -> None:
     """Three steps of SGD; rank 0 writes the weights and the losses of validation."""
     L.seed_everything(1, verbose=False)
     crossbatch = CrossbatchConfig(
@@ -68,9 +70,14 @@ def train(folder: Path, layout: str, across: bool, ranks: int, strategy: str) ->
     )  # fmt: skip
     loader = DataLoader(Batches(layout, whole=across), batch_size=None)
     trainer.fit(module, loader, loader)
+    weights = {
+        name: part.full_tensor() if isinstance(part, DTensor) else part.detach().clone()
+        for name, part in module.named_parameters()
+        if part.requires_grad
+    }
     if trainer.is_global_zero:
-        name = f"{layout}-{'across' if across else 'inside'}-{ranks}"
-        weights = {name: part.detach().clone() for name, part in module.named_parameters() if part.requires_grad}
+        sharded = any(isinstance(part, DTensor) for part in module.parameters())
+        name = f"{layout}-{'across' if across else 'inside'}-{ranks}{'-sharded' if sharded else ''}"
         torch.save(weights, folder / f"{name}.pt")
         loss = float(trainer.callback_metrics["val/loss"])
         (folder / f"{name}.json").write_text(json.dumps(loss))
@@ -82,6 +89,8 @@ def main(folder: Path, ranks: int) -> None:
     for layout in ("packed", "paper"):
         for across in (False, True):
             train(folder, layout, across, ranks, "ddp")
+        if ranks == 2:
+            train(folder, layout, True, ranks, ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
 
 
 if __name__ == "__main__":

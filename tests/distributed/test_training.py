@@ -35,6 +35,12 @@ def test_two_ranks_learn_what_one_process_does(tmp_path):
             torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-5)
         losses = [json.loads((tmp_path / f"{kind}-{ranks}.json").read_text()) for ranks in (1, 2)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # FSDP2: each rank holds half of every parameter.
+    for layout in ("packed", "paper"):
+        whole = torch.load(tmp_path / f"{layout}-across-2.pt", weights_only=True)
+        parts = torch.load(tmp_path / f"{layout}-across-2-sharded.pt", weights_only=True)
+        for name, weight in whole.items():
+            torch.testing.assert_close(parts[name], weight, atol=2e-6, rtol=1e-5)
     # What is shown across ranks is something else than what is shown inside one.
     for layout in ("packed", "paper"):
         inside, across = (
@@ -60,3 +66,31 @@ def test_the_job_on_two_ranks_reports_once_and_its_checkpoint_moves_to_one(tmp_p
     training = json.loads((tmp_path / "out" / "results.json").read_text())["training"]
     assert training["steps"] == 6
     assert training["tokens"] == (4 * 2 + 2) * rows * window
+
+
+def test_fully_sharded_on_two_ranks_then_on_one(tmp_path):
+    command = ["-m", "lightning_fot", "run", "--config", "smoke", "--run_dir=out", "--evaluation.passkey_samples=0"]
+    sharded = [
+        "--trainer.devices=2",
+        "--trainer.strategy=ModelParallelStrategy",
+        "--trainer.strategy.init_args.data_parallel_size=2",
+        "--trainer.strategy.init_args.tensor_parallel_size=1",
+        "--trainer.gradient_clip_val=null",
+    ]
+    refused = subprocess.run(
+        [sys.executable, *command, *sharded],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "save_distributed_checkpoint" in refused.stderr
+    sharded.append("--trainer.strategy.init_args.save_distributed_checkpoint=false")
+    command[2] = "fit"
+    _run(*command, *sharded, "--trainer.max_steps=2", cwd=tmp_path)
+    command[2] = "run"
+    said = _run(*command, "--trainer.max_steps=3", "--ckpt_path=last", cwd=tmp_path)
+    assert "goes on after step 2 of 3" in said
