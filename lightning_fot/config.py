@@ -251,6 +251,8 @@ class EvaluationConfig:
     Args:
         context_tokens: Memory sizes in tokens at which perplexity is measured.
         target_tokens: Tokens scored in each document, the same ones at every context size.
+        distractor_tokens: Tokens of other held-out documents that stand in the memory before a document's longest
+            context: perplexity against these, and the share of attention that stays with the document itself.
         documents: Held-out documents used for perplexity.
         passkey_tokens: Prompt lengths of the passkey task.
         passkey_samples: Prompts for each length.
@@ -265,6 +267,7 @@ class EvaluationConfig:
 
     context_tokens: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
     target_tokens: int = 1024
+    distractor_tokens: list[int] = field(default_factory=list)
     documents: int = 2
     passkey_tokens: list[int] = field(default_factory=lambda: [1024, 4096])
     passkey_samples: int = 3
@@ -276,9 +279,16 @@ class EvaluationConfig:
         prefix = "evaluation"
         _at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
         _at_least(prefix, self, 0, "passkey_samples")
-        for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64)):
+        for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                     raise SettingError(
                         f"{prefix}.{name}", getattr(self, name), f"{value!r} is below {minimum} tokens", "Correct it."
                     )
+        if self.distractor_tokens and not self.context_tokens:
+            raise SettingError(
+                f"{prefix}.distractor_tokens",
+                self.distractor_tokens,
+                "needs context_tokens",
+                "Say how much of the document itself is in memory.",
+            )

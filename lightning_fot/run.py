@@ -18,7 +18,13 @@ from rich.console import Console
 from lightning_fot.doctor import environment
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate, summarise
-from lightning_fot.evaluation.plan import fit_to_documents, plan, select_documents, tokens_needed
+from lightning_fot.evaluation.plan import (
+    fit_to_documents,
+    plan,
+    select_distractors,
+    select_documents,
+    tokens_needed,
+)
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
 from lightning_fot.ranks import rank
@@ -82,6 +88,7 @@ class Job:
         self.evaluation = self.cli.evaluation
         self.records: dict[str, Any] = {}
         self.documents: list[Any] = []
+        self.distractors: Any = None
 
     @property
     def will_train(self) -> bool:
@@ -115,6 +122,8 @@ class Job:
         data.setup("fit" if self.will_train else None)
         if evaluation:
             self.documents = self._heldout()
+            if self.evaluation.distractor_tokens:
+                self.distractors = select_distractors(data.heldout_documents(), self.documents, self.evaluation)
         self.progress.finish(DOCUMENTS_PHASE)
 
     def _header(self) -> str:
@@ -203,6 +212,7 @@ class Job:
             self.documents,
             self.evaluation,
             self.progress,
+            distractors=self.distractors,
             done=dict(self.records),
             on_result=keep,
         )

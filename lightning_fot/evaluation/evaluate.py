@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_fot.evaluation.multi_doc import distraction_rows, measure_distraction
 from lightning_fot.evaluation.passkey import answer_is_found, shared_memories, split_prompt, wilson
 from lightning_fot.evaluation.perplexity import (
     block_sums,
@@ -72,6 +73,7 @@ def evaluate(
     config: EvaluationConfig,
     progress: Progress | None = None,
     *,
+    distractors: Any = None,
     done: Mapping[str, Record] | None = None,
     on_result: Callable[[str, Record], None] | None = None,
 ) -> dict[str, Any]:
@@ -86,18 +88,19 @@ def evaluate(
         tokenizer: Tokenizer of the model, for the passkey prompts.
         documents: Held-out documents.
         config: What to measure.
+        distractors: (n,) ids of other documents, as many as ``config.distractor_tokens`` asks for.
         progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
         on_result: Called with name and record of each phase as it ends, such as to write them to disk.
 
     Returns:
-        ``perplexity``, ``tasks``, ``retrieval``, ``exact`` and ``retrieval_in_run``: lists of rows for
+        ``perplexity``, ``multi_doc``, ``tasks``, ``retrieval``, ``exact`` and ``retrieval_in_run``: lists of rows for
         ``results.json``.
 
     Raises:
         SettingError: No document is long enough, or a passkey length is too short for the tokenizer.
     """
-    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result)
+    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors)
     with evaluation_mode(lm.model), torch.no_grad():
         run.run()
     return summarise(run.records, config, lm.config.retriever)
@@ -115,8 +118,10 @@ class _Evaluation:
         progress: Progress | None,
         records: dict[str, Record],
         on_result: Callable[[str, Record], None] | None,
+        distractors: Any,
     ) -> None:
         self.lm = lm
+        self.distractors = distractors
         self.tokenizer = tokenizer
         self.config = config
         self.progress = progress
@@ -189,6 +194,8 @@ class _Evaluation:
             return [self._perplexity(phase, spec, place) for place in range(len(self.documents))]
         if phase.section == "passkey":
             return self._passkey(phase, spec)
+        if phase.section == "multi_doc":
+            return self._multi_doc(spec)
         return self._retrieval(phase, spec)
 
     def _ids(self, place: int, start: int, stop: int) -> Tensor:
@@ -223,6 +230,19 @@ class _Evaluation:
         row["target_s"] = time.perf_counter() - began
         row["blocks"] = [list(block) for block in block_sums(losses)]
         return row
+
+    def _multi_doc(self, spec: Any) -> Record:
+        documents = [
+            (
+                document.name,
+                self._ids(place, 0, self.longest),
+                self._ids(place, self.longest, self.longest + self.config.target_tokens + 1),
+            )
+            for place, document in enumerate(self.documents)
+        ]
+        others = torch.as_tensor(self.distractors, device=self.lm.device).long()
+        amounts = sorted({0, *self.config.distractor_tokens})
+        return measure_distraction(self.lm, spec, documents, others, amounts, self._advance)
 
     def _retrieval(self, phase: Phase, spec: Any) -> Record:
         if self.capture is None:
@@ -278,7 +298,14 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         config: The settings of the evaluation.
         retriever: The configured retriever's specification.
     """
-    result: dict[str, Any] = {"perplexity": [], "tasks": [], "retrieval": [], "exact": [], "retrieval_in_run": []}
+    result: dict[str, Any] = {
+        "perplexity": [],
+        "multi_doc": [],
+        "tasks": [],
+        "retrieval": [],
+        "exact": [],
+        "retrieval_in_run": [],
+    }
     listed = phases(config, retriever, 1)
     base = next((records.get(phase.name) for phase in listed if phase.memory == NONE), None)
     for phase in listed:
@@ -290,6 +317,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
             result["perplexity"] += [_perplexity_row(phase.memory, c, record, base, config) for c in contexts]
         elif phase.section == "passkey":
             result["tasks"] += _task_rows(phase.memory, record)
+        elif phase.section == "multi_doc":
+            result["multi_doc"] += distraction_rows(phase.memory, phase.context_tokens, record)
         else:
             bench = [row for row in record if not row.get("in_run")]
             result["retrieval_in_run"] += [

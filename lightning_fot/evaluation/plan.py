@@ -59,7 +59,7 @@ class Phase:
     """
 
     name: str
-    section: Literal["perplexity", "retrieval", "passkey"]
+    section: Literal["perplexity", "retrieval", "passkey", "multi_doc"]
     memory: str
     context_tokens: int
     cost: float
@@ -122,6 +122,13 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         calls = config.retrieval_repeats * (1 if kind == EXACT else settings)
         cost = BUILD_COST * contexts[-1] + QUERY_COST * calls * config.retrieval_queries
         listed.append(Phase(f"retrieval: {kind}, {contexts[-1]} tokens", "retrieval", kind, contexts[-1], cost))
+    if config.distractor_tokens:
+        # The other documents are read once, the longest context and the target behind each amount of them.
+        others, amounts = max(config.distractor_tokens), 1 + len(set(config.distractor_tokens))
+        cost = others * INGEST_COST + amounts * count * (contexts[-1] * INGEST_COST + config.target_tokens)
+        for kind in kinds:
+            known = kind != label and others + contexts[-1] < index_size(retriever)
+            listed.append(Phase(f"multi-doc: {kind}", "multi_doc", kind, contexts[-1], 0.0 if known else cost))
     if config.passkey_tokens and config.passkey_samples:
         lengths = sorted(set(config.passkey_tokens))
         local = config.passkey_samples * sum(min(length, window) for length in lengths) * LOCAL_COST
@@ -185,6 +192,33 @@ def fit_to_documents(documents: Sequence[HasIds], config: EvaluationConfig, wind
         return config
     kept = [context for context in config.context_tokens if context < room]
     return replace(config, context_tokens=[*kept, room], target_tokens=target)
+
+
+def select_distractors(documents: Sequence[HasIds], scored: Sequence[HasIds], config: EvaluationConfig) -> Any:
+    """Token ids (n,) of documents that are not scored, as many as ``config.distractor_tokens`` asks for.
+
+    Raises:
+        SettingError: They have fewer.
+    """
+    import numpy as np
+
+    wanted = max(config.distractor_tokens, default=0)
+    names = {document.name for document in scored}
+    parts, total = [], 0
+    for document in documents:
+        if total >= wanted:
+            break
+        if document.name not in names:
+            parts.append(np.asarray(document.ids[: wanted - total], dtype=np.int64))
+            total += len(parts[-1])
+    if total < wanted:
+        raise SettingError(
+            "evaluation.distractor_tokens",
+            config.distractor_tokens,
+            f"held-out documents that are not scored have {total} tokens",
+            "Use fewer, or hold out more (data.heldout_fraction).",
+        )
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def select_documents(documents: Sequence[DocumentT], config: EvaluationConfig) -> list[DocumentT]:

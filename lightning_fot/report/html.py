@@ -139,6 +139,7 @@ def _perplexity(results: read.Row) -> str:
         '<p class="lead">The same held-out tokens are scored each time; only what is in memory before them changes.</p>'
         f"<figure>{_legend(charts.perplexity_legend(lines))}{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
         + (_table(table) if table else "")
+        + (_table(shared) if (shared := tables.multi_doc(results)) else "")
     )
 
 

@@ -78,6 +78,32 @@ def _changes(table: dict[str, dict[int, read.Row]], contexts: list[int]) -> tupl
     return tuple(body)
 
 
+def multi_doc(results: read.Row) -> Table | None:
+    """Perplexity with other documents in memory: a row a memory kind, a column an amount of them."""
+    measured = read.rows(results, "multi_doc")
+    amounts = sorted({int(n) for row in measured if (n := read.number(row, "distractor_tokens")) is not None})
+    if not amounts:
+        return None
+    body = []
+    for kind in read.memory_kinds(measured):
+        own = {row["distractor_tokens"]: row for row in measured if row.get("memory") == kind}
+        name = curves.memory_name(kind)
+        fields = (
+            ("", "value", formats.fixed),
+            (", rise in nats", "rise_nats", lambda value: formats.fixed(value, 3)),
+            (", own share", "own_share", formats.percent),
+        )
+        for words, field, shown in fields:
+            values = [read.number(own.get(amount, {}), field) for amount in amounts]
+            cells = (Cell(formats.MISSING if value is None else shown(value), value) for value in values)
+            body.append((Cell(name + words, f"{kind} {field}"), *cells))
+    context = read.number(measured[0], "context_tokens")
+    note = f"{formats.tokens(context)} tokens of the document itself are in memory too; the same tokens are scored. "
+    note += "Own share: of all attention on the memory, what stays with the document (1 is undistracted)."
+    columns = ("memory", *(formats.tokens(amount) for amount in amounts))
+    return Table("Perplexity by tokens of other documents in memory", columns, tuple(body), note=note)
+
+
 def tasks(results: read.Row) -> list[Table]:
     """Accuracy of each task: a row a memory kind, a column a length."""
     listed = read.rows(results, "tasks")
@@ -257,7 +283,7 @@ def print_tables(results: read.Row, console: Console) -> None:
         console.print(Text(f"  {finding.text}"))
         if finding.caveat:
             console.print(Text(f"  {finding.caveat}", style="dim"))
-    found = [perplexity(results), *tasks(results), retrieval(results), in_run(results)]
+    found = [perplexity(results), multi_doc(results), *tasks(results), retrieval(results), in_run(results)]
     tables = [table for table in found if table is not None]
     for table in tables:
         print_table(table, console)

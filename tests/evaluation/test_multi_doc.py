@@ -1,0 +1,91 @@
+"""Other documents in the memory: what is scored, and whose keys the attention goes to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot.config import EvaluationConfig
+from lightning_fot.errors import SettingError
+from lightning_fot.evaluation.evaluate import evaluate
+from lightning_fot.evaluation.multi_doc import own_share
+from lightning_fot.evaluation.plan import select_distractors
+from lightning_fot.pretrained import load_backbone, load_tokenizer
+
+CONFIG = EvaluationConfig(
+    context_tokens=[64, 128], target_tokens=48, distractor_tokens=[100, 200], documents=2, passkey_tokens=[],
+    retrieval_queries=8, retrieval_repeats=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lm():
+    with attach_memory(
+        load_backbone("tiny-random-llama"), MemoryConfig(memory_layers=[1, 3], window=32, top_k=8)
+    ) as lm:
+        yield lm
+
+
+def _documents(count: int, length: int) -> list[SimpleNamespace]:
+    draw = np.random.default_rng(0)
+    return [SimpleNamespace(name=f"d{n}", ids=draw.integers(3, 250, length)) for n in range(count)]
+
+
+@torch.no_grad()
+def test_perplexity_behind_other_documents(lm):
+    documents = _documents(5, 200)
+    others = select_distractors(documents, documents[:2], CONFIG)
+    assert np.array_equal(others, np.concatenate([documents[2].ids, documents[3].ids])[:200])
+    results = evaluate(lm, load_tokenizer("tiny-random-llama"), documents[:2], CONFIG, distractors=others)
+    rows = {row["distractor_tokens"]: row for row in results["multi_doc"]}
+    assert sorted(rows) == [0, 100, 200]
+    # Without others it is the perplexity at the longest context.
+    plain = next(r for r in results["perplexity"] if (r["context_tokens"], r["memory"]) == (128, "exact"))
+    assert rows[0]["nll"] == pytest.approx(plain["nll"], abs=1e-6)
+    assert rows[0]["rise_nats"] == 0
+    assert rows[0]["own_share"] == pytest.approx(1.0)
+    for amount in (100, 200):
+        losses = []
+        for document in documents[:2]:
+            ids = torch.as_tensor(document.ids)[None]
+            memory = lm.new_memory(1)
+            lm.ingest(torch.as_tensor(others)[None, :amount], memory=memory)
+            lm.ingest(ids[:, :128], memory=memory)
+            logits = lm(ids[:, 128:176], memory=memory).logits
+            losses.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 129:177]))
+        nll = float(torch.stack(losses).mean())
+        assert rows[amount]["nll"] == pytest.approx(nll, abs=1e-5)
+        assert rows[amount]["rise_nats"] == pytest.approx(nll - rows[0]["nll"], abs=1e-5)
+        assert 0 < rows[amount]["own_share"] < 1
+    assert rows[200]["own_share"] < rows[100]["own_share"]
+
+
+@torch.no_grad()
+def test_own_share_is_the_softmax_mass_of_the_rows_behind_the_others(lm):
+    memory = lm.new_memory(1)
+    lm.ingest(torch.randint(3, 250, (1, 96), generator=torch.Generator().manual_seed(1)), memory=memory)
+    generator = torch.Generator().manual_seed(2)
+    queries = {number: torch.randn(memory.layers[number].kv_heads, 5, 16, generator=generator) for number in (1, 3)}
+    dim = memory.layers[1].keys.shape[-1]
+    queries = {number: found[..., :1].expand(-1, -1, dim).contiguous() for number, found in queries.items()}
+    shares = []
+    for number, found in queries.items():
+        keys = memory.layers[number].keys[0].double()
+        weights = torch.softmax(found.double() @ keys.transpose(1, 2) / dim**0.5, dim=-1)
+        shares.append(weights[..., 60:].sum(-1).flatten())
+    expected = float(torch.cat(shares).mean())
+    assert own_share(lm, memory, queries, {1: 60, 3: 60}) == pytest.approx(expected, abs=1e-6)
+
+
+def test_too_few_other_documents_are_named():
+    documents = _documents(3, 150)
+    with pytest.raises(SettingError, match=r"distractor_tokens.*150 tokens"):
+        select_distractors(documents, documents[:2], CONFIG)
+    with pytest.raises(SettingError, match="context_tokens"):
+        EvaluationConfig(context_tokens=[], distractor_tokens=[5])
+    with pytest.raises(SettingError, match="below 1"):
+        EvaluationConfig(distractor_tokens=[0])
