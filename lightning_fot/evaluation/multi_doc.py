@@ -34,7 +34,7 @@ def measure_distraction(
     amounts: Sequence[int],
     advance: Callable[[float], None] = lambda units: None,
 ) -> Record:
-    """Reads other documents once, and each document behind each amount of them.
+    """Reads other documents once, piece by piece, and each document behind each amount of them.
 
     Args:
         lm: The model.

@@ -53,7 +53,9 @@ def test_perplexity_behind_other_documents(lm):
         for document in documents[:2]:
             ids = torch.as_tensor(document.ids)[None]
             memory = lm.new_memory(1)
-            lm.ingest(torch.as_tensor(others)[None, :amount], memory=memory)
+            # In the pieces in which it becomes more: a window ends where a piece does.
+            for start in range(0, amount, 100):
+                lm.ingest(torch.as_tensor(others)[None, start : start + 100], memory=memory)
             lm.ingest(ids[:, :128], memory=memory)
             logits = lm(ids[:, 128:176], memory=memory).logits
             losses.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 129:177]))
