@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.arguments import Parser
@@ -27,7 +27,8 @@ _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context
 _EPILOG = f"""\
 Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
 Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.
-Nothing that is asked or answered is added to the memory on disk.
+A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked or
+answered is added to the memory on disk.
 
 The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}."""
 
@@ -85,6 +86,9 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     library.model = _with(library, settings, program)
     library.model.check()
     question = _question(options)
+    if question is not None and not any(word.startswith("--model.memory.retriever") for word in settings):
+        # An index takes minutes to build for a million tokens; a single question is answered sooner without.
+        library.model = replace(library.model, memory={**library.model.memory, "retriever": "exact"})
     return _run(library, options, question, debug)
 
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
 
 Record = list[dict[str, Any]]
+# Fifths of the filler: parts of the passkey's heat map.
+_DEPTHS = 5
 
 
 class Progress(Protocol):
@@ -94,7 +96,8 @@ def evaluate(
         on_result: Called with name and record of each phase as it ends, such as to write them to disk.
 
     Returns:
-        ``perplexity``, ``multi_doc``, ``tasks``, ``retrieval``, ``exact`` and ``retrieval_in_run``: lists of rows for
+        ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``retrieval``, ``exact`` and
+        ``retrieval_in_run``: lists of rows for
         ``results.json``.
 
     Raises:
@@ -291,7 +294,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     target alone, the same at every context length.
 
     Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window``
-    of them the key was told within the local window, where no memory is needed.
+    of them the key was told within the local window, where no memory is needed. ``passkey_depths`` has ``accuracy``
+    over ``n`` prompts for each fifth of the filler that the key stands in (``depth``: where that begins).
 
     Args:
         records: Phase name to record.
@@ -301,6 +305,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     result: dict[str, Any] = {
         "perplexity": [],
         "multi_doc": [],
+        "passkey_depths": [],
         "tasks": [],
         "retrieval": [],
         "exact": [],
@@ -317,6 +322,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
             result["perplexity"] += [_perplexity_row(phase.memory, c, record, base, config) for c in contexts]
         elif phase.section == "passkey":
             result["tasks"] += _task_rows(phase.memory, record)
+            result["passkey_depths"] += _depth_rows(phase.memory, record)
         elif phase.section == "multi_doc":
             result["multi_doc"] += distraction_rows(phase.memory, phase.context_tokens, record)
         else:
@@ -368,6 +374,23 @@ def _perplexity_row(
             gain = difference(blocks, _blocks(base))
             row |= {"gain_nats": gain.mean, "gain_standard_error": gain.standard_error}
     return row | _note(record)
+
+
+def _depth_rows(memory: str, record: Record) -> list[dict[str, Any]]:
+    cells: dict[tuple[int, int], list[bool]] = {}
+    for part in record:
+        place = min(int(part["depth"] * _DEPTHS), _DEPTHS - 1)
+        cells.setdefault((part["context_tokens"], place), []).append(part["correct"])
+    return [
+        {
+            "context_tokens": length,
+            "depth": place / _DEPTHS,
+            "memory": memory,
+            "accuracy": sum(correct) / len(correct),
+            "n": len(correct),
+        }
+        for (length, place), correct in sorted(cells.items())
+    ]
 
 
 def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:

@@ -188,7 +188,8 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
 
 
 def _tasks(results: read.Row) -> str:
-    found = tables.tasks(results)
+    by_depth = tables.depths(results)
+    found = [*tables.tasks(results), *([] if by_depth is None else [by_depth])]
     return "<h2>Tasks in long context</h2>" + "".join(_table(table) for table in found) if found else ""
 
 

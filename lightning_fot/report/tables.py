@@ -126,6 +126,26 @@ def tasks(results: read.Row) -> list[Table]:
     return tables
 
 
+def depths(results: read.Row) -> Table | None:
+    """Passkey accuracy by where the number stands: a row a memory kind and fifth of the filler, a column a length."""
+    measured = read.rows(results, "passkey_depths")
+    lengths = sorted({int(n) for row in measured if (n := read.number(row, "context_tokens")) is not None})
+    if not lengths:
+        return None
+    body = []
+    for kind in read.memory_kinds(measured):
+        own = [row for row in measured if row.get("memory") == kind]
+        for depth in sorted({row["depth"] for row in own}):
+            found = {row["context_tokens"]: row for row in own if row["depth"] == depth}
+            values = [read.number(found.get(length, {}), "accuracy") for length in lengths]
+            texts = [formats.MISSING if value is None else formats.percent(value, 0) for value in values]
+            cells = (Cell(text, value, value) for text, value in zip(texts, values, strict=True))
+            body.append((Cell(curves.memory_name(kind), kind), Cell(f"from {depth:.0%}", depth), *cells))
+    note = "Depth: the fifth of the filler that the number stands in, 0 % at its start. A dash: no prompt has it there."
+    columns = ("memory", "depth", *(formats.tokens(length) for length in lengths))
+    return Table("Passkey accuracy by depth and prompt length", columns, tuple(body), words=2, note=note)
+
+
 def _by_context(
     title: str,
     table: dict[str, dict[int, read.Row]],

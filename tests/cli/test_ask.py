@@ -137,6 +137,8 @@ def test_sampling_is_asked_for_by_its_settings_and_seeded(capsys: pytest.Capture
 
 
 def test_settings_of_the_search_may_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    # An index would take longer to build than a question to answer.
+    assert answered(capsys, "mine", "What?")["model"]["memory"]["retriever"] == "exact"
     found = answered(capsys, "mine", "What?", "--model.memory.top_k=3", "--model.memory.retriever", "hnsw")
     assert (found["model"]["memory"]["top_k"], found["model"]["memory"]["retriever"]) == (3, "hnsw")
     assert Library.read(Path("memories/mine")).model.memory["top_k"] == 8

@@ -11,10 +11,11 @@ import torch
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.evaluate import evaluate
+from lightning_fot.evaluation.evaluate import evaluate, summarise
 from lightning_fot.evaluation.multi_doc import own_share
 from lightning_fot.evaluation.plan import select_distractors
 from lightning_fot.pretrained import load_backbone, load_tokenizer
+from lightning_fot.report.tables import depths
 
 CONFIG = EvaluationConfig(
     context_tokens=[64, 128], target_tokens=48, distractor_tokens=[100, 200], documents=2, passkey_tokens=[],
@@ -81,6 +82,18 @@ def test_own_share_is_the_softmax_mass_of_the_rows_behind_the_others(lm):
         shares.append(weights[..., 60:].sum(-1).flatten())
     expected = float(torch.cat(shares).mean())
     assert own_share(lm, memory, queries, {1: 60, 3: 60}) == pytest.approx(expected, abs=1e-6)
+
+
+def test_passkeys_are_counted_by_depth():
+    record = [
+        {"context_tokens": 512, "depth": depth, "correct": correct, "key_in_window": False, "index_used": None}
+        for depth, correct in ((0.0, True), (0.1, False), (0.5, True), (1.0, False))
+    ]
+    config = EvaluationConfig(context_tokens=[], passkey_tokens=[512])
+    rows = summarise({"passkey: exact": record}, config, "exact")["passkey_depths"]
+    assert [(row["depth"], row["accuracy"], row["n"]) for row in rows] == [(0.0, 0.5, 2), (0.4, 1.0, 1), (0.8, 0.0, 1)]
+    table = depths({"passkey_depths": rows})
+    assert [row[1].text for row in table.rows] == ["from 0%", "from 40%", "from 80%"]
 
 
 def test_too_few_other_documents_are_named():
