@@ -18,6 +18,8 @@ from lightning_fot.memory import Memory
 from lightning_fot.parameters import add_lora, parameter_groups, trained_layers
 
 Batch = dict[str, Tensor]
+# Documents that an error message names.
+_NAMED = 8
 
 
 class FocusedTransformer(L.LightningModule):
@@ -146,9 +148,10 @@ class FocusedTransformer(L.LightningModule):
             Mean loss over the targets, in nats.
 
         Raises:
-            SettingError: The loss is not finite.
+            SettingError: The loss is not finite, or the rows are no whole packs.
         """
         ids, targets = batch["input_ids"], batch["targets"]
+        self._check_packs(batch)
         gather = self._gather()
         ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
         table = row_table(self.crossbatch_config, ranks * len(ids), self._shown_contexts())
@@ -166,7 +169,7 @@ class FocusedTransformer(L.LightningModule):
             raise SettingError(
                 "train/loss",
                 float(loss.detach()),
-                f"is not finite in batch {batch_idx}, optimiser step {self.global_step}",
+                f"is not finite in batch {batch_idx}, optimiser step {self.global_step}{self._read_now()}",
                 "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
             )
         self.log("train/loss", loss, prog_bar=True)
@@ -188,9 +191,30 @@ class FocusedTransformer(L.LightningModule):
                 raise SettingError(
                     "train/gradients",
                     name,
-                    f"has a gradient that is not finite in optimiser step {self.global_step}",
+                    f"has a gradient that is not finite in optimiser step {self.global_step}"
+                    f"{self._read_now(self.trainer.accumulate_grad_batches)}",
                     "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
                 )
+
+    def _read_now(self, batches: int = 1) -> str:
+        """Which documents the batch has, or the batches of a step; nothing where the data does not say."""
+        find = getattr(getattr(self.trainer, "datamodule", None), "current_documents", None)
+        names = [] if find is None else find(batches)
+        if not names:
+            return ""
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f", documents {', '.join(names[:_NAMED])}{more}"
+
+    def _check_packs(self, batch: Batch) -> None:
+        """Data loaders of others may give a last batch of fewer rows."""
+        rows, pack = len(batch["input_ids"]), self.crossbatch_config.pack
+        if self.crossbatch_config.layout == "packed" and "previous_ids" not in batch and rows % pack:
+            raise SettingError(
+                "model.crossbatch.pack",
+                pack,
+                f"does not divide the {rows} rows of a batch",
+                "Give batches of whole packs (drop_last=True in a DataLoader), or lower it.",
+            )
 
     def _gather(self) -> RowGather | None:
         if not self.crossbatch_config.across_ranks or self.trainer.world_size == 1:
@@ -233,6 +257,7 @@ class FocusedTransformer(L.LightningModule):
     def _score(self, batch: Batch, prefix: str) -> None:
         """Each pack is read as one text, window by window, every window beside the memory of those before it."""
         ids, targets = batch["input_ids"], batch["targets"]
+        self._check_packs(batch)
         if "previous_ids" in batch:
             earlier = batch["previous_ids"].flatten(1)
             ids = torch.cat([earlier, ids], dim=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_fot.errors import MissingLibraryError, SettingError
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from lightning_fot.config import LoraSettings
 
 MARK = "lora_"
+_ADAPTER_FILE = "adapter_model.safetensors"
+# peft writes names as they are inside its own wrapper.
+_PEFT_PREFIX = "base_model.model."
 
 
 def trained_layers(trainable: str, memory_layers: Sequence[int], layers: Iterable[int]) -> list[int]:
@@ -80,6 +85,66 @@ def merge_lora(model: nn.Module) -> None:
         part.merge()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, part.get_base_layer())
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Writes the adapters as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    ``PeftModel.from_pretrained(backbone, folder)`` opens them beside a plain backbone.
+
+    Args:
+        model: A Hugging Face model with adapters, such as ``FocusedTransformer.backbone``.
+        folder: Made if it is not there.
+
+    Raises:
+        SettingError: The model has no adapters.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = _adapter_config(model)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    found = {
+        f"{_PEFT_PREFIX}{name}": part.detach().contiguous().cpu()
+        for name, part in get_peft_model_state_dict(model).items()
+    }
+    save_file(found, str(path / _ADAPTER_FILE), metadata={"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Puts saved adapters in place of those of a model.
+
+    Args:
+        model: A Hugging Face model with adapters of the same blocks, modules and rank.
+        folder: What :func:`save_adapter`, or peft, wrote.
+
+    Raises:
+        SettingError: The model has no adapters, there is no such file, or it is of other adapters.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    _adapter_config(model)
+    path = Path(folder) / _ADAPTER_FILE
+    if not path.is_file():
+        raise SettingError("folder", str(folder), f"has no {_ADAPTER_FILE}", "Name a folder that holds adapters.")
+    found = {name.removeprefix(_PEFT_PREFIX): part for name, part in load_file(str(path)).items()}
+    own = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    if own != {name: part.shape for name, part in found.items()}:
+        raise SettingError(
+            "folder",
+            str(folder),
+            "holds adapters of other blocks, modules or rank",
+            "Set model.lora and model.trainable as they were in training.",
+        )
+    set_peft_model_state_dict(model, found)
+
+
+def _adapter_config(model: nn.Module) -> Any:
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if not configs:
+        raise SettingError("model.lora", None, "the model has no adapters", "Set model.lora.rank.")
+    return next(iter(configs.values()))
 
 
 def parameter_groups(module: nn.Module, weight_decay_on: str) -> list[Any]:

@@ -200,6 +200,21 @@ class CrossbatchDataModule(pl.LightningDataModule):
         sequence.seek(step)
         return to_tensors(sequence.next())
 
+    def current_documents(self, batches: int = 1) -> list[str]:
+        """Names of the documents in this rank's rows of the batch that is being trained on, for error messages.
+
+        Args:
+            batches: How many batches to look at, the current one and those before it.
+
+        Returns:
+            Each name once. Documents that are made (passkeys, dictionaries) have none.
+        """
+        self._open()
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        sequence, now = self._sequence(rank, self._world_size()), self._position.consumed()
+        found = [name for step in range(max(0, now + 1 - batches), now + 1) for name in sequence.names(step)]
+        return list(dict.fromkeys(found))
+
     def heldout_documents(self, min_tokens: int | None = None, limit: int | None = None) -> list[Document]:
         """Documents that training never sees, in a seeded order.
 

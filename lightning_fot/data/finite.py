@@ -20,7 +20,9 @@ def text_sequence(item: Item, ids: Ids, specials: Specials) -> TextSequence:
     """An item with the start and the end token, where the document itself starts and ends."""
     before = specials.bos if item.start == 0 else None
     after = specials.eos if item.stop is None else None
-    return TextSequence(ids, before, after, item.source.keys)
+    sequence = TextSequence(ids, before, after, item.source.keys)
+    sequence.name = item.source.name
+    return sequence
 
 
 class TextSource(MixtureSource):
@@ -184,4 +186,6 @@ class InstructionsSource(MixtureSource):
 
 
 def _made(conversation: Conversation, ids: Ids, targets: Mask) -> MadeSequence:
-    return MadeSequence(len(ids), lambda: (ids, targets), conversation.keys)
+    sequence = MadeSequence(len(ids), lambda: (ids, targets), conversation.keys)
+    sequence.name = f"{conversation.path}, byte {conversation.offset}"
+    return sequence

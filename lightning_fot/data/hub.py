@@ -110,7 +110,9 @@ class HuggingFaceSource(MixtureSource):
 
     def _sequence(self, index: int, ids: Ids, cut: bool) -> TextSequence:
         after = None if cut else self._specials.eos
-        return TextSequence(ids, self._specials.bos, after, frozenset({self._key(index)}))
+        sequence = TextSequence(ids, self._specials.bos, after, frozenset({self._key(index)}))
+        sequence.name = f"{self._settings.dataset}:{index}"
+        return sequence
 
     def _check_column(self) -> None:
         field = self._settings.text_field or "text"

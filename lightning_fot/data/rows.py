@@ -178,6 +178,13 @@ class Epoch:
                 skipped += 1
         return skipped
 
+    def next_names(self) -> list[list[str]]:
+        """Goes one batch on without making it; for each stream the names of the documents that it would have read."""
+        names: list[list[str]] = [[] for _ in self._streams]
+        for number, _, document, _, _ in self._advance():
+            names[number].append(document.name)
+        return names
+
     def next(self) -> dict[str, Any]:
         """The next batch.
 
@@ -282,6 +289,17 @@ class BatchSequence:
         batch = self._epoch.next()
         self.position += 1
         return {name: values[self._mine] for name, values in batch.items()}
+
+    def names(self, batch: int) -> list[str]:
+        """Names of the documents in this rank's rows of a batch, each once; those that have none are left out."""
+        self.seek(batch)
+        self._enter_epoch()
+        if self._epoch.done:
+            return []
+        self.position += 1
+        streams = slice(self._mine.start // self._plan.pack, self._mine.stop // self._plan.pack)
+        found = (name for names in self._epoch.next_names()[streams] for name in names if name)
+        return list(dict.fromkeys(found))
 
     def _enter_epoch(self) -> None:
         if self._epoch.done and self.position:

@@ -38,11 +38,13 @@ class TokenSequence(ABC):
     Attributes:
         keys: What is in it (files, lines, records): two sequences that share a key are never read side by side.
         source: Number of its source in a mixture.
+        name: Where it came from, for people; empty for what is made.
     """
 
     def __init__(self, keys: frozenset[Hashable] = NOTHING) -> None:
         self.keys = keys
         self.source = 0
+        self.name = ""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -19,7 +19,8 @@ from lightning_fot.config import LoraSettings
 from lightning_fot.crossbatch import row_table
 from lightning_fot.errors import SettingError
 from lightning_fot.module import _mean_loss
-from lightning_fot.parameters import merge_lora
+from lightning_fot.parameters import load_adapter, merge_lora, save_adapter
+from lightning_fot.pretrained import load_backbone
 from lightning_fot.training import load_trained
 
 pytestmark = [
@@ -302,6 +303,39 @@ class TestLora:
         merge_lora(half.backbone)
         assert not [name for name in half.backbone.state_dict() if "lora" in name]
         torch.testing.assert_close(half.lm(ids).logits, before, atol=1e-5, rtol=1e-4)
+
+    # peft 0.21 asks transformers under a name that is going.
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    def test_adapters_are_files_that_peft_opens_beside_the_plain_backbone(self, tmp_path):
+        from peft import PeftModel
+
+        made = module(lora=self.settings)
+        trainer(tmp_path, max_steps=2).fit(made, loader(batches(2)))
+        made.eval()
+        save_adapter(made.backbone, tmp_path / "adapter")
+        text = batches(1)[0]["input_ids"].reshape(1, -1)
+        expected = made.lm(text).logits
+        again = module(lora=self.settings)
+        again.eval()
+        assert not torch.equal(again.lm(text).logits, expected)
+        load_adapter(again.backbone, tmp_path / "adapter")
+        # Read in four windows, each beside the memory of those before.
+        assert torch.equal(again.lm(text).logits, expected)
+        assert any(part.requires_grad for part in again.parameters())
+        with made.lm:  # detached when it is left
+            pass
+        plain = PeftModel.from_pretrained(load_backbone("tiny-random-llama"), tmp_path / "adapter").eval()
+        torch.testing.assert_close(plain(text[:, :16]).logits, made.backbone(text[:, :16]).logits, atol=1e-5, rtol=0)
+
+    def test_adapters_that_are_not_there_or_do_not_fit_are_refused(self, tmp_path):
+        made = module(lora=self.settings)
+        with pytest.raises(SettingError, match="no adapters"):
+            save_adapter(module().backbone, tmp_path / "none")
+        with pytest.raises(SettingError, match="adapter_model"):
+            load_adapter(made.backbone, tmp_path)
+        save_adapter(made.backbone, tmp_path / "two")
+        with pytest.raises(SettingError, match="other blocks, modules or rank"):
+            load_adapter(module(lora=LoraSettings(rank=3, modules=["q_proj", "v_proj"])).backbone, tmp_path / "two")
 
     def test_wrong_settings_are_named(self):
         with pytest.raises(SettingError, match="modules"):
