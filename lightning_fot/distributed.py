@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_fot.errors import SettingError
+
 
 @dataclass(frozen=True)
 class RowGather:
     """Gathers rows (B, ...) of every rank as (W·B, ...), rank by rank.
 
     The gradient of a gathered row is the sum of what all ranks' losses say of it, brought back to the rank that has it.
-    DDP averages parameter gradients over ranks, so with as many targets on each the outcome is that of one process
-    with the whole batch.
+    DDP averages parameter gradients over ranks: with losses weighted by :meth:`weight` the outcome is that of one
+    process with the whole batch.
 
     Args:
         rank: Of this process.
@@ -32,6 +34,24 @@ class RowGather:
         gathered: Tensor = _Gather.apply(rows, self.rank, self.world_size)  # type: ignore[no-untyped-call]
         return gathered
 
+    def keep(self, output: Tensor, *gathered: Tensor) -> Tensor:
+        """``output``, with gathered rows that it does not depend on in its graph, at gradients of 0.
+
+        A rank that sees none of the rows would else skip the backward pass of gathering, for which the others wait.
+        """
+        kept: Tensor = _Keep.apply(output, *gathered)  # type: ignore[no-untyped-call]
+        return kept
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """What to multiply a mean over this rank's targets by, so that the average over ranks is that over all targets.
+
+        Args:
+            targets: How many this rank has, a scalar; every rank must call it.
+        """
+        total = targets.to(torch.float64)
+        dist.all_reduce(total)
+        return targets * self.world_size / total.clamp_min(1)
+
 
 def shard(model: nn.Module, attentions: Sequence[nn.Module], mesh: Any) -> None:
     """Shards a model's parameters over the data-parallel ranks (FSDP2), a block at a time.
@@ -40,9 +60,19 @@ def shard(model: nn.Module, attentions: Sequence[nn.Module], mesh: Any) -> None:
         model: With its memory attached, and frozen where it is to be.
         attentions: Its attention layers; the module that holds one is a block.
         mesh: Lightning's device mesh, of ``ModelParallelStrategy``.
+
+    Raises:
+        SettingError: The mesh also splits layers, which is not offered. It is what Lightning's ``auto`` does.
     """
     from torch.distributed.fsdp import fully_shard
 
+    if mesh["tensor_parallel"].size() > 1:
+        raise SettingError(
+            "trainer.strategy.init_args.tensor_parallel_size",
+            mesh["tensor_parallel"].size(),
+            "would leave layers to be split, which no memory layer can be",
+            f"Set it to 1, and data_parallel_size to {mesh.size()}.",
+        )
     names = {id(part): name for name, part in model.named_modules()}
     ranks = mesh["data_parallel"]
     for attention in attentions:
@@ -63,3 +93,14 @@ class _Gather(torch.autograd.Function):
         total = gradients[0].contiguous()
         dist.all_reduce(total)
         return total[ctx.mine], None, None
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *gathered: Tensor) -> Tensor:
+        ctx.save_for_backward(*gathered)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(rows) for rows in ctx.saved_tensors)

@@ -77,6 +77,8 @@ class FocusedTransformer(L.LightningModule):
         self.weight_decay_on = weight_decay_on
         self.validation = validation
         self._validated: Memory | None = None
+        # By data loader: summed loss and number of targets.
+        self._scores: dict[int, tuple[float, int]] = {}
         self.backbone: nn.Module | None = None
         self.gates: nn.ParameterDict | None = None
         self._lm: MemoryLM | None = None
@@ -164,16 +166,21 @@ class FocusedTransformer(L.LightningModule):
             self.crossbatch_config.differentiable,
             gather,
         )
+        count = (targets != -100).sum()
         loss = _mean_loss(logits, targets)
-        if not bool(torch.isfinite(loss)):
+        finite = bool(torch.isfinite(loss))
+        # A rank that stopped alone would leave the others waiting for it.
+        if not (finite if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(finite)):
             raise SettingError(
                 "train/loss",
-                float(loss.detach()),
+                "(of another process)" if finite else float(loss.detach()),
                 f"is not finite in batch {batch_idx}, optimiser step {self.global_step}{self._read_now()}",
                 "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
             )
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/tokens", float((targets != -100).sum()))
+        if gather is not None:
+            loss = loss * gather.weight(count)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=gather is not None)
+        self.log("train/tokens", float(count))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -236,25 +243,30 @@ class FocusedTransformer(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Validation begins with an empty memory."""
-        self._validated = None
-
-    def on_validation_epoch_end(self) -> None:
-        """Lets go of its memory."""
-        self._validated = None
+        self._validated, self._scores = None, {}
 
     on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+
+    def on_validation_epoch_end(self) -> None:
+        """Lets go of its memory, and logs what was found."""
+        self._validated = None
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._validated = None
+        self._log_scores("test")
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and perplexity with memory and the configured retriever; the training state is not touched."""
-        self._score(batch, "val")
+        self._score(batch, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`, logged as ``test/...``."""
-        self._score(batch, "test")
+        self._score(batch, dataloader_idx)
 
     @torch.no_grad()
-    def _score(self, batch: Batch, prefix: str) -> None:
+    def _score(self, batch: Batch, loader: int) -> None:
         """Each pack is read as one text, window by window, every window beside the memory of those before it."""
         ids, targets = batch["input_ids"], batch["targets"]
         self._check_packs(batch)
@@ -271,10 +283,26 @@ class FocusedTransformer(L.LightningModule):
         self._validated = read.memory if self.validation == "multi" else None
         logits = read.logits
         assert logits is not None  # for the type checker: without labels there always are logits
-        loss = _mean_loss(logits, targets)
-        weight = max(1, int((targets != -100).sum()))
-        self.log(f"{prefix}/loss", loss, batch_size=weight, sync_dist=True)
-        self.log(f"{prefix}/ppl", loss.exp(), batch_size=weight, prog_bar=True, sync_dist=True)
+        total, count = self._scores.get(loader, (0.0, 0))
+        found = int((targets != -100).sum())
+        self._scores[loader] = total + float(_mean_loss(logits, targets)) * found, count + found
+
+    def _log_scores(self, prefix: str) -> None:
+        """Mean loss over the targets of all batches and ranks, and its perplexity.
+
+        Not left to ``log(batch_size=...)``: that averages perplexities, and over ranks rounds the counts.
+        """
+        how: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
+        for loader, scores in sorted(self._scores.items()):
+            total, count = scores
+            if self.trainer.world_size > 1:
+                summed = torch.tensor(scores, dtype=torch.float64, device=self.device)
+                total, count = self.trainer.strategy.reduce(summed, reduce_op="sum").tolist()
+            loss = torch.tensor(total / max(1, count), device=self.device)
+            name = f"/dataloader_idx_{loader}" if len(self._scores) > 1 else ""
+            self.log(f"{prefix}/loss{name}", loss, **how)
+            self.log(f"{prefix}/ppl{name}", loss.exp(), prog_bar=True, **how)
+        self._scores = {}
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the trained parameters, and the scheduler if there is one.

@@ -228,7 +228,7 @@ class CrossbatchPass(Pass):
         shown_key, shown_value = (own_key, value) if self.shown is None else self.shown[call.layer_idx]
         if self.gather is not None:
             shown_key, shown_value = self.gather(shown_key), self.gather(shown_value)
-        return crossbatch_attention(
+        output = crossbatch_attention(
             local_query,
             local_key,
             value,
@@ -241,6 +241,9 @@ class CrossbatchPass(Pass):
             softcap=softcap,
             gate=call.gate,
         )
+        if self.gather is not None and self.differentiable and not any(self.table):
+            output = self.gather.keep(output, shown_key, shown_value)
+        return output
 
 
 def memory_attention_forward(

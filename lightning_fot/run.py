@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from lightning_fot.doctor import environment
@@ -100,7 +101,18 @@ class Job:
         return done is None or done < trainer.max_steps
 
     def start(self, evaluation: bool) -> None:
-        """Makes the folder, plans the phases and reads the documents."""
+        """Makes the folder, plans the phases and reads the documents.
+
+        Raises:
+            SettingError: No text, or an evaluation of a model that is shared out over processes.
+        """
+        if evaluation and isinstance(self.cli.trainer.strategy, ModelParallelStrategy):
+            raise SettingError(
+                "trainer.strategy",
+                "ModelParallelStrategy",
+                "leaves no process with the whole model, which the evaluation needs",
+                "Train with fit; then run with --ckpt_path last on one process, which evaluates.",
+            )
         if rank() == 0:
             self._note_changes()
             text = self._header() + self.cli.config_text(run_dir=str(self.folder.path), ckpt_path=None)
@@ -372,7 +384,7 @@ def check(request: Request, arguments: list[str], checkpoint: Path | None, *, de
     loop = cli.trainer.validate if request.verb == "validate" else cli.trainer.test
     path = None if checkpoint is None else str(checkpoint)
     found = loop(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False, weights_only=True)
-    console = Console()
+    console = Console(quiet=rank() != 0)
     for name, value in (found[0] if found else {}).items():
         console.print(f"{name}: {value:.4f}", markup=False, highlight=False)
     return 0

@@ -51,6 +51,11 @@ class StopGuard:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
+    def claim(self) -> None:
+        """Takes the signals back from a library that has put its own handler before ours."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -60,7 +60,7 @@ class TrainingRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch."""
-        loss = float(outputs["loss"] if isinstance(outputs, Mapping) else outputs) * trainer.accumulate_grad_batches
+        loss = _loss(trainer, outputs)
         if self.totals["loss_first"] is None:
             self.totals["loss_first"] = loss
         self.totals["loss_last"] = loss
@@ -101,7 +101,7 @@ class TrainingProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One batch more."""
-        loss = float(outputs["loss"] if isinstance(outputs, Mapping) else outputs) * trainer.accumulate_grad_batches
+        loss = _loss(trainer, outputs)
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         self.progress.advance(
             TRAIN_COST * batch["input_ids"].numel(), f"step {trainer.global_step}{of}, loss {loss:.3f}"
@@ -149,6 +149,11 @@ class LastCheckpoint(Checkpoint):
         """From here on, with the weights read, a step is finished before the job stops."""
         self.guard.deferred = True
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals from Lightning, in whose handler one rank broadcasts and the others do not: they hang."""
+        if trainer.world_size > 1:
+            self.guard.claim()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -181,6 +186,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             os.replace(fresh, self.folder.last_checkpoint)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def _loss(trainer: Trainer, outputs: Any) -> float:
+    """Mean loss of a batch, as the module logs it: what it returns may be weighted for ranks to learn as one."""
+    if (logged := trainer.callback_metrics.get("train/loss")) is not None:
+        return float(logged)
+    return float(outputs["loss"] if isinstance(outputs, Mapping) else outputs) * trainer.accumulate_grad_batches
 
 
 def _agreed(trainer: Trainer, wanted: bool) -> bool:

@@ -1,5 +1,7 @@
 """FocusedTransformer in a real Trainer: what is trained, what is saved, what is refused."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -84,8 +86,18 @@ class TestTraining:
         module = FocusedTransformer("tiny-random-llama", MEMORY)
         run = trainer(tmp_path, num_sanity_val_steps=0)
         metrics = run.validate(module, loader(2), verbose=False)
-        assert metrics[0]["val/ppl"] == pytest.approx(2.718281828 ** metrics[0]["val/loss"], rel=0.05)
+        assert metrics[0]["val/ppl"] == pytest.approx(math.exp(metrics[0]["val/loss"]), rel=1e-6)
         assert all(parameter.grad is None for parameter in module.parameters())
+
+    def test_validation_of_two_loaders_tells_them_apart(self, tmp_path):
+        run = trainer(tmp_path, num_sanity_val_steps=0)
+        module = FocusedTransformer("tiny-random-llama", MEMORY)
+        one, two = loader(2), loader(1)
+        run.validate(module, [one, two], verbose=False)
+        both = {name: float(value) for name, value in run.callback_metrics.items()}
+        for number, part in enumerate((one, two)):
+            alone = run.validate(module, part, verbose=False)[0]
+            assert both[f"val/loss/dataloader_idx_{number}"] == pytest.approx(alone["val/loss"], rel=1e-6)
 
     def test_a_loss_that_is_not_finite_stops_and_names_the_batch(self, tmp_path):
         module = FocusedTransformer("tiny-random-llama", MEMORY)

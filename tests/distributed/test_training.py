@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,28 +29,49 @@ def _run(*words: str, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+def _equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-5)
+
+
 def test_two_ranks_learn_what_one_process_does(tmp_path):
-    for ranks in (1, 2):
-        _run(str(ROOT / "tests" / "distributed" / "ranks.py"), str(tmp_path), str(ranks), cwd=tmp_path)
-    for kind in ("packed-inside", "packed-across", "paper-inside", "paper-across"):
-        one, two = (torch.load(tmp_path / f"{kind}-{ranks}.pt", weights_only=True) for ranks in (1, 2))
-        assert one.keys() == two.keys()
-        for name, weight in one.items():
-            torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-5)
-        losses = [json.loads((tmp_path / f"{kind}-{ranks}.json").read_text()) for ranks in (1, 2)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    # FSDP2: each rank holds half of every parameter.
+    for ranks in ("1", "2"):
+        _run(str(ROOT / "tests" / "distributed" / "ranks.py"), str(tmp_path), ranks, "all", cwd=tmp_path)
+    weights = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+    metrics = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    # The second rank has fewer targets; in `single` the first rank's row sees nothing.
+    for kind in ("packed-inside", "packed-across", "paper-inside", "paper-across", "single"):
+        _equal(weights[f"{kind}-1"], weights[f"{kind}-2"])
+        for name in ("val/loss", "val/ppl"):
+            assert metrics[f"{kind}-1"][name] == pytest.approx(metrics[f"{kind}-2"][name], rel=1e-5), kind
+        assert metrics[f"{kind}-2"]["val/ppl"] == pytest.approx(math.exp(metrics[f"{kind}-2"]["val/loss"]), rel=1e-5)
+    for kind in ("packed-across", "paper-across", "single"):
+        assert metrics[f"{kind}-1"]["train/loss"] == pytest.approx(metrics[f"{kind}-2"]["train/loss"], rel=1e-5)
     for layout in ("packed", "paper"):
-        whole = torch.load(tmp_path / f"{layout}-across-2.pt", weights_only=True)
-        parts = torch.load(tmp_path / f"{layout}-across-2-sharded.pt", weights_only=True)
-        for name, weight in whole.items():
-            torch.testing.assert_close(parts[name], weight, atol=2e-6, rtol=1e-5)
-    # What is shown across ranks is something else than what is shown inside one.
-    for layout in ("packed", "paper"):
-        inside, across = (
-            torch.load(tmp_path / f"{layout}-{kind}-2.pt", weights_only=True) for kind in ("inside", "across")
-        )
+        # FSDP2: each rank holds half of every parameter.
+        _equal(weights[f"{layout}-across-2"], weights[f"{layout}-sharded-2"])
+        # What is shown across ranks is something else than what is shown inside one.
+        inside, across = weights[f"{layout}-inside-2"], weights[f"{layout}-across-2"]
         assert any(not torch.allclose(inside[name], across[name], atol=1e-4) for name in inside)
+    # Weights, momentum and the place in the text move between one process of 8 rows and two of 4.
+    _run(str(ROOT / "tests" / "distributed" / "ranks.py"), str(tmp_path), "1", "return", cwd=tmp_path)
+    whole, *moved = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "one-two", "two-one")
+    )
+    for checkpoint in moved:
+        assert checkpoint["global_step"] == whole["global_step"] == 4
+        _equal(whole["state_dict"], checkpoint["state_dict"])
+
+
+def test_what_cannot_go_on_stops_both_ranks(tmp_path):
+    _run(str(ROOT / "tests" / "distributed" / "ranks.py"), str(tmp_path), "2", "refused", cwd=tmp_path)
+    first, second = ((tmp_path / f"finite-{rank}.txt").read_text() for rank in range(2))
+    assert "train/loss" in first
+    assert "another process" in first
+    assert "nan" in second
+    for rank in range(2):
+        assert "tensor_parallel_size" in (tmp_path / f"split-{rank}.txt").read_text()
 
 
 def test_the_job_on_two_ranks_reports_once_and_its_checkpoint_moves_to_one(tmp_path):
@@ -61,6 +86,16 @@ def test_the_job_on_two_ranks_reports_once_and_its_checkpoint_moves_to_one(tmp_p
     assert results["training"]["tokens"] == 3 * 2 * rows * window
     assert results["complete"] is True
     _run(*command, *ddp, "--trainer.max_steps=4", "--ckpt_path=last", cwd=tmp_path)
+    checked = [
+        "-m",
+        "lightning_fot",
+        "validate",
+        "--config",
+        "out/config.yaml",
+        "--ckpt_path=out/checkpoints/last.ckpt",
+    ]
+    said = _run(*checked, *ddp, "--ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
+    assert said.count("val/loss") == 1
     said = _run(*command, "--trainer.max_steps=6", "--ckpt_path=last", cwd=tmp_path)
     assert "goes on after step 4 of 6" in said
     training = json.loads((tmp_path / "out" / "results.json").read_text())["training"]
@@ -75,22 +110,58 @@ def test_fully_sharded_on_two_ranks_then_on_one(tmp_path):
         "--trainer.strategy=ModelParallelStrategy",
         "--trainer.strategy.init_args.data_parallel_size=2",
         "--trainer.strategy.init_args.tensor_parallel_size=1",
-        "--trainer.gradient_clip_val=null",
+        "--trainer.gradient_clip_val=1.0",
     ]
-    refused = subprocess.run(
-        [sys.executable, *command, *sharded],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert refused.returncode == 2
-    assert "save_distributed_checkpoint" in refused.stderr
+    for verb, word in (("fit", "save_distributed_checkpoint"), ("run", "Train with fit")):
+        command[2] = verb
+        refused = subprocess.run(
+            [sys.executable, *command, *sharded],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert word in refused.stderr
     sharded.append("--trainer.strategy.init_args.save_distributed_checkpoint=false")
     command[2] = "fit"
     _run(*command, *sharded, "--trainer.max_steps=2", cwd=tmp_path)
     command[2] = "run"
+    # Nothing is left to train: one process evaluates what two have trained.
+    _run(*command, "--trainer.max_steps=2", "--ckpt_path=last", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["training"]["steps"] == 2
+    assert results["complete"] is True
     said = _run(*command, "--trainer.max_steps=3", "--ckpt_path=last", cwd=tmp_path)
     assert "goes on after step 2 of 3" in said
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "lightning_fot", "fit", "--config", "smoke", "--run_dir=out"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=100000"]
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    first = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path, start_new_session=True
+    )
+    try:
+        ends = time.monotonic() + 100
+        # The first checkpoint is that of the first step.
+        while not last.exists():
+            assert first.poll() is None
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        second = next(int(pid) for pid in children if b"lightning_fot" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(second, signal.SIGTERM)
+        said = first.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == 128 + signal.SIGTERM, said
+    assert "--ckpt_path=last" in said.replace(" last", "=last")
+    # It has ended; who reaps it is another matter.
+    state = Path(f"/proc/{second}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert torch.load(last, weights_only=True)["global_step"] >= 1
