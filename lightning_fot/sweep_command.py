@@ -115,17 +115,32 @@ class _Sweep:
         return run_cells(self.config.runs, self.settings, self.folder.runs.resolve())
 
     def plan(self) -> int:
-        """Prints the cells."""
+        """Prints the cells, which of them are done, and how long the others may take."""
+        from lightning_fot.sweep.estimate import Spent
+
+        made = [change for change in self._recordings() if self._recording(change).is_file()]
         for change in self._recordings():
-            state = "done" if self._recording(change).is_file() else "to do"
-            print(f"{state:5}  recording {label_of(change) or self.config.tokens}")
-        sizes = self.config.memory_tokens or "all"
-        if self.builds:
+            state = "done" if change in made else "to do"
+            print(f"{state:5}  recording of {self.config.tokens:,} tokens {label_of(change)}".rstrip())
+        spent = Spent()
+        if self.builds and len(made) == len(self._recordings()):
+            for cell in self._index_cells():
+                known = self.folder.read(cell.key)
+                missing, all_of_it = len(cell.missing(known)), len(cell.missing(None))
+                spent.add(str(cell.build.spec["name"]), cell.cost, missing / all_of_it, (known or {}).get("seconds"))
+                state = "to do" if missing else "done"
+                print(f"{state:5}  {cell.label}: {missing or all_of_it} settings")
+        elif self.builds:
+            sizes = ", ".join(f"{size:,}" for size in self.config.memory_tokens or [self.config.tokens])
             for build in self.builds:
                 settings = len(build.query) * len(self.config.top_k) * len(self.config.batch)
-                print(f"       {build.label}: {settings} settings of one build, for each layer and {sizes} keys")
-        for cell in self._runs():
-            print(f"{'done' if self.folder.read(cell.key) else 'to do':5}  {cell.label}")
+                print(f"to do  {build.label}: {settings} settings, for each layer and size of {sizes} keys")
+            spent.unknown = True
+        for run in self._runs():
+            row = next(iter((self.folder.read(run.key) or {}).get("rows", [])), None)
+            spent.add("run", 1.0, float(row is None), (row or {}).get("seconds"))
+            print(f"{'to do' if row is None else 'done':5}  {run.label}")
+        print(spent)
         return 0
 
     def run(self) -> int:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from lightning_fot.report import charts, curves, findings, formats, read, tables
 from lightning_fot.report.sweep import sweep_tables
+from lightning_fot.report.sweep_findings import sweep_findings
 
 _GLOSSARY = (
     (
@@ -87,18 +88,20 @@ def _header(results: read.Row, run_dir: Path, title: str) -> str:
         facts.append(f"top {memory['top_k']} keys a query")
     if (seconds := read.total_seconds(results)) is not None:
         facts.append(formats.duration(seconds))
-    missing = findings.missing_parts(results)
+    # A sweep is not expected to hold all that a run does.
+    missing = [] if read.section(results, "sweep") else findings.missing_parts(results)
     complete = results.get("complete")
     text = ""
     if complete is False:
-        text = "This run was stopped before its evaluation ended. " + (
-            "" if missing else "Some numbers may be missing."
-        )
+        text = "This run was stopped before its evaluation ended. "
+        if read.section(results, "sweep"):
+            text = "Not all cells of this sweep are done. "
+        text += "" if missing else "Some numbers may be missing."
     if missing and (complete is not True or "perplexity" in missing):
         text += f"Not measured: {', '.join(missing)}."
     warning = f'<p class="warning">{escape(text.strip())}</p>' if text else ""
     return (
-        '<header><p class="kicker">lightning-fot · run report</p><button id="theme" type="button" hidden></button>'
+        '<header><p class="kicker">lightning-fot · report</p><button id="theme" type="button" hidden></button>'
         f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{warning}</header>'
     )
 
@@ -108,7 +111,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 def _findings(results: read.Row) -> str:
-    found = findings.find(results)
+    found = sweep_findings(results) if read.section(results, "sweep") else findings.find(results)
     if not found:
         return '<p class="lead">Nothing was measured yet.</p>'
     cards = "".join(
@@ -146,7 +149,8 @@ def _perplexity(results: read.Row) -> str:
 def _retrieval(results: read.Row) -> str:
     panels = [(measure, curves.recall_speed(results, measure)) for measure in curves.MEASURES]
     drawn = [(measure, data) for measure, data in panels if data is not None]
-    table = tables.retrieval(results)
+    # A sweep has no setting that it runs with: its tables show all.
+    table = None if read.section(results, "sweep") else tables.retrieval(results)
     if not drawn and table is None:
         return ""
     parts = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fot.report import formats, read
+from lightning_fot.report.sweep_findings import speed
 from lightning_fot.report.tables import Cell, Table
 
 _SHOWN: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -80,9 +81,7 @@ def cells(results: read.Row) -> Table | None:
     exact = {_alike(row): row for row in listed if read.is_exact(row)}
     body = []
     for row in listed:
-        base = exact.get(_alike(row))
-        ours, theirs = read.number(row, "qps"), None if base is None else read.number(base, "qps")
-        ratio = ours / theirs if ours and theirs else None
+        ratio = speed(row, exact.get(_alike(row)))
         label = " ".join(part for part in (str(row["retriever"]), _arguments(row)) if part)
         name = _layer(row)
         body.append(
@@ -96,7 +95,8 @@ def cells(results: read.Row) -> Table | None:
                 ),
             )
         )
-    note = "Speed is relative to exact search of the same layer, keys, k and batch. Bytes are the index's."
+    note = "Speed is relative to exact search of the same layer, keys, k and batch, timed in turns with it (medians). "
+    note += "Bytes are the index's."
     if not all(read.index_used(row) for row in listed):
         note += " * Too few keys for an index: searched exactly."
     columns = ("layer", "retriever", *(heading for _, heading, _ in _SHOWN))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,8 @@ from lightning_fot.bench import BuiltRetriever, Truth, layer_of, load_metadata, 
 from lightning_fot.sweep.settings import Build, SweepConfig, digest
 
 _MOST_CALLS = 300
+_TURNS = 3
+_EXACT_CALLS = 10
 
 
 @dataclass
@@ -144,8 +148,12 @@ class IndexCell:
         missing = self.missing(cell)
         if not missing:
             return
+        began = time.perf_counter() - float((cell or {}).get("seconds", 0.0))
         recorded = self.recorded
         built = BuiltRetriever(self.build.spec, recorded.newest(self.memory_tokens), recorded.past, missing[0][1])
+        exact = None
+        if self.build.spec["name"] != "exact":
+            exact = BuiltRetriever("exact", recorded.newest(self.memory_tokens), None, missing[0][1])
         own = {name: getattr(built.retriever, name) for name in built.retriever.query_args}
         for setting, k in dict.fromkeys((json.dumps(q, sort_keys=True), k) for q, k, _ in missing):
             check()
@@ -156,10 +164,27 @@ class IndexCell:
             scores = recorded.truth(self.memory_tokens, k).score(found)
             head = {**built.facts(), **scores.means(), "recall_worst_head": scores.worst_recall()}
             for batch in [b for q, other, b in missing if q == query and other == k]:
-                calls = min(_MOST_CALLS, self.config.repeats * max(1, recorded.queries.shape[1] // batch))
-                timed = times(built.time(recorded.queries, calls, batch), recorded.keys.shape[0] * batch)
-                rows.append({**self._facts(), **head, "query": query, "batch": batch, **timed})
-            keep({"settings": {**self._facts(), "spec": self.build.spec}, "rows": rows})
+                rows.append(
+                    {**self._facts(), **head, "query": query, "batch": batch, **self._times(built, exact, batch)}
+                )
+            seconds = time.perf_counter() - began
+            keep({"settings": {**self._facts(), "spec": self.build.spec}, "rows": rows, "seconds": seconds})
+
+    def _times(self, built: BuiltRetriever, exact: BuiltRetriever | None, batch: int) -> dict[str, Any]:
+        """Times of calls, in turns with exact search: a machine that is busy for a while slows both."""
+        queries = self.recorded.queries
+        calls = min(_MOST_CALLS, self.config.repeats * max(1, queries.shape[1] // batch))
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(_TURNS):
+            ours += built.time(queries, math.ceil(calls / _TURNS), batch)
+            if exact is not None:
+                exact.k = built.k
+                theirs += exact.time(queries, min(math.ceil(calls / _TURNS), _EXACT_CALLS), batch)
+        found: dict[str, Any] = dict(times(ours, queries.shape[0] * batch))
+        if theirs:
+            found["exact_ms_p50"] = times(theirs, queries.shape[0] * batch)["search_ms_p50"]
+        return found
 
     def _facts(self) -> dict[str, Any]:
         words = self.build.label.partition(" ")[2]
@@ -181,22 +206,23 @@ class IndexCell:
 def index_cells(recorded: Sequence[Recorded], builds: Sequence[Build], config: SweepConfig) -> list[IndexCell]:
     """All cells, those of the same keys side by side.
 
+    A recording that was made for the sweep may hold fewer keys than tokens were asked for, as where the first of each
+    window are not kept: sizes beyond it become all that there is.
+
     Raises:
-        SettingError: More keys are asked for than were recorded.
+        SettingError: More keys are asked for than a given file holds.
     """
     from lightning_fot.errors import SettingError
 
     cells = []
     for layer in recorded:
         stored = layer.keys.shape[1]
-        for size in config.memory_tokens or [stored]:
-            if size > stored:
-                raise SettingError(
-                    "sweep.memory_tokens",
-                    size,
-                    f"is more than the {stored} keys recorded",
-                    "Record more (sweep.tokens).",
-                )
+        sizes = config.memory_tokens or [stored]
+        if config.keys is not None and max(sizes) > stored:
+            raise SettingError(
+                "sweep.memory_tokens", max(sizes), f"is more than the {stored} keys recorded", "Record more keys."
+            )
+        for size in dict.fromkeys(min(size, stored) for size in sizes):
             cells += [IndexCell(layer, build, size, config) for build in builds]
     return cells
 
