@@ -46,7 +46,7 @@ def measure_distraction(
 
     Returns:
         For each amount and document: ``document``, ``distractor_tokens``, ``blocks`` (as for perplexity),
-        ``own_share``, ``index_used``, ``target_s``.
+        ``own_share`` (None where the memory has a capacity), ``index_used``, ``target_s``.
     """
     shared, read = lm.new_memory(1, spec), 0
     rows: Record = []
@@ -68,7 +68,8 @@ def measure_distraction(
                     "document": name,
                     "distractor_tokens": amount,
                     "blocks": [list(block) for block in block_sums(losses)],
-                    "own_share": own_share(lm, memory, capture.queries, before),
+                    # With a capacity the oldest rows go and the others are renumbered: whose they are is not known.
+                    "own_share": None if lm.config.capacity else own_share(lm, memory, capture.queries, before),
                     "index_used": index_used(memory),
                     "target_s": time.perf_counter() - began,
                 }
@@ -122,7 +123,7 @@ def distraction_rows(memory: str, context: int, record: Record) -> list[dict[str
             "nll": found.mean,
             "tokens": found.tokens,
             "documents": len(parts),
-            "own_share": sum(part["own_share"] for part in parts) / len(parts),
+            "own_share": _mean([part["own_share"] for part in parts]),
             "rise_nats": 0.0 - saved.mean,
             "rise_standard_error": saved.standard_error,
         }
@@ -133,3 +134,8 @@ def distraction_rows(memory: str, context: int, record: Record) -> list[dict[str
             row["same_as"] = parts[0]["same_as"]
         rows.append(row)
     return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -15,7 +15,7 @@ from lightning_fot.evaluation.evaluate import evaluate, summarise
 from lightning_fot.evaluation.multi_doc import own_share
 from lightning_fot.evaluation.plan import select_distractors
 from lightning_fot.pretrained import load_backbone, load_tokenizer
-from lightning_fot.report.tables import depths
+from lightning_fot.report.tables import depths, multi_doc
 
 CONFIG = EvaluationConfig(
     context_tokens=[64, 128], target_tokens=48, distractor_tokens=[100, 200], documents=2, passkey_tokens=[],
@@ -82,6 +82,22 @@ def test_own_share_is_the_softmax_mass_of_the_rows_behind_the_others(lm):
         shares.append(weights[..., 60:].sum(-1).flatten())
     expected = float(torch.cat(shares).mean())
     assert own_share(lm, memory, queries, {1: 60, 3: 60}) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_memory_with_a_capacity_tells_no_share(lm):
+    documents = _documents(4, 200)
+    others = select_distractors(documents, documents[:1], CONFIG)
+    with attach_memory(
+        load_backbone("tiny-random-llama"), MemoryConfig(memory_layers=[1, 3], window=32, top_k=8, capacity=160)
+    ) as small:
+        rows = evaluate(small, load_tokenizer("tiny-random-llama"), documents[:1], CONFIG, distractors=others)[
+            "multi_doc"
+        ]
+    assert [row["distractor_tokens"] for row in rows] == [0, 100, 200]
+    # The oldest rows went, and those that are left were renumbered: whose they are is not known.
+    assert [row["own_share"] for row in rows] == [None] * 3
+    assert all(row["value"] > 1 for row in rows)
+    assert multi_doc({"multi_doc": rows}) is not None
 
 
 def test_passkeys_are_counted_by_depth():
