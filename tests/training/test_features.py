@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig
+from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
 from lightning_fot.config import LoraSettings
 from lightning_fot.crossbatch import row_table
 from lightning_fot.errors import SettingError
@@ -336,6 +336,37 @@ class TestLora:
         save_adapter(made.backbone, tmp_path / "two")
         with pytest.raises(SettingError, match="other blocks, modules or rank"):
             load_adapter(module(lora=LoraSettings(rank=3, modules=["q_proj", "v_proj"])).backbone, tmp_path / "two")
+
+    def test_resumed_training_is_undisturbed_training(self, tmp_path):
+        text = tmp_path / "text"
+        text.mkdir()
+        for number in range(4):
+            (text / f"{number}.txt").write_text(" ".join(str(value * number) for value in range(900)))
+
+        def data() -> CrossbatchDataModule:
+            return CrossbatchDataModule(
+                paths=[str(text)], tokenizer="tiny-random-llama", window=16, cache_dir=str(tmp_path / "cache")
+            )
+
+        def made() -> FocusedTransformer:
+            L.seed_everything(3, verbose=False)
+            return FocusedTransformer("tiny-random-llama", MEMORY, lora=self.settings)
+
+        straight, half, resumed = made(), made(), made()
+        L.seed_everything(3, verbose=False)
+        trainer(tmp_path, max_steps=4).fit(straight, datamodule=data())
+        L.seed_everything(3, verbose=False)
+        run = trainer(tmp_path, max_steps=2)
+        run.fit(half, datamodule=data())
+        run.save_checkpoint(tmp_path / "half.ckpt")
+        trainer(tmp_path, max_steps=4).fit(
+            resumed, datamodule=data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        )
+        expected = {name: part for name, part in straight.named_parameters() if part.requires_grad}
+        assert expected
+        for name, part in resumed.named_parameters():
+            if part.requires_grad:
+                assert torch.equal(part, expected[name]), name
 
     def test_wrong_settings_are_named(self):
         with pytest.raises(SettingError, match="modules"):
