@@ -11,12 +11,15 @@ _FOLDER = "LIGHTNING_FOT_RUN_FOLDER"
 
 
 def rank() -> int:
-    """Rank of this process; 0 where there is one."""
+    """Rank of this process, 0 where there is one; of several nodes, some number above 0 on all but the first."""
+    node = os.environ.get("NODE_RANK", "")
+    first = int(node.isdigit() and int(node) > 0)
     for name in _RANKS:
         value = os.environ.get(name, "")
         if value.isdigit():
-            return int(value)
-    return 0
+            # A local rank counts from 0 on every node.
+            return max(first, int(value)) if name == "LOCAL_RANK" else int(value)
+    return first
 
 
 def share_folder(path: Path) -> None:
