@@ -179,7 +179,8 @@ class FocusedTransformer(L.LightningModule):
             )
         if gather is not None:
             loss = loss * gather.weight(count)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=gather is not None)
+        # Reduced: schedulers that wait for it must decide alike on all ranks.
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/tokens", float(count))
         return loss
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
 from lightning_fot.errors import SettingError
+from lightning_fot.schedules import ScheduleConfig
 
 STEPS, ROWS = 3, 4
+# Two contexts, six, two: the same draw on all ranks.
+DRAWN = {"schedule": ScheduleConfig("draw", [2, 6], seed=5)}
 # Steps of a journey of checkpoints between one process and two.
 JOURNEY = 4
 
@@ -56,7 +60,7 @@ class Batches(torch.utils.data.Dataset):
         return {name: part[step, rank * self.per_rank : (rank + 1) * self.per_rank] for name, part in self.rows.items()}
 
 
-def module(crossbatch: CrossbatchConfig) -> FocusedTransformer:
+def module(crossbatch: CrossbatchConfig, **settings: Any) -> FocusedTransformer:
     """A tiny model whose lower blocks are frozen."""
     return FocusedTransformer(
         "tiny-random-llama",
@@ -64,15 +68,17 @@ def module(crossbatch: CrossbatchConfig) -> FocusedTransformer:
         crossbatch,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.5),
         trainable="from_first_memory_layer",
+        **settings,
     )
 
 
 def trainer(folder: Path, ranks: int, strategy: str | Strategy, **settings: Any) -> L.Trainer:
     """One that trains on CPU and writes nothing."""
+    settings = {"use_distributed_sampler": False, **settings}
     return L.Trainer(
         accelerator="cpu", devices=ranks, strategy=strategy if ranks > 1 else "auto", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        use_distributed_sampler=False, num_sanity_val_steps=0, **settings,
+        num_sanity_val_steps=0, **settings,
     )  # fmt: skip
 
 
@@ -84,7 +90,8 @@ def train(folder: Path, name: str, ranks: int, strategy: str | Strategy, per_ran
     accumulate = 1 if across or ranks > 1 else 2
     run = trainer(folder, ranks, strategy, max_steps=STEPS, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
     loader = DataLoader(Batches(crossbatch.layout, across, per_rank), batch_size=None)
-    model = module(crossbatch)
+    # Checkpointed layers gather again in the backward pass.
+    model = module(crossbatch, gradient_checkpointing=name == "single")
     run.fit(model, loader, loader)
     weights = {
         name: part.full_tensor() if isinstance(part, DTensor) else part.detach().clone()
@@ -113,10 +120,24 @@ def journey(folder: Path, ranks: int, name: str, start: str | None, steps: int) 
         pack=4,
         cache_dir=str(folder / "cache"),
     )
-    run = trainer(folder, ranks, "ddp", max_steps=steps, limit_val_batches=0)
+    # Lightning would put a shuffling sampler into the loader, if it could.
+    run = trainer(folder, ranks, "ddp", max_steps=steps, limit_val_batches=0, use_distributed_sampler=True)
     crossbatch = CrossbatchConfig(pack=4, range=3, stepping=False, across_ranks=True)
     run.fit(module(crossbatch), datamodule=data, ckpt_path=start and folder / start, weights_only=True)
     run.save_checkpoint(folder / name)
+
+
+def plateau(folder: Path) -> None:
+    """A learning rate that falls when the training loss does not, with a loss of its own on each rank."""
+    L.seed_everything(1, verbose=False)
+    run = trainer(folder, 2, "ddp", max_steps=STEPS, limit_val_batches=0)
+    model = module(
+        CrossbatchConfig(pack=4, range=3),
+        lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="train/loss", patience=0, factor=0.5),
+    )
+    run.fit(model, DataLoader(Batches("packed", False, ROWS), batch_size=None))
+    found = {"rate": run.optimizers[0].param_groups[0]["lr"], "loss": float(run.callback_metrics["train/loss"])}
+    (folder / f"plateau-{run.global_rank}.txt").write_text(json.dumps(found))
 
 
 class Broken(Batches):
@@ -156,7 +177,7 @@ def main(folder: Path, ranks: int, part: str) -> None:
     for layout in (packed, {"layout": "paper", "d": 3}):
         name = layout["layout"]
         train(folder, f"{name}-inside", ranks, "ddp", ROWS, **layout)
-        layout = {**layout, "across_ranks": True} | ({"d": 6} if name == "paper" else {})
+        layout = {**layout, "across_ranks": True} | (DRAWN if name == "paper" else {})
         train(folder, f"{name}-across", ranks, "ddp", ROWS, **layout)
         if ranks == 2:
             sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -169,6 +190,7 @@ def main(folder: Path, ranks: int, part: str) -> None:
     else:
         journey(folder, 2, "two.ckpt", None, JOURNEY // 2)
         journey(folder, 2, "one-two.ckpt", "one.ckpt", JOURNEY)
+        plateau(folder)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ def test_two_ranks_learn_what_one_process_does(tmp_path):
         # What is shown across ranks is something else than what is shown inside one.
         inside, across = weights[f"{layout}-inside-2"], weights[f"{layout}-across-2"]
         assert any(not torch.allclose(inside[name], across[name], atol=1e-4) for name in inside)
+    # A scheduler that waits for a metric sees the same one on both ranks.
+    first, second = (json.loads((tmp_path / f"plateau-{rank}.txt").read_text()) for rank in range(2))
+    assert first == second
+    assert first["rate"] < 0.5
     # Weights, momentum and the place in the text move between one process of 8 rows and two of 4.
     _run(str(ROOT / "tests" / "distributed" / "ranks.py"), str(tmp_path), "1", "return", cwd=tmp_path)
     whole, *moved = (
