@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_fot.arguments import Parser
 from lightning_fot.errors import SettingError
+from lightning_fot.request import flat_settings
 from lightning_fot.run_folder import write_json
 from lightning_fot.sweep.runs import headline
 
@@ -116,16 +117,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _settings(runs: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Settings of the model and its training in which the runs differ."""
-    flat = {other: _flat(run.get("config") or {}) for other, run in runs.items()}
+    flat = {other: flat_settings(run.get("config") or {}) for other, run in runs.items()}
     keys = [key for key in flat[name] if key.partition(".")[0] in ("model", "data", "seed_everything")]
     differ = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
     return {key: flat[name][key] for key in differ[:8]}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}".lstrip("."))
-    return found

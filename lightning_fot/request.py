@@ -85,6 +85,21 @@ def _without(overrides: Sequence[str], settings: Iterable[str]) -> list[str]:
     return kept
 
 
+def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; an empty section is a value.
+
+    Example:
+        >>> flat_settings({"model": {"memory": {"top_k": 32}, "dtype": "float32"}})
+        {'model.memory.top_k': 32, 'model.dtype': 'float32'}
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= flat_settings(item, f"{prefix}.{key}".lstrip("."))
+    return found
+
+
 def close_match(word: str, choices: Iterable[str]) -> str:
     """``Did you mean X? `` or nothing."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lightning_fot.doctor import environment
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.evaluate import evaluate, summarise
+from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import (
     fit_to_documents,
     plan,
@@ -26,10 +26,11 @@ from lightning_fot.evaluation.plan import (
     select_documents,
     tokens_needed,
 )
+from lightning_fot.evaluation.rows import summarise
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
 from lightning_fot.ranks import rank
-from lightning_fot.request import Request
+from lightning_fot.request import Request, flat_settings
 from lightning_fot.run_folder import RunFolder, write_json, write_text
 from lightning_fot.stopping import StopGuard, Stopped
 from lightning_fot.training import (
@@ -171,7 +172,7 @@ class Job:
         import yaml
 
         before = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")) or {}
-        now, was = _flat(self.config), _flat(before)
+        now, was = flat_settings(self.config), flat_settings(before)
         changed = sorted(
             key for key in now if key in was and now[key] != was[key] and key not in ("run_dir", "ckpt_path")
         )
@@ -272,15 +273,6 @@ class Job:
             console.print(f"Stopped. Kept: {kept}. Go on with:", markup=False, highlight=False, soft_wrap=True)
             command = self.request.command(run_dir=str(self.folder.path), ckpt_path="last")
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}".lstrip("."))
-    return found
 
 
 def run(

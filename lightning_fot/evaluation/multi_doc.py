@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.perplexity import block_sums, difference, estimate, losses_with_memory
+from lightning_fot.evaluation.perplexity import block_sums, losses_with_memory
 from lightning_fot.evaluation.plan import INGEST_COST
 from lightning_fot.evaluation.retrieval import Capture, attention_scale, index_used, sample_rows
+from lightning_fot.evaluation.rows import Record
 
 if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
     from lightning_fot.memory import Memory
 
-Record = list[dict[str, Any]]
 # Queries a head whose attention over all of the memory is computed.
 _QUERIES = 128
 
@@ -97,45 +97,3 @@ def own_share(lm: MemoryLM, memory: Memory, queries: dict[int, Tensor], before: 
             weights = torch.softmax(attention_scale(lm, number) * (asked @ bank.T), dim=1)
             shares.append(weights[:, before[number] :].sum(1))
     return float(torch.cat(shares).double().mean())
-
-
-def distraction_rows(memory: str, context: int, record: Record) -> list[dict[str, Any]]:
-    """Rows of ``results.json``.
-
-    Each has ``context_tokens`` (of the document itself), ``distractor_tokens``, ``memory``, ``value`` (perplexity) with
-    ``standard_error``, ``nll``, ``tokens``, ``documents``, ``own_share``, and over the same tokens without other
-    documents ``rise_nats`` with ``rise_standard_error``.
-    """
-    rows = []
-    base: list[tuple[float, int]] = []
-    for amount in sorted({row["distractor_tokens"] for row in record}):
-        parts = [row for row in record if row["distractor_tokens"] == amount]
-        blocks = [(total, count) for part in parts for total, count in part["blocks"]]
-        base = base or blocks
-        found, saved = estimate(blocks), difference(blocks, base)
-        value = float(torch.tensor(found.mean, dtype=torch.float64).exp())
-        row: dict[str, Any] = {
-            "context_tokens": context,
-            "distractor_tokens": amount,
-            "memory": memory,
-            "value": value,
-            "standard_error": None if found.standard_error is None else value * found.standard_error,
-            "nll": found.mean,
-            "tokens": found.tokens,
-            "documents": len(parts),
-            "own_share": _mean([part["own_share"] for part in parts]),
-            "rise_nats": 0.0 - saved.mean,
-            "rise_standard_error": saved.standard_error,
-        }
-        used = {part["index_used"] for part in parts}
-        if used != {None}:
-            row["index_used"] = True in used
-        if parts[0].get("same_as"):
-            row["same_as"] = parts[0]["same_as"]
-        rows.append(row)
-    return rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

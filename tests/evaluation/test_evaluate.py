@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.evaluate import evaluate, summarise
+from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import plan
+from lightning_fot.evaluation.rows import summarise
 from lightning_fot.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 

@@ -11,9 +11,10 @@ import torch
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.evaluate import evaluate, summarise
+from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.multi_doc import own_share
 from lightning_fot.evaluation.plan import select_distractors
+from lightning_fot.evaluation.rows import summarise
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 from lightning_fot.report.tables import depths, multi_doc
 
