@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_fot.errors import SettingError
+from lightning_fot.parameters import block_names
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RowGather:
         return targets * self.world_size / total.clamp_min(1)
 
 
-def shard(model: nn.Module, attentions: Sequence[nn.Module], mesh: Any) -> None:
+def shard(model: nn.Module, attentions: Iterable[nn.Module], mesh: Any) -> None:
     """Shards a model's parameters over the data-parallel ranks (FSDP2), a block at a time.
 
     Args:
@@ -73,10 +74,9 @@ def shard(model: nn.Module, attentions: Sequence[nn.Module], mesh: Any) -> None:
             "would leave layers to be split, which no memory layer can be",
             f"Set it to 1, and data_parallel_size to {mesh.size()}.",
         )
-    names = {id(part): name for name, part in model.named_modules()}
     ranks = mesh["data_parallel"]
-    for attention in attentions:
-        fully_shard(model.get_submodule(names[id(attention)].rpartition(".")[0]), mesh=ranks)
+    for name in block_names(model, attentions):
+        fully_shard(model.get_submodule(name), mesh=ranks)
     fully_shard(model, mesh=ranks)
 
 

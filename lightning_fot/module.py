@@ -15,7 +15,7 @@ from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
-from lightning_fot.parameters import add_lora, parameter_groups, trained_layers
+from lightning_fot.parameters import add_lora, block_names, parameter_groups, trained_layers
 
 Batch = dict[str, Tensor]
 # Documents that an error message names.
@@ -125,16 +125,14 @@ class FocusedTransformer(L.LightningModule):
         model.train(self.training)
         self._freeze(model)
         if getattr(self, "device_mesh", None) is not None:
-            shard(model, [self._lm.attachment.attentions[i] for i in self._lm.attachment.attentions], self.device_mesh)
+            shard(model, self._lm.attachment.attentions.values(), self.device_mesh)
 
     def _freeze(self, model: nn.Module) -> None:
         attentions = self.lm.attachment.attentions
         chosen = trained_layers(self.trainable, self.lm.memory_layers, attentions)
         if self.lora is not None or self.trainable == "all":
             return
-        names = {id(module): name for name, module in model.named_modules()}
-        # "model.layers.10.self_attn" belongs to the block "model.layers.10".
-        blocks = tuple(names[id(attentions[index])].rpartition(".")[0] + "." for index in chosen)
+        blocks = tuple(f"{name}." for name in block_names(model, (attentions[index] for index in chosen)))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(blocks))
 

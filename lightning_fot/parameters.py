@@ -40,6 +40,12 @@ def trained_layers(trainable: str, memory_layers: Sequence[int], layers: Iterabl
     return list(memory_layers) if trainable == "memory_layers" else [i for i in layers if i >= memory_layers[0]]
 
 
+def block_names(model: nn.Module, attentions: Iterable[nn.Module]) -> list[str]:
+    """Names of the blocks that hold these attention layers: ``model.layers.10`` holds ``model.layers.10.self_attn``."""
+    names = {id(part): name for name, part in model.named_modules()}
+    return [names[id(attention)].rpartition(".")[0] for attention in attentions]
+
+
 def add_lora(model: nn.Module, settings: LoraSettings, layers: Sequence[int]) -> None:
     """Puts low-rank adapters beside linear modules of some blocks (Hu et al., arXiv 2106.09685); all else is frozen.
 
