@@ -91,6 +91,9 @@ class Block:
 
     def parts(self, longest: int) -> Iterator[Block]:
         """The same in pieces of at most ``longest`` keys; nothing is copied."""
+        if 0 < len(self.keys) <= longest:
+            yield self
+            return
         for first in range(0, len(self.keys), longest):
             piece = slice(first, first + longest)
             scales = None if self.scales is None else self.scales[piece]
