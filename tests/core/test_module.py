@@ -2,9 +2,9 @@
 
 import math
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import trainer
 from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
@@ -26,19 +26,6 @@ def batches(count, layout="packed"):
 
 def loader(count, layout="packed"):
     return DataLoader(list(batches(count, layout)), batch_size=None)
-
-
-def trainer(folder, **changes):
-    settings = {
-        "max_steps": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(**settings | changes)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
