@@ -78,8 +78,9 @@ def test_python_blocks_run_one_after_the_other(capsys):
     assert retriever.search(2 * torch.eye(4)[None], 1).flatten().tolist() == [0, 1, 2, 3]
     recall = [float(value) for value in re.findall(r"recall (\d\.\d+), mass", capsys.readouterr().out)]
     assert len(recall) == 3
-    # What the section on transforms claims.
-    assert recall[0] < recall[1] < recall[2]
+    # What the section on transforms claims. Threads build the graph, so no two runs are alike to the second digit: on the head
+    # that the page takes, the steps are .46, .87 and .95.
+    assert recall[0] < recall[1] - 0.2 and recall[1] < recall[2] - 0.02
 
 
 def test_every_public_member_is_described():
