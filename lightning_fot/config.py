@@ -245,6 +245,34 @@ class LoraSettings:
 
 
 @dataclass
+@dataclass
+class RopeSettings:
+    """How far a backbone's rotary positions are stretched, by transformers' formulas (docs/comparison_modes.md).
+
+    Args:
+        type: ``linear``: positions divided by ``factor`` (position interpolation, arXiv 2306.15595); ``ntk``: a larger
+            base, so that slow rotations stretch by ``factor`` and fast ones hardly; ``dynamic``: the same, growing with
+            the length of what is read, from the length of training on; ``yarn`` (arXiv 2309.00071).
+        factor: How many times the length of training is to be reached.
+        original_length: Tokens that the backbone was trained on; None takes its ``max_position_embeddings``.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    type: Literal["linear", "ntk", "dynamic", "yarn"] = "yarn"
+    factor: float = 2.0
+    original_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in ("linear", "ntk", "dynamic", "yarn"):
+            raise SettingError("model.rope.type", self.type, "is not known", "Choose linear, ntk, dynamic or yarn.")
+        # "not >=" also refuses nan.
+        if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)) or not 1 <= self.factor < 1e6:
+            raise SettingError("model.rope.factor", self.factor, "must be a number of at least 1", "Try 2.")
+        _at_least("model.rope", self, 1, "original_length")
+
+
 class EvaluationConfig:
     """What is measured after training, always with the configured retriever beside exact search.
 

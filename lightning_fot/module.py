@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig
+from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig, RopeSettings
 from lightning_fot.crossbatch import row_table
 from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
@@ -45,6 +45,7 @@ class FocusedTransformer(L.LightningModule):
         weight_decay_on: ``matrices`` leaves norms, biases and gates out of the optimiser's weight decay.
         validation: ``single``: each held-out text has a memory of its own; ``multi``: the memory also holds the texts
             validated before it.
+        rope: Stretch the backbone's rotary positions past the length that it was trained on; None leaves them.
 
     Raises:
         SettingError: A value cannot work.
@@ -63,6 +64,7 @@ class FocusedTransformer(L.LightningModule):
         gradient_checkpointing: bool = False,
         weight_decay_on: Literal["all", "matrices"] = "all",
         validation: Literal["single", "multi"] = "single",
+        rope: Optional[RopeSettings] = None,  # noqa: UP045  (as lr_scheduler)
     ) -> None:
         super().__init__()
         self.backbone_name = backbone
@@ -76,6 +78,7 @@ class FocusedTransformer(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.weight_decay_on = weight_decay_on
         self.validation = validation
+        self.rope = rope
         self._validated: Memory | None = None
         # By data loader: summed loss and number of targets.
         self._scores: dict[int, tuple[float, int]] = {}
@@ -105,8 +108,11 @@ class FocusedTransformer(L.LightningModule):
         from lightning_fot.backbone import attach_memory
         from lightning_fot.opening import load_gates
         from lightning_fot.pretrained import load_backbone
+        from lightning_fot.rope import stretch_positions
 
         model = load_backbone(self.backbone_name, self.weights_dtype)
+        if self.rope is not None:
+            stretch_positions(model, self.rope)
         if self.lora is not None:
             count = model.config.get_text_config().num_hidden_layers
             layers = self.memory_config.resolve_layers(count)
@@ -334,6 +340,8 @@ class FocusedTransformer(L.LightningModule):
         checkpoint["lightning_fot"] = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
         if self.lora is not None:
             checkpoint["lightning_fot"]["lora"] = asdict(self.lora)
+        if self.rope is not None:
+            checkpoint["lightning_fot"]["rope"] = asdict(self.rope)
         schedule = self.crossbatch_config.schedule
         if schedule is not None:
             # The metric itself is not saved: what it says for the next step is.
@@ -351,8 +359,13 @@ class FocusedTransformer(L.LightningModule):
         if lora is not None and self._lm is None and self.lora is None:
             # Adapters belong to the weights: whoever opens the checkpoint need not know of them.
             self.lora = LoraSettings(**lora)
+        rope = made_with.get("rope")
+        if rope is not None and self._lm is None and self.rope is None:
+            self.rope = RopeSettings(**rope)
         self.configure_model()
-        now = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
+        now: dict[str, Any] = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
+        if self.rope is not None:
+            now["rope"] = asdict(self.rope)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = sorted(trained - set(checkpoint["state_dict"]))
         if made_with != now or missing:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from lightning_fot.config import CrossbatchConfig, EvaluationConfig, MemoryConfig
+from lightning_fot.config import CrossbatchConfig, EvaluationConfig, MemoryConfig, RopeSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.request import Request, close_match
 
@@ -60,6 +60,7 @@ def check_settings(request: Request) -> None:
     _follow_backbone(request)
     memory = _build(MemoryConfig, request, "model.memory")
     _build(CrossbatchConfig, request, "model.crossbatch")
+    _build(RopeSettings, request, "model.rope")
     _build(EvaluationConfig, request, "evaluation")
     _check_retriever(memory.retriever)
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
