@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,36 @@ class DictionaryTokens:
         return cls(ids[0], ids[1], ids[2], np.asarray(ids[MARKERS:], np.int32), specials)
 
 
+def draw_keys(count: int, symbols: int, random: np.random.Generator, similar: float = 0.0) -> Symbols:
+    """Different keys, as numbers of symbols.
+
+    Args:
+        count: How many.
+        symbols: Symbols to draw from.
+        random: Draws them.
+        similar: Share of the keys that are an earlier one with one symbol changed.
+
+    Returns:
+        int32 (count, 4), each number below ``symbols``.
+    """
+    keys: dict[tuple[int, ...], None] = {}
+    while len(keys) < count:
+        if keys and random.random() < similar:
+            key = list(list(keys)[int(random.integers(len(keys)))])
+            key[int(random.integers(4))] = int(random.integers(symbols))
+        else:
+            key = random.integers(symbols, size=4).tolist()
+        keys.setdefault(tuple(key))
+    return np.array(list(keys), np.int32)
+
+
 def dictionary_document(
-    tokens: DictionaryTokens, n_tokens: int, records: int, random: np.random.Generator
+    tokens: DictionaryTokens,
+    n_tokens: int,
+    records: int,
+    random: np.random.Generator,
+    similar: float = 0.0,
+    ask: Literal["all", "first"] = "all",
 ) -> tuple[Ids, Mask]:
     """One document: its first half defines ``records`` records, its second half asks for them.
 
@@ -67,15 +95,14 @@ def dictionary_document(
         n_tokens: Tokens of the document, the specials included; halves are filled up with padding.
         records: Different records; no more than a half holds.
         random: Draws keys, values and order.
+        similar: Share of the keys that differ from an earlier one in a single symbol.
+        ask: Which questions the loss counts: ``all``, or the ``first`` about each record.
 
     Returns:
         Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,).
     """
     count = len(tokens.symbols)
-    keys: dict[int, None] = {}
-    while len(keys) < records:
-        keys.setdefault(int(random.integers(count**4)))
-    digits = np.stack(np.unravel_index(np.fromiter(keys, np.int64), (count,) * 4), axis=1)
+    digits = draw_keys(records, count, random, similar)
     values = tokens.symbols[random.integers(count, size=(records, 4))]
     table = np.empty((records, RECORD_TOKENS), np.int32)
     table[:, 0], table[:, 1:5] = tokens.key, tokens.symbols[digits]
@@ -97,7 +124,8 @@ def dictionary_document(
         stop = begin + room * RECORD_TOKENS
         if asks:
             chosen[:, 0] = tokens.question
-            targets[begin:stop].reshape(room, RECORD_TOKENS)[:, 6:] = True
+            counted = room if ask == "all" else min(room, records)
+            targets[begin:stop].reshape(room, RECORD_TOKENS)[:counted, 6:] = True
         ids[begin:stop] = chosen.reshape(-1)
     return ids, targets
 
@@ -146,6 +174,7 @@ class DictionarySource(MixtureSource):
 
         def make() -> tuple[Ids, Mask]:
             random = np.random.default_rng([self._seed, self._settings.seed, int(heldout), index])
-            return dictionary_document(self._tokens, self._settings.tokens, records, random)
+            settings = self._settings
+            return dictionary_document(self._tokens, settings.tokens, records, random, settings.similar, settings.ask)
 
         return MadeSequence(self._settings.tokens, make)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning_fot.errors import MissingLibraryError, SettingError
 
@@ -226,6 +226,10 @@ class DictionarySettings(SourceSettings):
         records: Distinct records of a document; [first, last] grows from one to the other; None takes as many as half a
             document holds. Fewer than that are defined several times.
         grow_documents: Documents over which ``records`` grows; the first document has ``first``.
+        similar: Share of the records whose key is that of an earlier record but for one symbol. Random keys are told
+            apart by two symbols of four as long as records are few; in a memory of millions that is not enough.
+        ask: Which questions the loss counts: ``all``, or the ``first`` about each record. Where a record is asked for
+            again, the answer can be copied from the local window, so that ``all`` also rewards what is no lookup.
         vocabulary: Tokens used: the three markers, and symbols.
         seed: Of the draw, beside the data module's.
     """
@@ -234,6 +238,8 @@ class DictionarySettings(SourceSettings):
     tokens: int = 512
     records: int | list[int] | None = None
     grow_documents: int = 10_000
+    similar: float = 0.0
+    ask: Literal["all", "first"] = "all"
     vocabulary: int = 64
     seed: int = 0
 
@@ -248,6 +254,9 @@ class DictionarySettings(SourceSettings):
         self._check_whole(0, "seed")
         self._check_whole(1, "grow_documents")
         self._check_whole(MARKERS + 2, "vocabulary")
+        self._check_numbers(0.0, "similar", high=1.0)
+        if self.ask not in ("all", "first"):
+            raise self.error("ask", "is not known", "Choose all or first.")
         given = self.records if isinstance(self.records, list) else [self.records]
         for count in given:
             if count is None and given is not self.records:

@@ -91,6 +91,41 @@ def test_fewer_records_are_repeated_and_their_number_grows() -> None:
     assert set(counts[38:]) == {20}
 
 
+def test_similar_keys_differ_from_an_earlier_one_in_one_symbol() -> None:
+    tokens = DictionaryTokens.of(ByteTokenizer(), 64)
+
+    def nearest(similar: float) -> list[int]:
+        """For every record but a document's first, in how many symbols its key differs from the nearest other."""
+        found = []
+        for document in first(dictionary(similar=similar).documents(0), 8):
+            keys = [key for key, _ in records_of(whole(document)[0][:256], tokens.key, tokens)]
+            assert len(set(keys)) == 25
+            found += [min(sum(a != b for a, b in zip(one, k, strict=True)) for k in keys if k != one) for one in keys]
+        return found
+
+    alone, mixed = nearest(0.0).count(1), nearest(0.5).count(1)
+    assert alone <= 2
+    # Half of the keys are such copies, and what they were copied from has a near one as well.
+    assert 100 < mixed < 200
+
+
+def test_only_the_first_question_about_a_record_counts_where_asked() -> None:
+    tokens = DictionaryTokens.of(ByteTokenizer(), 64)
+    (document,) = first(dictionary(records=7, ask="first").documents(0), 1)
+    ids, targets = whole(document)
+    asked = records_of(ids[256:], tokens.question, tokens)
+    assert len(asked) == 25
+    seen: set[tuple[int, ...]] = set()
+    wanted = []
+    for place, (key, value) in enumerate(asked):
+        if key not in seen:
+            seen.add(key)
+            wanted += [(256 + 10 * place + 6 + offset, symbol) for offset, symbol in enumerate(value)]
+    counted = [(place, one) for place, (one, target) in enumerate(zip(ids, targets, strict=True)) if target]
+    assert counted == wanted
+    assert len(wanted) == 28
+
+
 def test_documents_without_end_are_drawn_by_seed_and_number() -> None:
     def texts(source: Any, held: bool = False) -> list[list[int]]:
         return [whole(one)[0] for one in first(source.heldout() if held else source.documents(0), 6)]
@@ -249,6 +284,8 @@ def test_a_missing_or_unfit_chat_template_is_told_before_training(tmp_path: Path
         ([{"kind": "text", "paths": ["no such"]}], r"data\.sources\[0\]\.paths='no such': does not exist"),
         ([{"kind": "dictionary", "records": 26}], r"\.records=26: must be from 1 to 25"),
         ([{"kind": "dictionary", "records": [1, 2, 3]}], r"must be a number or \[first, last\]"),
+        ([{"kind": "dictionary", "similar": 1}], r"\.similar=1: must be a number of at least 0 and below 1"),
+        ([{"kind": "dictionary", "ask": "some"}], r"\.ask='some': is not known.*Choose all or first"),
         ([{"kind": "dictionary", "vocabulary": 5}], r"\.vocabulary=5: gives 16 different keys for 25 records"),
         ([{"kind": "instructions"}], r"\.paths=None: is missing"),
         ([{"kind": "huggingface"}], r"data\.sources\[0\]\.dataset=None: is missing"),
