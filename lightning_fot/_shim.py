@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 OPT_OUT = "LIGHTNING_FOT_NO_SHIM"
 DISTRIBUTION = "lightning-fot"
 CONFIG_VERBS = frozenset({"run", "fit", "validate", "test", "predict", "sweep"})
-OTHER_VERBS = frozenset({"bench", "ingest", "ask", "export", "report", "retrievers", "doctor"})
+OTHER_VERBS = frozenset({"bench", "ingest", "ask", "export", "lm-eval", "report", "retrievers", "doctor"})
 
 
 def _normalised(name: str) -> str:

@@ -35,6 +35,7 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
   ask         ask that memory a question: ask MEMORY "question"
+  lm-eval     tasks of EleutherAI's lm-evaluation-harness, with memory
   export      write a trained run as a Hugging Face folder: export RUN_FOLDER OUT
   retrievers  every retriever found: built-in and plug-ins
   doctor      versions, devices, who owns the script name, a self-test
@@ -136,6 +137,10 @@ def _dispatch(words: list[str], debug: bool) -> int:
         from lightning_fot.export_command import export
 
         return export(rest, f"{program_name()} export")
+    if verb == "lm-eval":
+        from lightning_fot.lm_eval_command import lm_eval
+
+        return lm_eval(rest, f"{program_name()} lm-eval")
     if verb in OTHER_VERBS:
         if rest and rest[0] in ("-h", "--help"):
             print(f"Usage: {program_name()} {verb}")

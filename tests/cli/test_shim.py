@@ -53,6 +53,7 @@ def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
         (["bench", "keys.npz"], True),
         (["ingest", "book", "book.txt"], True),
         (["ask", "book", "Who?"], True),
+        (["lm-eval", "--tasks", "x"], True),
         (["retrievers"], True),
         (["doctor"], True),
         (["login"], False),

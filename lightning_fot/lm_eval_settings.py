@@ -1,0 +1,32 @@
+"""Arguments of the harness's model ``lightning-fot``, read as a command line of ours, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.errors import SettingError
+from lightning_fot.library_settings import settings_of
+from lightning_fot.request import close_match, read_request
+
+if TYPE_CHECKING:
+    from lightning_fot.library import ModelSettings
+
+MODEL_NAME = "lightning-fot"
+_NAMES = ("config", "ckpt_path", "model.backbone", "model.dtype", "model.memory")
+
+
+def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
+    """The model that arguments such as ``{"config": "hnsw", "model.memory.top_k": 64}`` describe, checked.
+
+    Raises:
+        SettingError: One is unknown, or a value cannot work.
+        MissingLibraryError: A library that they need is not installed.
+    """
+    words: list[str] = []
+    for name, value in arguments.items():
+        if name not in _NAMES and not name.startswith("model."):
+            raise SettingError(name, value, "is not known", f"{close_match(name, _NAMES)}Use {', '.join(_NAMES)}.*.")
+        words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return settings_of(read_request("lm-eval", words))
