@@ -18,12 +18,13 @@ from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.request import Request, read_request
 from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.runs import RunCell, run_cells, with_settings
+from lightning_fot.sweep.search import JOURNAL, Search, index_measures
 from lightning_fot.sweep.settings import Build, SweepConfig, combinations, digest, label_of
 
 if TYPE_CHECKING:
     from lightning_fot.progress import JobProgress
     from lightning_fot.stopping import StopGuard
-    from lightning_fot.sweep.measure import IndexCell
+    from lightning_fot.sweep.measure import IndexCell, Recorded
 
 ROOT = Path("sweeps")
 HELP = """\
@@ -90,9 +91,13 @@ class _Sweep:
         self.config = config
         self.folder = folder
         self.options = options
-        own = {"sweep", "run_dir", "ckpt_path"} if config.runs else {"sweep", "run_dir"}
+        self.searched = config.search_config()
+        trains = config.runs or (self.searched is not None and self.searched.runs)
+        own = {"sweep", "run_dir", "ckpt_path"} if trains else {"sweep", "run_dir"}
         self.settings = {key: value for key, value in request.settings.items() if key not in own}
         self.builds: list[Build] = config.builds()
+        self.layers: list[Recorded] = []
+        self.search: Search | None = None
         self.failures: dict[str, str] = {}
         self.busy: list[str] = []
 
@@ -100,8 +105,8 @@ class _Sweep:
         """Finds what cannot work before anything is measured."""
         from lightning_fot.preflight import check_settings
 
-        changes = [*self._recordings(), *combinations(self.config.runs)] if self.config.runs else self._recordings()
-        for change in changes:
+        runs = list(combinations(self.config.runs)) if self.config.runs else []
+        for change in [*self._recordings(), *runs, *(self.searched.corners() if self.searched else [])]:
             changed = with_settings(self.settings, change)
             check_settings(Request("run", self.request.configs, [], changed, program=self.request.program))
 
@@ -140,6 +145,11 @@ class _Sweep:
             row = next(iter((self.folder.read(run.key) or {}).get("rows", [])), None)
             spent.add("run", 1.0, float(row is None), (row or {}).get("seconds"))
             print(f"{'to do' if row is None else 'done':5}  {run.label}")
+        if self.searched is not None:
+            readable = bool(self.layers) or not self.searched.retrievers
+            begun = readable and (self.searched.storage is not None or (self.folder.path / JOURNAL).is_file())
+            ended = self._open_search().ended if begun else 0
+            print(f"search: {ended} of {self.searched.trials} trials done")
         print(spent)
         return 0
 
@@ -165,8 +175,14 @@ class _Sweep:
                     if stopped is not None:
                         return stopped
                     cells = self._index_cells()
+                    open_cells = sum(bool(cell.missing(self.folder.read(cell.key))) for cell in cells)
+                    if cells:
+                        progress.message(
+                            f"{len(cells)} index cells: {len(cells) - open_cells} done, {open_cells} to do."
+                        )
                     self._measure(cells, progress, guard)
-                    self._train(progress)
+                    self._train(self._runs(), progress)
+                    self._search(progress, guard)
                 except (Stopped, KeyboardInterrupt) as stop:
                     code = stop.exit_code if isinstance(stop, Stopped) else 130
         self._finish(cells, code)
@@ -232,16 +248,16 @@ class _Sweep:
             return []
         from lightning_fot.sweep.measure import index_cells, read_layers
 
+        if self.layers:
+            return index_cells(self.layers, self.builds, self.config)
         files = [(label_of(change), self._recording(change)) for change in self._recordings()]
         if self.config.keys is not None:
             files = [("", Path(self.config.keys).expanduser())]
-        layers = [layer for name, file in files for layer in read_layers(file, name, self.config.queries)]
-        return index_cells(layers, self.builds, self.config)
+        self.layers = [layer for name, file in files for layer in read_layers(file, name, self.config.queries)]
+        return index_cells(self.layers, self.builds, self.config)
 
     def _measure(self, cells: Sequence[IndexCell], progress: JobProgress, guard: StopGuard) -> None:
         todo = [cell for cell in cells if cell.missing(self.folder.read(cell.key))]
-        if cells:
-            progress.message(f"{len(cells)} index cells: {len(cells) - len(todo)} done, {len(todo)} to do.")
         progress.plan([(cell.label, cell.cost) for cell in todo])
         for cell in todo:
             with self._ours(cell.key, cell.label) as known:
@@ -252,8 +268,8 @@ class _Sweep:
                     cell.measure(known, partial(self.folder.write, cell.key), guard.check)
                 progress.finish(cell.label)
 
-    def _train(self, progress: JobProgress) -> None:
-        todo = [cell for cell in self._runs() if not (self.folder.read(cell.key) or {}).get("rows")]
+    def _train(self, cells: Sequence[RunCell], progress: JobProgress) -> None:
+        todo = [cell for cell in cells if not (self.folder.read(cell.key) or {}).get("rows")]
         progress.plan([(cell.label, 1e6) for cell in todo])
         for cell in todo:
             with self._ours(cell.key, cell.label) as known:
@@ -263,6 +279,71 @@ class _Sweep:
                 with self._recorded_failure(cell.key, cell.label, progress):
                     self.folder.write(cell.key, cell.run())
                 progress.finish(cell.label)
+
+    def _open_search(self) -> Search:
+        assert self.searched is not None
+        identity: Any = self.settings
+        if self.searched.retrievers:
+            asked = [self.config.top_k, self.config.batch, self.config.memory_tokens]
+            identity = [[layer.identity for layer in self.layers], asked]
+        return Search(self.searched, self.folder, identity)
+
+    def _search(self, progress: JobProgress, guard: StopGuard) -> None:
+        """Tries what the search draws until it has its trials, with others who share the folder or the storage."""
+        if self.searched is None:
+            return
+        self.search = self._open_search()
+        while True:
+            guard.check()
+            with self.search.next() as found:
+                if found is None:
+                    return
+                trial, drawn = found
+                try:
+                    measures = self._measured(drawn, progress, guard)
+                    self.search.tell(trial, measures)
+                except (SettingError, RuntimeError) as error:
+                    self.search.fail(trial, str(error))
+                    self.failures[f"trial {trial.number}"] = str(error)
+                    continue
+                told = ", ".join(f"{name} {measures[name]:.4g}" for name in self.searched.objectives)
+                progress.message(f"Trial {trial.number} ({self.search.ended} of {self.searched.trials} done): {told}")
+
+    def _measured(self, drawn: Build | dict[str, Any], progress: JobProgress, guard: StopGuard) -> dict[str, Any]:
+        """What is known of what a trial tries, once it has been measured, by us or by another process.
+
+        Raises:
+            RuntimeError: It cannot be measured.
+        """
+        indexes, runs = self._cells_of([drawn])
+        cells: list[IndexCell | RunCell] = [*indexes, *runs]
+        labels = [cell.label for cell in cells]
+        while True:
+            guard.check()
+            self._measure(indexes, progress, guard)
+            self._train(runs, progress)
+            failed = [self.failures[label] for label in labels if label in self.failures]
+            if failed:
+                raise RuntimeError(failed[0])
+            known = [self.folder.read(cell.key) or {} for cell in cells]
+            complete = not any(cell.missing(one) for cell, one in zip(indexes, known, strict=False))
+            if complete and all(one.get("rows") for one in known):
+                break
+            time.sleep(1.0)
+        # Another process may have been at one of them.
+        self.busy = [label for label in self.busy if label not in labels]
+        if indexes:
+            return index_measures([row for cell, one in zip(indexes, known, strict=True) for row in cell.wanted(one)])
+        return dict(known[0]["rows"][0])
+
+    def _cells_of(self, drawn: Sequence[Build | dict[str, Any]]) -> tuple[list[IndexCell], list[RunCell]]:
+        """The cells of what trials have drawn."""
+        from lightning_fot.sweep.measure import index_cells
+
+        builds = [one for one in drawn if isinstance(one, Build)]
+        parent = self.folder.runs.resolve()
+        runs = [RunCell(one, with_settings(self.settings, one), parent) for one in drawn if not isinstance(one, Build)]
+        return index_cells(self.layers, builds, self.config) if builds else [], runs
 
     @contextlib.contextmanager
     def _ours(self, key: str, label: str) -> Iterator[dict[str, Any] | None]:
@@ -288,22 +369,17 @@ class _Sweep:
             self.folder.write(key, {**known, "error": self.failures[label]})
             progress.message(f"{label} failed: {error}")
 
-    @contextlib.contextmanager
-    def _turn(self, name: str) -> Iterator[None]:
-        """Waits until no other process is in the block."""
-        while True:
-            with self.folder.claim(name) as ours:
-                if ours:
-                    yield
-                    return
-            time.sleep(0.2)
-
     def _finish(self, cells: Sequence[IndexCell], code: int) -> None:
         from lightning_fot.sweep.outcome import Outcome
 
-        outcome = Outcome(self.folder, self.settings, self.config, cells, self._runs(), self.failures)
+        runs, searched = self._runs(), None
+        if self.search is not None:
+            searched = self.search.results()
+            indexes, more = self._cells_of(self.search.drawn())
+            cells, runs = [*cells, *indexes], list({cell.key: cell for cell in (*runs, *more)}.values())
+        outcome = Outcome(self.folder, self.settings, self.config, cells, runs, self.failures, searched)
         # One process at a time: the last to end has seen the cells of all.
-        with self._turn("outcome"):
+        with self.folder.turn("outcome"):
             results = outcome.write()
         if self.options.json:
             print(json.dumps(results, indent=2, default=str))

@@ -41,8 +41,7 @@ def brief_tables(results: read.Row) -> list[Table]:
             if table is not None:
                 title = f"{largest:,.0f} keys a head, {batch} queries at once, k={k}: exact search and the Pareto front"
                 found.append(_narrow(table, title))
-    trained = runs(results)
-    return [*found, *([trained] if trained is not None else [])]
+    return [*found, *(table for table in (trials(results), runs(results)) if table is not None)]
 
 
 def _layer(row: read.Row) -> str:
@@ -69,7 +68,7 @@ def _narrow(table: Table, title: str) -> Table:
 
 def sweep_tables(results: read.Row) -> list[Table]:
     """The tables that have rows."""
-    found = [cells(results), runs(results), costs(results)]
+    found = [trials(results), cells(results), runs(results), costs(results)]
     return [table for table in found if table is not None]
 
 
@@ -131,6 +130,34 @@ def runs(results: read.Row) -> Table | None:
     columns = (*(name.rpartition(".")[2] for name in words), *(name.replace("_", " ") for name in numbers))
     note = "One run a row: the numbers of another seed will differ. Perplexity is at the longest context measured."
     return Table("Runs", columns, body, words=len(words), note=note)
+
+
+def trials(results: read.Row) -> Table | None:
+    """The trials of a search that no other beats, and what they tried."""
+    search = read.section(read.section(results, "sweep"), "search")
+    listed = read.rows(search, "trials")
+    best = search.get("best")
+    shown = [row for row in listed if isinstance(best, list) and row.get("trial") in best]
+    if not shown:
+        return None
+    objectives = list(read.section(search, "objectives"))
+    drawn = [
+        name for name in dict.fromkeys(name for row in listed for name in row) if name not in (*objectives, "trial")
+    ]
+    body = []
+    for row in sorted(shown, key=lambda row: read.number(row, objectives[0]) or 0.0):
+        words = " ".join(f"{name}={row[name]}" for name in drawn if row.get(name) is not None)
+        values = [read.number(row, name) for name in objectives]
+        body.append(
+            (
+                Cell(str(row["trial"]), row["trial"]),
+                Cell(words, words),
+                *(Cell(formats.significant(value, 4), value) for value in values),
+            )
+        )
+    title = f"Search: the best of {len(listed)} trials"
+    note = "No other trial is better in all of these. Layers are averaged; speed is that of exact search times so much."
+    return Table(title, ("trial", "settings", *objectives), tuple(body), words=2, note=note)
 
 
 def costs(results: read.Row) -> Table | None:

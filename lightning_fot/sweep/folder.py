@@ -68,6 +68,16 @@ class SweepFolder:
             beat.join()
             path.unlink(missing_ok=True)
 
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Waits until no other process is in a block of this name."""
+        while True:
+            with self.claim(name) as ours:
+                if ours:
+                    yield
+                    return
+            time.sleep(0.1)
+
     def _take(self, path: Path) -> bool:
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         for _ in range(2):

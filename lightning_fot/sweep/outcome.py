@@ -31,6 +31,7 @@ class Outcome:
         cells: Index cells.
         runs: Training cells.
         failures: Errors by the label of their cell.
+        search: What a search has found (:meth:`~lightning_fot.sweep.search.Search.results`).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Outcome:
         cells: Sequence[IndexCell],
         runs: Sequence[RunCell],
         failures: Mapping[str, str],
+        search: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -48,6 +50,7 @@ class Outcome:
         self.cells = cells
         self.runs = runs
         self.failures = failures
+        self.search = search
 
     def results(self) -> dict[str, Any]:
         """The contents of ``results.json``: as a run's, with a section ``sweep``.
@@ -56,7 +59,10 @@ class Outcome:
         holds all of them, ``sweep.runs`` a row a run, ``sweep.cost_model`` what larger memories would cost.
         """
         known = [(cell, self.folder.read(cell.key)) for cell in self.cells]
-        rows = [row for cell, found in known for row in cell.wanted(found)]
+        # What a grid and a search have both asked for is one row.
+        unique = {(cell.key, json.dumps([row["query"], row["k"], row["batch"]], sort_keys=True)): row
+                  for cell, found in known for row in cell.wanted(found)}  # fmt: skip
+        rows = list(unique.values())
         trained = [(cell, self.folder.read(cell.key)) for cell in self.runs]
         done = not any(cell.missing(found) for cell, found in known) and all(
             (found or {}).get("rows") for _, found in trained
@@ -65,7 +71,7 @@ class Outcome:
         exact = [row for row in shown if row["retriever"] == "exact"]
         return {
             "schema": SCHEMA,
-            "complete": bool(done and (self.cells or self.runs)),
+            "complete": bool(done and (self.cells or self.runs) and (self.search or {}).get("complete", True)),
             "title": f"Sweep {self.folder.path.resolve().name}",
             "config": {**self.settings, "sweep": vars(self.config)},
             "environment": environment(),
@@ -79,6 +85,7 @@ class Outcome:
                     for row in (found or {}).get("rows", [])
                 ],
                 "cost_model": cost_model(rows),
+                "search": dict(self.search) if self.search is not None else None,
                 "failures": dict(self.failures),
             },
         }
@@ -87,7 +94,7 @@ class Outcome:
         return bool(row["batch"] == max(self.config.batch) and row["k"] == self.config.top_k[0])
 
     def write(self) -> dict[str, Any]:
-        """Writes ``results.json``, ``cells.csv``, ``runs.csv``, ``report.html`` and ``recall_vs_speed.png``."""
+        """Writes ``results.json``, ``cells.csv``, ``runs.csv``, ``trials.csv``, the page and the figure."""
         from lightning_fot.report import write_report
 
         results = self.results()
@@ -95,6 +102,8 @@ class Outcome:
         for name in ("cells", "runs"):
             if results["sweep"][name]:
                 write_text(self.folder.path / f"{name}.csv", as_csv(results["sweep"][name]))
+        if self.search is not None and self.search["trials"]:
+            write_text(self.folder.path / "trials.csv", as_csv(self.search["trials"]))
         if results["sweep"]["cells"] or results["sweep"]["runs"]:
             write_report(results, self.folder.path)
         return results
@@ -111,8 +120,8 @@ class Outcome:
             print_table(table, console)
         for label, problem in self.failures.items():
             console.print(f"failed: {label}: {problem}", markup=False, highlight=False, soft_wrap=True)
-        files = [name for name in ("report.html", "recall_vs_speed.png", "cells.csv", "runs.csv", "results.json")
-                 if (self.folder.path / name).is_file()]  # fmt: skip
+        written = ("report.html", "recall_vs_speed.png", "cells.csv", "runs.csv", "trials.csv", "results.json")
+        files = [name for name in written if (self.folder.path / name).is_file()]
         listed = ", ".join(files)
         console.print(f"Results: {self.folder.path}  ({listed})", markup=False, highlight=False, soft_wrap=True)
 

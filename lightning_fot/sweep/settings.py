@@ -9,10 +9,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
 from lightning_fot.request import close_match
+
+if TYPE_CHECKING:
+    from lightning_fot.sweep.space import SearchConfig
 
 
 @dataclass
@@ -37,6 +40,8 @@ class SweepConfig:
         batch: Queries a head in one call: 1 is decoding, 512 reading.
         repeats: Timed passes over the queries.
         runs: Grid over any settings, such as ``{model.crossbatch.d: [1, 2, 8]}``: each combination is a run.
+        search: In place of a grid, or beside one: what Optuna tries
+            (:class:`~lightning_fot.sweep.space.SearchConfig`).
 
     Raises:
         SettingError: A value is out of its range, or nothing is asked for.
@@ -53,10 +58,11 @@ class SweepConfig:
     batch: list[int] = field(default_factory=lambda: [1, 512])
     repeats: int = 3
     runs: dict[str, list[Any]] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "queries", "past", "repeats"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("top_k", "batch", "memory_tokens"):
             values = getattr(self, name)
             if values is None:
@@ -64,13 +70,13 @@ class SweepConfig:
             if not isinstance(values, list) or not values:
                 raise SettingError(f"sweep.{name}", values, "must be a list of numbers", f"Write {name}: [32].")
             for value in values:
-                _check_count(name, value)
+                check_count(name, value)
         for name in ("recordings", "runs"):
             _check_grid(f"sweep.{name}", getattr(self, name))
         if not isinstance(self.retrievers, list):
             raise SettingError("sweep.retrievers", self.retrievers, "must be a list", "Write [exact, hnsw].")
-        if not self.retrievers and not self.runs:
-            raise SettingError("sweep", {}, "asks for nothing", "Name retrievers, or runs.")
+        if not self.retrievers and not self.runs and self.search is None:
+            raise SettingError("sweep", {}, "asks for nothing", "Name retrievers, or runs, or a search.")
         if self.keys is not None and self.recordings:
             raise SettingError("sweep.recordings", self.recordings, "cannot be had with keys", "Give one of them.")
         if self.keys is not None and not Path(self.keys).expanduser().is_file():
@@ -101,6 +107,32 @@ class SweepConfig:
                 )
         return cls(**{str(key): value for key, value in section.items() if value is not None})
 
+    @property
+    def searches_indexes(self) -> bool:
+        """Whether a search tries retrievers."""
+        return self.search is not None and bool(self.search.get("retrievers"))
+
+    def search_config(self) -> SearchConfig | None:
+        """The section ``search``, checked; None where there is none.
+
+        Raises:
+            SettingError: It is wrong, or what it measures would not be one number.
+            MissingLibraryError: Optuna, or the library of a retriever, is not installed.
+        """
+        if self.search is None:
+            return None
+        from lightning_fot.sweep.search import check_optuna
+        from lightning_fot.sweep.space import SearchConfig
+
+        found = SearchConfig.of(self.search)
+        for name in ("top_k", "batch", "memory_tokens") if found.retrievers else ():
+            values = getattr(self, name) or [1]
+            if len(values) > 1:
+                raise SettingError(f"sweep.{name}", values, "is several, and a search compares alike", "Give one.")
+        found.check()
+        check_optuna()
+        return found
+
     def builds(self) -> list[Build]:
         """Every retriever with every combination of its build arguments, exact search first, checked.
 
@@ -112,7 +144,7 @@ class SweepConfig:
 
         found: list[Build] = []
         # The others are compared with exact search, whether it is asked for or not.
-        for entry in ["exact", *self.retrievers] if self.retrievers else []:
+        for entry in ["exact", *self.retrievers] if self.retrievers or self.searches_indexes else []:
             for build in _builds(entry):
                 if build not in found:
                     found.append(build)
@@ -184,7 +216,8 @@ def label_of(combination: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in combination.items())
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"sweep.{name}", value, "must be a whole number of at least 1", "Correct it.")
 

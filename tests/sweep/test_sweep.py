@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from lightning_fot.sweep.cost_model import cost_model, fit_power
 from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.runs import run_cells
 from lightning_fot.sweep.settings import SweepConfig, combinations
+from lightning_fot.sweep.space import SearchConfig
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -258,6 +260,8 @@ def test_shipped_sweeps_parse_and_say_how_to_run_them(name):
     request = read_request("sweep", ["--config", f"sweeps/{name}"])
     config = SweepConfig.of(request.get("sweep"))
     assert config.builds() or run_cells(config.runs, request.settings, Path("runs"))
+    if config.search is not None:
+        pytest.importorskip("optuna")
     assert main(["sweep", "--config", f"sweeps/{name}", "--plan", "--run_dir=nowhere"]) == 0
 
 
@@ -303,11 +307,12 @@ def test_the_page_on_sweeps_shows_what_there_is():
     from markdown_blocks import ROOT, blocks
 
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    grid = yaml.safe_load(blocks(page, "yaml")[0])
+    grid, search = map(yaml.safe_load, blocks(page, "yaml"))
     assert SweepConfig.of(grid["sweep"]).builds()
+    SearchConfig.of(search["sweep"]["search"]).check()
     for line in "\n".join(blocks(page, "bash")).splitlines():
         words = shlex.split(line, comments=True)
-        if words[1:2] == ["sweep"]:
+        if words[1:2] == ["sweep"] and (find_spec("optuna") or "search" not in line):
             assert main([*words[1:], "--plan"]) == 0
         else:
-            assert words[:2] in ([], ["lightning", "report"])
+            assert words[:2] in ([], ["lightning", "report"], ["lightning", "sweep"])
