@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.lm_eval_settings import MODEL_NAME, model_settings
-from lightning_fot.pretrained import NAMED_BACKBONES, load_tokenizer
+from lightning_fot.pretrained import load_tokenizer
 
 INSTALL = "pip install 'lightning-fot[lm-eval]'"
 HELP = """\
@@ -104,7 +105,7 @@ def split(words: Sequence[str], program: str) -> tuple[dict[str, Any], list[str]
 @contextmanager
 def _tokenizer_folder(backbone: str) -> Iterator[str]:
     """Where transformers finds the tokenizer of a backbone."""
-    if backbone not in NAMED_BACKBONES:
+    if Path(backbone).is_dir():
         yield backbone
         return
     with tempfile.TemporaryDirectory() as folder:

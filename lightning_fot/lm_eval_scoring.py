@@ -44,7 +44,10 @@ class Score:
 
 def plain_tokens(config: MemoryConfig) -> int:
     """Tokens up to which an attached model with an empty memory is its plain backbone; 0 where it never is."""
-    return config.window if config.positions == "first" and config.integration == "softmax" else 0
+    if config.positions != "first" or config.integration != "softmax":
+        return 0
+    # Farther local distances would be clamped.
+    return min(config.window, getattr(config, "max_distance", None) or config.window)
 
 
 def new_tokens(options: Mapping[str, Any], default: int) -> int:

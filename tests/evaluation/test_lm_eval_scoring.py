@@ -107,7 +107,8 @@ def test_the_command_line_is_parted():
         (["--config", "smoke"], "tasks=None: are not given"),
         (["--tasks", "x", "--model", "hf"], "is always lightning-fot here"),
         (["--tasks", "x", "--config", "smoke", "--model.memory.topk=3"], "Did you mean model.memory.top_k"),
-        (["--tasks", "x", "--config"], "has no value"),
+        (["--tasks", "x", "--config", "smoke", "--model.trainable=all"], "model.trainable='all': is not known"),
+        (["--tasks", "x", "--config", "smoke", "--config"], "has no value"),
         (["--tasks", "x", "--config", "nowhere.yaml"], "no such file"),
     ],
 )
@@ -124,6 +125,10 @@ def test_settings_are_those_of_a_command_line(tmp_path: Path):
     assert found.memory["retriever"]["M"] == 4
     # As the harness keeps them: in JSON.
     assert model_settings(json.loads(json.dumps(arguments))) == found
+    rope = tmp_path / "rope.yaml"
+    rope.write_text("model: {backbone: tiny-random-llama, rope: {type: linear, factor: 2.0}}")
+    with pytest.raises(SettingError, match=r"model\.rope"):
+        model_settings({"config": str(rope)})
     with pytest.raises(SettingError, match=r"confg='smoke': is not known. Did you mean config"):
         model_settings({"confg": "smoke"})
 
