@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.errors import SettingError
+from lightning_fot.evaluation.tasks.settings import TASKS, DictionaryTask, TaskSettings, read_task
 from lightning_fot.schedules import ScheduleConfig, schedule_from
 
 
@@ -245,7 +246,6 @@ class LoraSettings:
 
 
 @dataclass
-@dataclass
 class RopeSettings:
     """How far a backbone's rotary positions are stretched, by transformers' formulas (docs/comparison_modes.md).
 
@@ -273,6 +273,7 @@ class RopeSettings:
         _at_least("model.rope", self, 1, "original_length")
 
 
+@dataclass
 class EvaluationConfig:
     """What is measured after training, always with the configured retriever beside exact search.
 
@@ -288,6 +289,7 @@ class EvaluationConfig:
         retrieval_repeats: Timed calls for each setting.
         query_grid: Query settings to measure, such as ``[{"ef_search": 64}, {"ef_search": 128}]``; None takes the
             backend's own grid.
+        dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves it out.
 
     Raises:
         SettingError: A value is out of its range.
@@ -302,9 +304,12 @@ class EvaluationConfig:
     retrieval_queries: int = 512
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
+    dictionary: DictionaryTask | None = None
 
     def __post_init__(self) -> None:
         prefix = "evaluation"
+        for kind in TASKS:
+            setattr(self, kind.name, read_task(kind, getattr(self, kind.name)))
         _at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
         _at_least(prefix, self, 0, "passkey_samples")
         for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
@@ -320,3 +325,8 @@ class EvaluationConfig:
                 "needs context_tokens",
                 "Say how much of the document itself is in memory.",
             )
+
+    @property
+    def tasks(self) -> list[TaskSettings]:
+        """Settings of the tasks that are asked for, in a fixed order."""
+        return [settings for kind in TASKS if (settings := getattr(self, kind.name)) is not None]

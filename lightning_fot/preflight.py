@@ -61,7 +61,8 @@ def check_settings(request: Request) -> None:
     memory = _build(MemoryConfig, request, "model.memory")
     _build(CrossbatchConfig, request, "model.crossbatch")
     _build(RopeSettings, request, "model.rope")
-    _build(EvaluationConfig, request, "evaluation")
+    for task in _build(EvaluationConfig, request, "evaluation").tasks:
+        task.check(memory.window)
     _check_retriever(memory.retriever)
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
     _check_paths(request)

@@ -34,6 +34,7 @@ from lightning_fot.evaluation.plan import (
 )
 from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
 from lightning_fot.evaluation.rows import Record, summarise
+from lightning_fot.evaluation.tasks.runner import TaskRunner
 from lightning_fot.layers import evaluation_mode
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def evaluate(
     done: Mapping[str, Record] | None = None,
     on_result: Callable[[str, Record], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures perplexity, passkey, and recall and speed of retrieval.
+    """Measures perplexity, passkey and other tasks, and recall and speed of retrieval.
 
     The model is put in evaluation mode and left in the mode it was in; nothing is kept that training would see.
     Where the configured retriever held too few keys to use its index, each of its searches was an exact one; the
@@ -96,7 +97,7 @@ def evaluate(
         ``retrieval_in_run``: lists of rows for ``results.json``.
 
     Raises:
-        SettingError: No document is long enough, or a passkey length is too short for the tokenizer.
+        SettingError: No document is long enough, or a task's settings do not fit the model or its tokenizer.
     """
     run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors)
     with evaluation_mode(lm.model), torch.no_grad():
@@ -130,6 +131,7 @@ class _Evaluation:
         self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
         self.longest = max(config.context_tokens, default=0)
         self.examples = self._examples()
+        self.tasks = TaskRunner(lm, tokenizer, config, self._advance)
         self.capture: Capture | None = None
 
     def _examples(self) -> list[tuple[int, PasskeyExample]]:
@@ -158,6 +160,7 @@ class _Evaluation:
             if self.progress is not None:
                 self.progress.finish(phase.name)
         self.capture = None
+        self.tasks.release()
 
     def _replan(self) -> None:
         """Tells progress where the plan that it was given before anything was known is wrong."""
@@ -188,6 +191,8 @@ class _Evaluation:
 
     def _measure(self, phase: Phase) -> Record:
         spec = EXACT if phase.memory == EXACT else self.lm.config.retriever
+        if phase.section in self.tasks:
+            return self.tasks.measure(phase, spec)
         if phase.section == "perplexity":
             return [self._perplexity(phase, spec, place) for place in range(len(self.documents))]
         if phase.section == "passkey":

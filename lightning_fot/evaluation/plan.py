@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.registry import layer_specs
@@ -52,14 +52,14 @@ class Phase:
 
     Args:
         name: Unique; also what progress shows.
-        section: What is measured.
+        section: What is measured: ``perplexity``, ``retrieval``, ``passkey``, ``multi_doc``, or the name of a task.
         memory: ``none``, ``exact`` or the retriever's name.
         context_tokens: Tokens in memory; 0 where the phase covers several lengths or none.
         cost: Token passes, as progress counts them.
     """
 
     name: str
-    section: Literal["perplexity", "retrieval", "passkey", "multi_doc"]
+    section: str
     memory: str
     context_tokens: int
     cost: float
@@ -137,6 +137,16 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         for kind in kinds:
             known = kind != label and lengths[-1] < index_size(retriever)
             listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, 0.0 if known else local + stored))
+    # Kind by kind: a memory that grows is the only one.
+    for task in config.tasks:
+        for kind in (NONE, *kinds):
+            for length in task.lengths:
+                known = kind == EXACT != label and length < index_size(retriever)
+                asked = task.tokens_to_ask(length) * LOCAL_COST
+                cost = asked if kind == NONE else asked + task.tokens_to_read(length) * INGEST_COST
+                shown = "no memory" if kind == NONE else kind
+                name = f"{task.name}: {shown}, {length} tokens"
+                listed.append(Phase(name, task.name, kind, length, 0.0 if known else cost))
     return listed
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning_fot.evaluation.passkey import wilson
 from lightning_fot.evaluation.perplexity import Estimate, difference, estimate
 from lightning_fot.evaluation.plan import EXACT, NONE, phases, retriever_label
+from lightning_fot.evaluation.tasks.summary import task_row
 
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
@@ -29,7 +30,10 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
 
     Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window``
     of them the key was told within the local window, where no memory is needed. ``passkey_depths`` has ``accuracy``
-    over ``n`` prompts for each fifth of the filler that the key stands in (``depth``: where that begins).
+    over ``n`` prompts for each fifth of the filler that the key stands in (``depth``: where that begins). Other tasks
+    than the passkey have ``token_accuracy`` and ``nll`` (nats an answer token, mean over answers, with its standard
+    error), ``question_ms``, and with a memory its ``bytes``, ``read_tokens_per_s`` and, where an index was used,
+    ``recall`` and ``mass_recall`` of searches made by the questions.
 
     Multi-document rows: ``context_tokens`` of the document itself and ``distractor_tokens`` of others, ``value`` and
     the like as for perplexity, ``own_share``, and over the same tokens without other documents ``rise_nats`` with
@@ -50,7 +54,9 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         "retrieval_in_run": [],
     }
     listed = phases(config, retriever, 1)
-    base = next((records.get(phase.name) for phase in listed if phase.memory == NONE), None)
+    tasks = {settings.name for settings in config.tasks}
+    plain = ("perplexity", NONE)
+    base = next((records.get(phase.name) for phase in listed if (phase.section, phase.memory) == plain), None)
     for phase in listed:
         record = records.get(phase.name)
         if not record:
@@ -61,6 +67,9 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         elif phase.section == "passkey":
             result["tasks"] += _task_rows(phase.memory, record)
             result["passkey_depths"] += _depth_rows(phase.memory, record)
+        elif phase.section in tasks:
+            row = task_row(phase.section, phase.context_tokens, phase.memory, record)
+            result["tasks"].append(row | _note(record))
         elif phase.section == "multi_doc":
             result["multi_doc"] += _distraction_rows(phase.memory, phase.context_tokens, record)
         else:

@@ -121,8 +121,9 @@ def tasks(results: read.Row) -> list[Table]:
             return Cell(text, accuracy, accuracy)
 
         if contexts:
-            title = f"{task.capitalize()} accuracy by prompt length in tokens"
-            tables.append(_by_context(title, table, contexts, cell, "Right answers of the prompts tried in brackets."))
+            measured = "prompt length" if task == "passkey" else "memory"
+            title = f"{task.capitalize()} accuracy by {measured} in tokens"
+            tables.append(_by_context(title, table, contexts, cell, "Right answers of those asked for in brackets."))
     return tables
 
 

@@ -1,0 +1,46 @@
+"""What a task is made of: texts that go into a memory, and local windows with answers in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Local tokens with answers in them; several questions may share a window, each seeing those before it.
+
+    Args:
+        ids: int32 (n,), the answers included.
+        answers: Where each answer begins and ends; each token of it is predicted from all before.
+    """
+
+    ids: Ids
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A text in memory, and what is asked beside it; no question sees another probe's.
+
+    Args:
+        context: int32 (c,), goes into the memory.
+        probes: Read one by one beside that memory, which they leave as it is.
+    """
+
+    context: Ids
+    probes: tuple[Probe, ...]
+
+
+class Task(Protocol):
+    """Makes the examples of one task; the same ones every time."""
+
+    def episodes(self, length: int) -> Sequence[Episode]:
+        """The examples of one of the lengths that are set."""
+        ...

@@ -1,0 +1,160 @@
+"""Runs tasks: reads each text into a memory, asks beside it, and counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_fot.evaluation.perplexity import read_logits, token_losses
+from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
+from lightning_fot.evaluation.retrieval import index_used, live_quality, sample_rows
+from lightning_fot.evaluation.tasks.episode import Episode, Ids, Probe, Task
+from lightning_fot.evaluation.tasks.reading import read
+from lightning_fot.evaluation.tasks.registry import make_task
+
+if TYPE_CHECKING:
+    from lightning_fot.config import EvaluationConfig
+    from lightning_fot.lm import MemoryLM
+    from lightning_fot.memory import Memory
+
+Row = dict[str, Any]
+# Queries a KV head whose search is compared with an exact one.
+_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one answer was predicted.
+
+    Args:
+        right: Its tokens that were the most likely ones, given those before them.
+        tokens: Its tokens.
+        nats: Loss over them.
+    """
+
+    right: int
+    tokens: int
+    nats: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether greedy decoding gives it whole."""
+        return self.right == self.tokens
+
+
+@torch.no_grad()
+def ask(lm: MemoryLM, probe: Probe, memory: Memory | None) -> list[Answer]:
+    """Each answer of a probe beside a memory, which stays as it is."""
+    first, last = probe.answers[0][0], probe.answers[-1][1]
+    ids = torch.from_numpy(probe.ids.astype(np.int64)).to(lm.device)
+    logits, _ = read_logits(lm, ids[: last - 1], memory, keep=last - first)
+    losses, right = token_losses(logits, ids[first:last]), (logits.argmax(-1) == ids[first:last]).cpu()
+    return [
+        Answer(
+            int(right[start - first : stop - first].sum()),
+            stop - start,
+            float(losses[start - first : stop - first].double().sum()),
+        )
+        for start, stop in probe.answers
+    ]
+
+
+class TaskRunner:
+    """All tasks of an evaluation. What is wrong with one is told when this is made.
+
+    A text that goes on where the one before ended is read on in the same memory.
+
+    Args:
+        lm: The model.
+        tokenizer: Its tokenizer.
+        config: What to measure.
+        advance: Called with the token passes done.
+    """
+
+    def __init__(
+        self, lm: MemoryLM, tokenizer: Any, config: EvaluationConfig, advance: Callable[[float], None]
+    ) -> None:
+        self._lm = lm
+        self._advance = advance
+        local = lm.config.last_context_length or lm.config.window
+        self._tasks: dict[str, Task] = {
+            settings.name: make_task(settings, tokenizer, lm.config.window, local) for settings in config.tasks
+        }
+        # Memory kind, what was read, and the memory.
+        self._kept: tuple[str, Ids, Memory] | None = None
+
+    def __contains__(self, section: str) -> bool:
+        return section in self._tasks
+
+    def measure(self, phase: Phase, spec: Any) -> list[Row]:
+        """A row for each episode of a phase: ``right`` and ``tokens`` and ``nats`` of each answer, and what it took."""
+        return [
+            self._measure(episode, phase.memory, spec)
+            for episode in self._tasks[phase.section].episodes(phase.context_tokens)
+        ]
+
+    def release(self) -> None:
+        """Lets go of the memory."""
+        self._kept = None
+
+    def _measure(self, episode: Episode, kind: str, spec: Any) -> Row:
+        row: Row = {"index_used": None}
+        memory = None
+        if kind == NONE:
+            self.release()
+        else:
+            began = time.perf_counter()
+            memory, row["read_tokens"] = self._memory(episode.context, kind, spec)
+            memory.flush()
+            row["read_s"] = time.perf_counter() - began
+            row |= {"bytes": memory.nbytes, "index_used": index_used(memory)}
+        answers: list[Answer] = []
+        began = time.perf_counter()
+        for probe in episode.probes:
+            answers += ask(self._lm, probe, memory)
+            self._advance(len(probe.ids) * LOCAL_COST)
+        row["ask_s"] = time.perf_counter() - began
+        for field in ("right", "tokens", "nats"):
+            row[field] = [getattr(answer, field) for answer in answers]
+        if memory is not None and kind != EXACT and row["index_used"]:
+            row |= self._quality(episode.probes, memory)
+        return row
+
+    def _memory(self, context: Ids, kind: str, spec: Any) -> tuple[Memory, int]:
+        """A memory that holds the context, and the tokens that had to be read for it."""
+        done = 0
+        memory = None
+        if self._kept is not None:
+            kept, before, memory = self._kept
+            done = len(before)
+            # A memory is cut where windows are: what ended in the middle of one cannot go on.
+            whole = done % self._lm.config.window == 0
+            shares = whole and not (self._lm.config.overlap or self._lm.config.sink_tokens)
+            if kept != kind or not shares or not np.array_equal(context[:done], before):
+                # Let go of first: two memories may be too much.
+                self._kept = memory = None
+                done = 0
+        if memory is None:
+            memory = self._lm.new_memory(1, spec)
+        new = torch.from_numpy(context[done:].astype(np.int64))
+        if len(new):
+            read(self._lm, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
+        self._kept = (kind, context, memory)
+        return memory, len(new)
+
+    def _quality(self, probes: Sequence[Probe], memory: Memory) -> Row:
+        """Recall of the searches of the first probe, and the softmax mass they found; mean over layers."""
+        with self._lm.record_queries() as recorded:
+            ask(self._lm, probes[0], memory)
+        found = [
+            live_quality(self._lm, number, layer, sample_rows(recorded[number][0], _QUERIES))
+            for number, layer in memory.layers.items()
+        ]
+        return {
+            name: sum(getattr(quality, name) for quality in found) / len(found) for name in ("recall", "mass_recall")
+        }

@@ -1,0 +1,57 @@
+"""Rows of ``results.json`` from the records of tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_fot.evaluation.passkey import wilson
+
+Row = dict[str, Any]
+
+
+def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
+    """Accuracy of one length: see :func:`lightning_fot.evaluation.rows.summarise`.
+
+    Args:
+        task: Its name.
+        length: As set.
+        memory: ``none``, ``exact`` or the retriever's name.
+        record: A row for each episode, at least one answer in all.
+    """
+    right, tokens, nats = ([value for part in record for value in part[field]] for field in ("right", "tokens", "nats"))
+    n = len(tokens)
+    correct = sum(ours == all_of_it for ours, all_of_it in zip(right, tokens, strict=True))
+    low, high = wilson(correct, n)
+    nll, error = mean_and_error([total / count for total, count in zip(nats, tokens, strict=True)])
+    row: Row = {
+        "task": task,
+        "context_tokens": length,
+        "memory": memory,
+        "accuracy": correct / n,
+        "n": n,
+        "correct": correct,
+        "low": low,
+        "high": high,
+        "token_accuracy": sum(right) / sum(tokens),
+        "nll": nll,
+        "nll_standard_error": error,
+        "question_ms": 1e3 * sum(part["ask_s"] for part in record) / n,
+    }
+    if all("bytes" in part for part in record):
+        read, seconds = (sum(part[field] for part in record) for field in ("read_tokens", "read_s"))
+        row |= {"bytes": max(part["bytes"] for part in record), "read_tokens_per_s": read / max(seconds, 1e-9)}
+    for field in ("recall", "mass_recall"):
+        if values := [part[field] for part in record if field in part]:
+            row[field] = sum(values) / len(values)
+    return row
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None from fewer than two values."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
