@@ -31,7 +31,7 @@ HELP = """\
 Usage: {program} --config NAME|FILE [--run_dir FOLDER] [--plan] [--json] [--key.sub=value …]
 
 Measures every cell of the grid in the configuration's section sweep: retrievers on recorded keys and queries of the
-model, and whole runs. Shipped: {shipped}.
+model, and whole runs; with a section sweep.search, Optuna tries settings in place of a grid. Shipped: {shipped}.
 
   --run_dir FOLDER  where cells and results go (default: sweeps/NAME); the same folder again goes on: finished cells
                     are kept and skipped, also after a kill, and several processes may share one

@@ -156,7 +156,9 @@ def trials(results: read.Row) -> Table | None:
             )
         )
     title = f"Search: the best of {len(listed)} trials"
-    note = "No other trial is better in all of these. Layers are averaged; speed is that of exact search times so much."
+    note = "No other trial is better in all of these."
+    if "speed" in objectives:
+        note += " Layers are averaged; speed is relative to exact search, timed in turns with it."
     return Table(title, ("trial", "settings", *objectives), tuple(body), words=2, note=note)
 
 
