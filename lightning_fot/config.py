@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.tasks.settings import TASKS, DictionaryTask, TaskSettings, read_task
+from lightning_fot.evaluation.tasks.settings import (
+    TASKS,
+    DictionaryTask,
+    DistractionTask,
+    TaskSettings,
+    read_task,
+)
 from lightning_fot.schedules import ScheduleConfig, schedule_from
 
 
@@ -290,6 +296,7 @@ class EvaluationConfig:
         query_grid: Query settings to measure, such as ``[{"ef_search": 64}, {"ef_search": 128}]``; None takes the
             backend's own grid.
         dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves it out.
+        distraction: Whose keys the attention goes to when the memory holds several documents; None leaves it out.
 
     Raises:
         SettingError: A value is out of its range.
@@ -305,6 +312,7 @@ class EvaluationConfig:
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
     dictionary: DictionaryTask | None = None
+    distraction: DistractionTask | None = None
 
     def __post_init__(self) -> None:
         prefix = "evaluation"

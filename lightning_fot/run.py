@@ -27,6 +27,7 @@ from lightning_fot.evaluation.plan import (
     tokens_needed,
 )
 from lightning_fot.evaluation.rows import summarise
+from lightning_fot.evaluation.tasks.texts import select_texts
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
 from lightning_fot.ranks import rank
@@ -91,6 +92,7 @@ class Job:
         self.records: dict[str, Any] = {}
         self.documents: list[Any] = []
         self.distractors: Any = None
+        self.texts: dict[str, Any] = {}
 
     @property
     def will_train(self) -> bool:
@@ -135,6 +137,8 @@ class Job:
         data.setup("fit" if self.will_train else None)
         if evaluation:
             self.documents = self._heldout()
+            window = self.cli.model.memory_config.window
+            self.texts = select_texts(self.evaluation.tasks, window, data.heldout_documents)
             if self.evaluation.distractor_tokens:
                 self.distractors = select_distractors(data.heldout_documents(), self.documents, self.evaluation)
         self.progress.finish(DOCUMENTS_PHASE)
@@ -226,6 +230,7 @@ class Job:
             self.evaluation,
             self.progress,
             distractors=self.distractors,
+            texts=self.texts,
             done=dict(self.records),
             on_result=keep,
         )

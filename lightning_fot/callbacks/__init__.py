@@ -1,6 +1,8 @@
-"""Callbacks for any Trainer with a ``FocusedTransformer``: how well and how fast its memory is searched."""
+"""Callbacks for any Trainer with a ``FocusedTransformer``: search of its memory, attention to it, and its size."""
 
+from lightning_fot.callbacks.memory_attention import MemoryAttention
+from lightning_fot.callbacks.memory_size import MemorySize
 from lightning_fot.callbacks.retrieval_recall import RetrievalRecall
 from lightning_fot.callbacks.retrieval_speed import RetrievalSpeed
 
-__all__ = ["RetrievalRecall", "RetrievalSpeed"]
+__all__ = ["MemoryAttention", "MemorySize", "RetrievalRecall", "RetrievalSpeed"]

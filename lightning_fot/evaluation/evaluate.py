@@ -35,6 +35,7 @@ from lightning_fot.evaluation.plan import (
 from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
 from lightning_fot.evaluation.rows import Record, summarise
 from lightning_fot.evaluation.tasks.runner import TaskRunner
+from lightning_fot.evaluation.tasks.texts import Texts
 from lightning_fot.layers import evaluation_mode
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def evaluate(
     progress: Progress | None = None,
     *,
     distractors: Any = None,
+    texts: Texts | None = None,
     done: Mapping[str, Record] | None = None,
     on_result: Callable[[str, Record], None] | None = None,
 ) -> dict[str, Any]:
@@ -88,18 +90,20 @@ def evaluate(
         documents: Held-out documents.
         config: What to measure.
         distractors: (n,) ids of other documents, as many as ``config.distractor_tokens`` asks for.
+        texts: By task, the held-out documents that it takes: see
+            :func:`~lightning_fot.evaluation.tasks.texts.select_texts`.
         progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
         on_result: Called with name and record of each phase as it ends, such as to write them to disk.
 
     Returns:
-        ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``retrieval``, ``exact`` and
+        ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``distraction``, ``retrieval``, ``exact`` and
         ``retrieval_in_run``: lists of rows for ``results.json``.
 
     Raises:
         SettingError: No document is long enough, or a task's settings do not fit the model or its tokenizer.
     """
-    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors)
+    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors, texts)
     with evaluation_mode(lm.model), torch.no_grad():
         run.run()
     return summarise(run.records, config, lm.config.retriever)
@@ -118,6 +122,7 @@ class _Evaluation:
         records: dict[str, Record],
         on_result: Callable[[str, Record], None] | None,
         distractors: Any,
+        texts: Texts | None,
     ) -> None:
         self.lm = lm
         self.distractors = distractors
@@ -131,7 +136,7 @@ class _Evaluation:
         self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
         self.longest = max(config.context_tokens, default=0)
         self.examples = self._examples()
-        self.tasks = TaskRunner(lm, tokenizer, config, self._advance)
+        self.tasks = TaskRunner(lm, tokenizer, config, texts or {}, self._advance)
         self.capture: Capture | None = None
 
     def _examples(self) -> list[tuple[int, PasskeyExample]]:

@@ -78,7 +78,13 @@ def measure_distraction(
 
 
 @torch.no_grad()
-def own_share(lm: MemoryLM, memory: Memory, queries: dict[int, Tensor], before: dict[int, int]) -> float:
+def own_share(
+    lm: MemoryLM,
+    memory: Memory,
+    queries: dict[int, Tensor],
+    before: dict[int, int],
+    after: dict[int, int] | None = None,
+) -> float:
     """Share of all attention on the memory that keys from row ``before`` on hold: the paper's r_d, exactly computed.
 
     Args:
@@ -86,6 +92,7 @@ def own_share(lm: MemoryLM, memory: Memory, queries: dict[int, Tensor], before: 
         memory: Of one row.
         queries: (G, Q, D) by layer, as searched; a sample of them counts.
         before: Rows of other documents, by layer.
+        after: By layer the row behind the last that counts; None counts all to the end.
 
     Returns:
         Mean over layers, heads and queries; 1 where there are no other documents.
@@ -95,5 +102,5 @@ def own_share(lm: MemoryLM, memory: Memory, queries: dict[int, Tensor], before: 
         keys = memory.layers[number].keys[0].float()
         for bank, asked in zip(keys, sample_rows(found, _QUERIES).float(), strict=True):
             weights = torch.softmax(attention_scale(lm, number) * (asked @ bank.T), dim=1)
-            shares.append(weights[:, before[number] :].sum(1))
+            shares.append(weights[:, before[number] : None if after is None else after[number]].sum(1))
     return float(torch.cat(shares).double().mean())

@@ -139,7 +139,7 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
             listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, 0.0 if known else local + stored))
     # Kind by kind: a memory that grows is the only one.
     for task in config.tasks:
-        for kind in (NONE, *kinds):
+        for kind in (NONE, *kinds) if task.without_memory else kinds:
             for length in task.lengths:
                 known = kind == EXACT != label and length < index_size(retriever)
                 asked = task.tokens_to_ask(length) * LOCAL_COST

@@ -10,7 +10,7 @@ import torch
 from lightning_fot.evaluation.passkey import wilson
 from lightning_fot.evaluation.perplexity import Estimate, difference, estimate
 from lightning_fot.evaluation.plan import EXACT, NONE, phases, retriever_label
-from lightning_fot.evaluation.tasks.summary import task_row
+from lightning_fot.evaluation.tasks.summary import summarised
 
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
@@ -30,10 +30,14 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
 
     Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window``
     of them the key was told within the local window, where no memory is needed. ``passkey_depths`` has ``accuracy``
-    over ``n`` prompts for each fifth of the filler that the key stands in (``depth``: where that begins). Other tasks
+    with its interval for each fifth of the filler that the key stands in (``depth``: where that begins). Other tasks
     than the passkey have ``token_accuracy`` and ``nll`` (nats an answer token, mean over answers, with its standard
     error), ``question_ms``, and with a memory its ``bytes``, ``read_tokens_per_s`` and, where an index was used,
     ``recall`` and ``mass_recall`` of searches made by the questions.
+
+    Distraction rows: for each number of ``documents`` in the memory, mean over ``n`` of them with its standard error:
+    ``own_share`` (r_d, where ``chance`` is 1/d), ``own_share_found`` and ``memory_mass``; see
+    :func:`~lightning_fot.evaluation.tasks.distraction.shares`.
 
     Multi-document rows: ``context_tokens`` of the document itself and ``distractor_tokens`` of others, ``value`` and
     the like as for perplexity, ``own_share``, and over the same tokens without other documents ``rise_nats`` with
@@ -48,6 +52,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         "perplexity": [],
         "multi_doc": [],
         "passkey_depths": [],
+        "distraction": [],
         "tasks": [],
         "retrieval": [],
         "exact": [],
@@ -68,8 +73,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
             result["tasks"] += _task_rows(phase.memory, record)
             result["passkey_depths"] += _depth_rows(phase.memory, record)
         elif phase.section in tasks:
-            row = task_row(phase.section, phase.context_tokens, phase.memory, record)
-            result["tasks"].append(row | _note(record))
+            part, rows = summarised(phase.section, phase.context_tokens, phase.memory, record)
+            result[part] += [row | _note(source) for row, source in rows]
         elif phase.section == "multi_doc":
             result["multi_doc"] += _distraction_rows(phase.memory, phase.context_tokens, record)
         else:
@@ -136,16 +141,21 @@ def _depth_rows(memory: str, record: Record) -> list[dict[str, Any]]:
     for part in record:
         place = min(int(part["depth"] * _DEPTHS), _DEPTHS - 1)
         cells.setdefault((part["context_tokens"], place), []).append(part["correct"])
-    return [
-        {
-            "context_tokens": length,
-            "depth": place / _DEPTHS,
-            "memory": memory,
-            "accuracy": sum(correct) / len(correct),
-            "n": len(correct),
-        }
-        for (length, place), correct in sorted(cells.items())
-    ]
+    rows = []
+    for (length, place), correct in sorted(cells.items()):
+        low, high = wilson(sum(correct), len(correct))
+        rows.append(
+            {
+                "context_tokens": length,
+                "depth": place / _DEPTHS,
+                "memory": memory,
+                "accuracy": sum(correct) / len(correct),
+                "n": len(correct),
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
 
 
 def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:

@@ -193,7 +193,8 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
 
 def _tasks(results: read.Row) -> str:
     by_depth = tables.depths(results)
-    found = [*tables.tasks(results), *([] if by_depth is None else [by_depth])]
+    by_count = tables.distraction(results)
+    found = [*tables.tasks(results), *(table for table in (by_depth, by_count) if table is not None)]
     return "<h2>Tasks in long context</h2>" + "".join(_table(table) for table in found) if found else ""
 
 

@@ -104,6 +104,39 @@ def multi_doc(results: read.Row) -> Table | None:
     return Table("Perplexity by tokens of other documents in memory", columns, tuple(body), note=note)
 
 
+def distraction(results: read.Row) -> Table | None:
+    """Share of the attention that stays with the own document: a row a memory kind, a column a number of documents."""
+    measured = read.rows(results, "distraction")
+    counts = sorted({int(n) for row in measured if (n := read.number(row, "documents")) is not None})
+    if not counts:
+        return None
+    body = []
+    lengths = sorted({int(n) for row in measured if (n := read.number(row, "context_tokens")) is not None})
+    fields = (("own_share", ""), ("own_share_found", ", of what is found"), ("memory_mass", ", all on the memory"))
+    for kind in read.memory_kinds(measured):
+        for length in lengths:
+            own = {
+                row["documents"]: row
+                for row in measured
+                if (row.get("memory"), row.get("context_tokens")) == (kind, length)
+            }
+            for field, words in fields:
+                name = curves.memory_name(kind) + (f", {formats.tokens(length)}" if len(lengths) > 1 else "") + words
+                cells = []
+                for count in counts:
+                    value = read.number(own.get(count, {}), field)
+                    error = read.number(own.get(count, {}), f"{field}_standard_error")
+                    text = formats.percent(value) + ("" if error is None else f" ± {formats.percent(error)}")
+                    cells.append(Cell(formats.MISSING if value is None else text, value, value))
+                body.append((Cell(name, f"{kind} {field}"), *cells))
+    note = (
+        "Share of the attention on the memory that stays with the document itself (r_d, 1/d by chance); ± one standard "
+    )
+    note += "error over documents. The last row: of all attention, what goes to the memory."
+    columns = ("memory", *(f"d={count}" for count in counts))
+    return Table("Distraction by number of documents in memory", columns, tuple(body), note=note)
+
+
 def tasks(results: read.Row) -> list[Table]:
     """Accuracy of each task: a row a memory kind, a column a length."""
     listed = read.rows(results, "tasks")
@@ -138,13 +171,23 @@ def depths(results: read.Row) -> Table | None:
         own = [row for row in measured if row.get("memory") == kind]
         for depth in sorted({row["depth"] for row in own}):
             found = {row["context_tokens"]: row for row in own if row["depth"] == depth}
-            values = [read.number(found.get(length, {}), "accuracy") for length in lengths]
-            texts = [formats.MISSING if value is None else formats.percent(value, 0) for value in values]
-            cells = (Cell(text, value, value) for text, value in zip(texts, values, strict=True))
+            cells = (_rate(found.get(length, {})) for length in lengths)
             body.append((Cell(curves.memory_name(kind), kind), Cell(f"from {depth:.0%}", depth), *cells))
-    note = "Depth: the fifth of the filler that the number stands in, 0 % at its start. A dash: no prompt has it there."
+    note = (
+        "Depth: the fifth of the filler that the number stands in, 0 % at its start. A dash: no prompt has it there. "
+    )
+    note += "In brackets the 95 % interval (Wilson)."
     columns = ("memory", "depth", *(formats.tokens(length) for length in lengths))
     return Table("Passkey accuracy by depth and prompt length", columns, tuple(body), words=2, note=note)
+
+
+def _rate(row: read.Row) -> Cell:
+    accuracy, low, high = (read.number(row, field) for field in ("accuracy", "low", "high"))
+    text = formats.MISSING if accuracy is None else formats.percent(accuracy, 0)
+    # Rows of older runs have no interval.
+    if low is not None and high is not None:
+        text += f" ({100 * low:.0f}–{100 * high:.0f})"
+    return Cell(text, accuracy, accuracy)
 
 
 def _by_context(
@@ -304,7 +347,8 @@ def print_tables(results: read.Row, console: Console) -> None:
         console.print(Text(f"  {finding.text}"))
         if finding.caveat:
             console.print(Text(f"  {finding.caveat}", style="dim"))
-    found = [perplexity(results), multi_doc(results), *tasks(results), retrieval(results), in_run(results)]
+    found = [perplexity(results), multi_doc(results), distraction(results), *tasks(results), depths(results)]
+    found += [retrieval(results), in_run(results)]
     tables = [table for table in found if table is not None]
     for table in tables:
         print_table(table, console)

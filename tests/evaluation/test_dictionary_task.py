@@ -170,7 +170,7 @@ def test_each_size_is_kept_and_the_memory_grows_again(lm) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tokens": []}, r"dictionary\.tokens=\[\]: must be a list of lengths"),
+        ({"tokens": []}, r"dictionary\.tokens=\[\]: must be a list of numbers"),
         ({"tokens": [16, 0]}, r"dictionary\.tokens=\[16, 0\]: 0 is not a whole number"),
         ({"questions": 0}, r"dictionary\.questions=0: must be a whole number of at least 1"),
         ({"vocabulary": 5}, r"dictionary\.vocabulary=5: gives 16 different keys"),

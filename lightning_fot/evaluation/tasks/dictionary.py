@@ -29,11 +29,10 @@ class DictionaryLookup:
         local: Tokens that questions may fill.
 
     Raises:
-        SettingError: The tokenizer has too few tokens, or the smallest memory too few records.
+        SettingError: The tokenizer has too few tokens.
     """
 
     def __init__(self, settings: DictionaryTask, tokenizer: Any, window: int, local: int) -> None:
-        settings.check(window)
         self._settings = settings
         self._window = window
         self._tokens = DictionaryTokens.of(tokenizer, settings.vocabulary, "evaluation.dictionary.vocabulary")

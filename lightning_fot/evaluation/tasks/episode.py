@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,22 @@ class Episode:
     probes: tuple[Probe, ...]
 
 
+@runtime_checkable
+class Measure(Protocol):
+    """A task that asks no questions: it measures by itself."""
+
+    def measure(self, length: int, spec: Any, advance: Callable[[float], None]) -> list[dict[str, Any]]:
+        """Rows of one of the lengths that are set, JSON-able, with ``index_used``.
+
+        Args:
+            length: Tokens.
+            spec: Specification of the retriever, None for no memory.
+            advance: Called with the token passes done.
+        """
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """Makes the examples of one task; the same ones every time."""
 

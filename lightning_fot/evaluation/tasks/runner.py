@@ -13,9 +13,10 @@ import torch
 from lightning_fot.evaluation.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
 from lightning_fot.evaluation.retrieval import index_used, live_quality, sample_rows
-from lightning_fot.evaluation.tasks.episode import Episode, Ids, Probe, Task
+from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe, Task
 from lightning_fot.evaluation.tasks.reading import read
 from lightning_fot.evaluation.tasks.registry import make_task
+from lightning_fot.evaluation.tasks.texts import Texts
 
 if TYPE_CHECKING:
     from lightning_fot.config import EvaluationConfig
@@ -73,17 +74,22 @@ class TaskRunner:
         lm: The model.
         tokenizer: Its tokenizer.
         config: What to measure.
+        texts: By task, the held-out documents that it asks for.
         advance: Called with the token passes done.
     """
 
     def __init__(
-        self, lm: MemoryLM, tokenizer: Any, config: EvaluationConfig, advance: Callable[[float], None]
+        self,
+        lm: MemoryLM,
+        tokenizer: Any,
+        config: EvaluationConfig,
+        texts: Texts,
+        advance: Callable[[float], None],
     ) -> None:
         self._lm = lm
         self._advance = advance
-        local = lm.config.last_context_length or lm.config.window
-        self._tasks: dict[str, Task] = {
-            settings.name: make_task(settings, tokenizer, lm.config.window, local) for settings in config.tasks
+        self._tasks: dict[str, Task | Measure] = {
+            task.name: make_task(task, lm, tokenizer, texts.get(task.name, ())) for task in config.tasks
         }
         # Memory kind, what was read, and the memory.
         self._kept: tuple[str, Ids, Memory] | None = None
@@ -92,11 +98,12 @@ class TaskRunner:
         return section in self._tasks
 
     def measure(self, phase: Phase, spec: Any) -> list[Row]:
-        """A row for each episode of a phase: ``right`` and ``tokens`` and ``nats`` of each answer, and what it took."""
-        return [
-            self._measure(episode, phase.memory, spec)
-            for episode in self._tasks[phase.section].episodes(phase.context_tokens)
-        ]
+        """Rows of a phase, one an episode: ``right``, ``tokens`` and ``nats`` of each answer, and what it took."""
+        task = self._tasks[phase.section]
+        if isinstance(task, Measure):
+            self.release()
+            return task.measure(phase.context_tokens, None if phase.memory == NONE else spec, self._advance)
+        return [self._measure(episode, phase.memory, spec) for episode in task.episodes(phase.context_tokens)]
 
     def release(self) -> None:
         """Lets go of the memory."""

@@ -21,30 +21,35 @@ class TaskSettings:
     """What all tasks have.
 
     Args:
-        tokens: Tokens in memory, or of the whole prompt where a task says so; each is measured.
+        tokens: Tokens in memory; each length is measured.
         seed: Of all that is drawn.
+
+    Attributes:
+        name: Of the task and its setting.
+        without_memory: Whether it is also measured without a memory.
 
     Raises:
         SettingError: A value is out of its range.
     """
 
     name: ClassVar[str]
+    without_memory: ClassVar[bool] = True
 
     tokens: list[int]
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, list) or not self.tokens:
-            raise self.error("tokens", "must be a list of lengths", "Write [16384, 65536].")
-        for value in self.tokens:
-            if not _whole(value, 1):
-                raise self.error("tokens", f"{value!r} is not a whole number above 0", "Correct it.")
+        self._check_list("tokens")
         self._check_whole(0, "seed")
 
     @property
     def lengths(self) -> list[int]:
         """Lengths, each once, ascending."""
         return sorted(set(self.tokens))
+
+    def texts(self, window: int) -> tuple[int, int]:
+        """How many held-out documents of the user's text it takes, and of how many tokens at least."""
+        return 0, 0
 
     def check(self, window: int) -> None:
         """Finds what cannot work with the model's window.
@@ -64,6 +69,14 @@ class TaskSettings:
     def error(self, setting: str, problem: str, fix: str) -> SettingError:
         """The error for one of the settings."""
         return SettingError(f"evaluation.{self.name}.{setting}", getattr(self, setting), problem, fix)
+
+    def _check_list(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, list) or not value:
+            raise self.error(name, "must be a list of numbers", "Write [1024, 4096], or one number in brackets.")
+        for one in value:
+            if not _whole(one, 1):
+                raise self.error(name, f"{one!r} is not a whole number above 0", "Correct it.")
 
     def _check_whole(self, minimum: int, *names: str) -> None:
         for name in names:
@@ -124,7 +137,51 @@ class DictionaryTask(TaskSettings):
         return self.questions * RECORD_TOKENS
 
 
-TASKS: tuple[type[TaskSettings], ...] = (DictionaryTask,)
+@dataclass
+class DistractionTask(TaskSettings):
+    """Whose keys the attention goes to when the memory holds several documents: the paper's r_d (section 3.3).
+
+    Args:
+        tokens: Tokens of each document that are in the memory.
+        documents: Numbers d of documents in the memory; each is measured.
+        scored: Documents whose next window asks.
+        seed: Unused: documents come in the order of the held-out ones.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "distraction"
+    without_memory = False
+
+    tokens: list[int] = field(default_factory=lambda: [1024])
+    documents: list[int] = field(default_factory=lambda: [2, 4, 8])
+    scored: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_list("documents")
+        self._check_whole(1, "scored")
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of documents, each once, ascending."""
+        return sorted(set(self.documents))
+
+    def texts(self, window: int) -> tuple[int, int]:
+        """Enough for whole groups of each number of documents."""
+        return max(-(-self.scored // count) * count for count in self.documents), max(self.tokens) + window
+
+    def tokens_to_read(self, length: int) -> int:
+        """Each document once."""
+        return length * self.texts(1)[0]
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About a window of 256 of each document, for each number of them."""
+        return 256 * self.scored * len(self.counts)
+
+
+TASKS: tuple[type[TaskSettings], ...] = (DictionaryTask, DistractionTask)
 
 
 def read_task(kind: type[SettingsT], given: Any) -> SettingsT | None:

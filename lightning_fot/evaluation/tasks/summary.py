@@ -7,8 +7,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_fot.evaluation.passkey import wilson
+from lightning_fot.evaluation.tasks.settings import DistractionTask
 
 Row = dict[str, Any]
+
+
+def summarised(task: str, length: int, memory: str, record: list[Row]) -> tuple[str, list[tuple[Row, list[Row]]]]:
+    """Part of the results, and its rows, each with what it sums up; fields as `evaluation.rows.summarise` says.
+
+    Args:
+        task: Its name.
+        length: As set.
+        memory: ``none``, ``exact`` or the retriever's name.
+        record: Rows of the phase, at least one.
+    """
+    if task == DistractionTask.name:
+        return task, [(_distraction_row(length, memory, part), [part]) for part in record]
+    return "tasks", [(task_row(task, length, memory, record), record)]
+
+
+def _distraction_row(length: int, memory: str, part: Row) -> Row:
+    row: Row = {
+        "documents": part["documents"],
+        "context_tokens": length,
+        "memory": memory,
+        "n": len(part["own_share"]),
+        "chance": 1 / part["documents"],
+    }
+    for field in ("own_share", "own_share_found", "memory_mass"):
+        row[field], row[f"{field}_standard_error"] = mean_and_error(part[field])
+    return row
 
 
 def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
