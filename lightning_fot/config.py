@@ -8,13 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.tasks.settings import (
-    TASKS,
-    DictionaryTask,
-    DistractionTask,
-    TaskSettings,
-    read_task,
-)
+from lightning_fot.evaluation.tasks import settings as task_settings
 from lightning_fot.schedules import ScheduleConfig, schedule_from
 
 
@@ -295,8 +289,14 @@ class EvaluationConfig:
         retrieval_repeats: Timed calls for each setting.
         query_grid: Query settings to measure, such as ``[{"ef_search": 64}, {"ef_search": 128}]``; None takes the
             backend's own grid.
-        dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves it out.
-        distraction: Whose keys the attention goes to when the memory holds several documents; None leaves it out.
+        dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves a task
+            out, here and below (docs/tasks.md).
+        distraction: Whose keys the attention goes to when the memory holds several documents.
+        needles: Several pass keys in one text.
+        key_value: Questions on one of many short documents.
+        common_words: Which word of a long list is the most common.
+        many_shot: Classification by the examples of a file.
+        story: Losses of a story's continuation by distance.
 
     Raises:
         SettingError: A value is out of its range.
@@ -311,13 +311,18 @@ class EvaluationConfig:
     retrieval_queries: int = 512
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
-    dictionary: DictionaryTask | None = None
-    distraction: DistractionTask | None = None
+    dictionary: task_settings.DictionaryTask | None = None
+    distraction: task_settings.DistractionTask | None = None
+    needles: task_settings.NeedlesTask | None = None
+    key_value: task_settings.KeyValueTask | None = None
+    common_words: task_settings.CommonWordsTask | None = None
+    many_shot: task_settings.ManyShotTask | None = None
+    story: task_settings.StoryTask | None = None
 
     def __post_init__(self) -> None:
         prefix = "evaluation"
-        for kind in TASKS:
-            setattr(self, kind.name, read_task(kind, getattr(self, kind.name)))
+        for kind in task_settings.TASKS:
+            setattr(self, kind.name, task_settings.read_task(kind, getattr(self, kind.name)))
         _at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
         _at_least(prefix, self, 0, "passkey_samples")
         for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
@@ -335,6 +340,6 @@ class EvaluationConfig:
             )
 
     @property
-    def tasks(self) -> list[TaskSettings]:
+    def tasks(self) -> list[task_settings.TaskSettings]:
         """Settings of the tasks that are asked for, in a fixed order."""
-        return [settings for kind in TASKS if (settings := getattr(self, kind.name)) is not None]
+        return [settings for kind in task_settings.TASKS if (settings := getattr(self, kind.name)) is not None]

@@ -68,7 +68,7 @@ def passkey_prompt(
         SettingError: The prompt does not fit without any filler.
     """
     number, place = _drawn(seed)
-    start = _start(tokenizer) + _encode(tokenizer, _TASK)
+    start = start_ids(tokenizer) + _encode(tokenizer, _TASK)
     needle = continuation(tokenizer, ".", _NEEDLE.format(number=number))
     question = continuation(tokenizer, ".", _QUESTION)
     answer = _answer(tokenizer, number)
@@ -114,7 +114,7 @@ def passkey_document(
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     answer = _answer(tokenizer, _drawn(seed)[0])
-    before = [bos] if bos is not None and not _start(tokenizer) else []
+    before = [bos] if bos is not None and not start_ids(tokenizer) else []
     after = answer if eos is None else [*answer, eos]
     prompt = passkey_prompt(tokenizer, n_tokens - len(before) - len(after), seed, setting).prompt_ids
     ids = np.asarray([*before, *prompt, *after], np.int32)
@@ -190,7 +190,7 @@ def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
     return whole[len(head) :] if whole[: len(head)] == head else _encode(tokenizer, text)
 
 
-def _start(tokenizer: Any) -> list[int]:
+def start_ids(tokenizer: Any) -> list[int]:
     """The start token, if the tokenizer puts one before a text by itself."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -35,6 +35,11 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     error), ``question_ms``, and with a memory its ``bytes``, ``read_tokens_per_s`` and, where an index was used,
     ``recall`` and ``mass_recall`` of searches made by the questions.
 
+    Where a text has several questions, ``all_correct`` of the ``texts`` had all answers right.
+
+    Story rows: of the window that begins ``distance`` tokens behind the context, ``nll`` over ``stories`` and, with a
+    memory, ``gain_nats`` over none on the same tokens, each with its standard error over stories.
+
     Distraction rows: for each number of ``documents`` in the memory, mean over ``n`` of them with its standard error:
     ``own_share`` (r_d, where ``chance`` is 1/d), ``own_share_found`` and ``memory_mass``; see
     :func:`~lightning_fot.evaluation.tasks.distraction.shares`.
@@ -53,6 +58,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         "multi_doc": [],
         "passkey_depths": [],
         "distraction": [],
+        "story": [],
         "tasks": [],
         "retrieval": [],
         "exact": [],
@@ -60,6 +66,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     }
     listed = phases(config, retriever, 1)
     tasks = {settings.name for settings in config.tasks}
+    without = {(phase.section, phase.context_tokens): phase.name for phase in listed if phase.memory == NONE}
     plain = ("perplexity", NONE)
     base = next((records.get(phase.name) for phase in listed if (phase.section, phase.memory) == plain), None)
     for phase in listed:
@@ -73,7 +80,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
             result["tasks"] += _task_rows(phase.memory, record)
             result["passkey_depths"] += _depth_rows(phase.memory, record)
         elif phase.section in tasks:
-            part, rows = summarised(phase.section, phase.context_tokens, phase.memory, record)
+            where = (phase.section, phase.context_tokens)
+            part, rows = summarised(*where, phase.memory, record, records.get(without.get(where, "")))
             result[part] += [row | _note(source) for row, source in rows]
         elif phase.section == "multi_doc":
             result["multi_doc"] += _distraction_rows(phase.memory, phase.context_tokens, record)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lightning_fot.report import charts, curves, findings, formats, read, tables
+from lightning_fot.report import cells, charts, curves, findings, formats, read, tables, task_tables
 from lightning_fot.report.sweep import sweep_tables
 from lightning_fot.report.sweep_findings import sweep_findings
 
@@ -192,9 +192,7 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
 
 
 def _tasks(results: read.Row) -> str:
-    by_depth = tables.depths(results)
-    by_count = tables.distraction(results)
-    found = [*tables.tasks(results), *(table for table in (by_depth, by_count) if table is not None)]
+    found = task_tables.found(results)
     return "<h2>Tasks in long context</h2>" + "".join(_table(table) for table in found) if found else ""
 
 
@@ -258,7 +256,7 @@ def _sweep(results: read.Row) -> str:
     return "".join(parts)
 
 
-def _without_constants(table: tables.Table) -> tuple[tables.Table, str]:
+def _without_constants(table: cells.Table) -> tuple[cells.Table, str]:
     """The table without sizes that are the same in every row, and these in words."""
     constant = [
         index
@@ -272,7 +270,7 @@ def _without_constants(table: tables.Table) -> tuple[tables.Table, str]:
     return shown, f" All rows: {same}." if same else ""
 
 
-def _table(table: tables.Table, sortable: bool = False) -> str:
+def _table(table: cells.Table, sortable: bool = False) -> str:
     heads = []
     for index, heading in enumerate(table.columns):
         css = ' class="word"' if index < table.words else ""
@@ -299,7 +297,7 @@ def _table(table: tables.Table, sortable: bool = False) -> str:
     )
 
 
-def _cell(cell: tables.Cell, index: int, words: int) -> str:
+def _cell(cell: cells.Cell, index: int, words: int) -> str:
     value = escape("" if cell.raw is None else str(cell.raw))
     attributes = f' data-value="{value}"'
     if cell.share is not None:
@@ -310,7 +308,7 @@ def _cell(cell: tables.Cell, index: int, words: int) -> str:
     return f"<td{css}{attributes}>{escape(cell.text)}</td>"
 
 
-def _download(table: tables.Table, name: str = "retrieval") -> str:
+def _download(table: cells.Table, name: str = "retrieval") -> str:
     """A link that holds the table as CSV, unrounded."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fot.report import formats, read
+from lightning_fot.report.cells import Cell, Table
 from lightning_fot.report.sweep_findings import speed
-from lightning_fot.report.tables import Cell, Table
 
 _SHOWN: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("memory_tokens", "keys", formats.tokens),

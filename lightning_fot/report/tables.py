@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_fot.report import curves, findings, formats, read
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value as shown, and as it is for sorting and for the CSV file."""
-
-    text: str
-    raw: Any = None
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of cells.
-
-    Attributes:
-        title: What it shows.
-        columns: Headings.
-        rows: As many cells as columns each.
-        words: How many columns from the left hold words; the others hold numbers.
-        note: What the reader has to know.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    words: int = 1
-    note: str = ""
+from lightning_fot.report import curves, findings, formats, read, task_tables
+from lightning_fot.report.cells import Cell, Table, by_context
 
 
 def perplexity(results: read.Row) -> Table | None:
@@ -53,7 +24,7 @@ def perplexity(results: read.Row) -> Table | None:
         value, error = read.number(row, "value"), read.standard_error(row)
         return Cell(formats.fixed(value) + (f" ± {formats.fixed(error)}" if error is not None else ""), value)
 
-    body = _by_context("", table, contexts, cell, "").rows + _changes(table, contexts)
+    body = by_context("", table, contexts, cell, "").rows + _changes(table, contexts)
     scored = {int(n) for row in measured if (n := read.number(row, "tokens", "n")) is not None}
     note = f"{formats.tokens(min(scored))} tokens scored, the same ones in every cell. " if len(scored) == 1 else ""
     note += "± one standard error. " if any(read.standard_error(row) is not None for row in measured) else ""
@@ -102,109 +73,6 @@ def multi_doc(results: read.Row) -> Table | None:
     note += "Own share: of all attention on the memory, what stays with the document (1 is undistracted)."
     columns = ("memory", *(formats.tokens(amount) for amount in amounts))
     return Table("Perplexity by tokens of other documents in memory", columns, tuple(body), note=note)
-
-
-def distraction(results: read.Row) -> Table | None:
-    """Share of the attention that stays with the own document: a row a memory kind, a column a number of documents."""
-    measured = read.rows(results, "distraction")
-    counts = sorted({int(n) for row in measured if (n := read.number(row, "documents")) is not None})
-    if not counts:
-        return None
-    body = []
-    lengths = sorted({int(n) for row in measured if (n := read.number(row, "context_tokens")) is not None})
-    fields = (("own_share", ""), ("own_share_found", ", of what is found"), ("memory_mass", ", all on the memory"))
-    for kind in read.memory_kinds(measured):
-        for length in lengths:
-            own = {
-                row["documents"]: row
-                for row in measured
-                if (row.get("memory"), row.get("context_tokens")) == (kind, length)
-            }
-            for field, words in fields:
-                name = curves.memory_name(kind) + (f", {formats.tokens(length)}" if len(lengths) > 1 else "") + words
-                cells = []
-                for count in counts:
-                    value = read.number(own.get(count, {}), field)
-                    error = read.number(own.get(count, {}), f"{field}_standard_error")
-                    text = formats.percent(value) + ("" if error is None else f" ± {formats.percent(error)}")
-                    cells.append(Cell(formats.MISSING if value is None else text, value, value))
-                body.append((Cell(name, f"{kind} {field}"), *cells))
-    note = (
-        "Share of the attention on the memory that stays with the document itself (r_d, 1/d by chance); ± one standard "
-    )
-    note += "error over documents. The last row: of all attention, what goes to the memory."
-    columns = ("memory", *(f"d={count}" for count in counts))
-    return Table("Distraction by number of documents in memory", columns, tuple(body), note=note)
-
-
-def tasks(results: read.Row) -> list[Table]:
-    """Accuracy of each task: a row a memory kind, a column a length."""
-    listed = read.rows(results, "tasks")
-    tables = []
-    for task in dict.fromkeys(str(row.get("task", "passkey")) for row in listed):
-        own = [row for row in listed if str(row.get("task", "passkey")) == task]
-        table = read.by_context(own, "accuracy")
-        contexts = sorted({context for cells in table.values() for context in cells})
-
-        def cell(row: read.Row) -> Cell:
-            accuracy, n = read.number(row, "accuracy"), read.number(row, "n")
-            text = formats.percent(accuracy, 0)
-            if n is not None and accuracy is not None:
-                text += f" ({round(accuracy * n)}/{n:.0f})"
-            return Cell(text, accuracy, accuracy)
-
-        if contexts:
-            measured = "prompt length" if task == "passkey" else "memory"
-            title = f"{task.capitalize()} accuracy by {measured} in tokens"
-            tables.append(_by_context(title, table, contexts, cell, "Right answers of those asked for in brackets."))
-    return tables
-
-
-def depths(results: read.Row) -> Table | None:
-    """Passkey accuracy by where the number stands: a row a memory kind and fifth of the filler, a column a length."""
-    measured = read.rows(results, "passkey_depths")
-    lengths = sorted({int(n) for row in measured if (n := read.number(row, "context_tokens")) is not None})
-    if not lengths:
-        return None
-    body = []
-    for kind in read.memory_kinds(measured):
-        own = [row for row in measured if row.get("memory") == kind]
-        for depth in sorted({row["depth"] for row in own}):
-            found = {row["context_tokens"]: row for row in own if row["depth"] == depth}
-            cells = (_rate(found.get(length, {})) for length in lengths)
-            body.append((Cell(curves.memory_name(kind), kind), Cell(f"from {depth:.0%}", depth), *cells))
-    note = (
-        "Depth: the fifth of the filler that the number stands in, 0 % at its start. A dash: no prompt has it there. "
-    )
-    note += "In brackets the 95 % interval (Wilson)."
-    columns = ("memory", "depth", *(formats.tokens(length) for length in lengths))
-    return Table("Passkey accuracy by depth and prompt length", columns, tuple(body), words=2, note=note)
-
-
-def _rate(row: read.Row) -> Cell:
-    accuracy, low, high = (read.number(row, field) for field in ("accuracy", "low", "high"))
-    text = formats.MISSING if accuracy is None else formats.percent(accuracy, 0)
-    # Rows of older runs have no interval.
-    if low is not None and high is not None:
-        text += f" ({100 * low:.0f}–{100 * high:.0f})"
-    return Cell(text, accuracy, accuracy)
-
-
-def _by_context(
-    title: str,
-    table: dict[str, dict[int, read.Row]],
-    contexts: list[int],
-    cell: Callable[[read.Row], Cell],
-    note: str,
-) -> Table:
-    body = tuple(
-        (
-            Cell(curves.memory_name(kind), kind),
-            *(cell(cells[context]) if context in cells else Cell(formats.MISSING) for context in contexts),
-        )
-        for kind, cells in table.items()
-    )
-    return Table(title, ("memory", *(formats.tokens(context) for context in contexts)), body, note=note)
 
 
 def retrieval(results: read.Row) -> Table | None:
@@ -347,8 +215,7 @@ def print_tables(results: read.Row, console: Console) -> None:
         console.print(Text(f"  {finding.text}"))
         if finding.caveat:
             console.print(Text(f"  {finding.caveat}", style="dim"))
-    found = [perplexity(results), multi_doc(results), distraction(results), *tasks(results), depths(results)]
-    found += [retrieval(results), in_run(results)]
+    found = [perplexity(results), multi_doc(results), *task_tables.found(results), retrieval(results), in_run(results)]
     tables = [table for table in found if table is not None]
     for table in tables:
         print_table(table, console)

@@ -18,7 +18,7 @@ from lightning_fot.evaluation.tasks.episode import Probe
 from lightning_fot.evaluation.tasks.reading import read, windows_are_independent
 from lightning_fot.evaluation.tasks.runner import ask
 from lightning_fot.evaluation.tasks.settings import DictionaryTask
-from lightning_fot.report.tables import tasks
+from lightning_fot.report.task_tables import tasks
 from tests.core.models import settings, tiny_llama
 from tests.core.oracle import dense_logits
 from tests.data.byte_tokenizer import BOS, FIRST, PAD, ByteTokenizer

@@ -16,7 +16,8 @@ from lightning_fot.evaluation.multi_doc import own_share
 from lightning_fot.evaluation.plan import select_distractors
 from lightning_fot.evaluation.rows import summarise
 from lightning_fot.pretrained import load_backbone, load_tokenizer
-from lightning_fot.report.tables import depths, multi_doc
+from lightning_fot.report.tables import multi_doc
+from lightning_fot.report.task_tables import depths
 
 CONFIG = EvaluationConfig(
     context_tokens=[64, 128], target_tokens=48, distractor_tokens=[100, 200], documents=2, passkey_tokens=[],

@@ -19,10 +19,13 @@ class Probe:
     Args:
         ids: int32 (n,), the answers included.
         answers: Where each answer begins and ends; each token of it is predicted from all before.
+        choices: Where answers are chosen among some: ids of each, the right one too, none the beginning of another. A
+            token then counts as right when it is the most likely among those that go on in a choice.
     """
 
     ids: Ids
     answers: tuple[tuple[int, int], ...]
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

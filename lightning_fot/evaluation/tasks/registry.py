@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.evaluation.tasks import settings as known
+from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
 from lightning_fot.evaluation.tasks.distraction import Distraction
 from lightning_fot.evaluation.tasks.episode import Measure, Task
-from lightning_fot.evaluation.tasks.settings import DictionaryTask, DistractionTask, TaskSettings
+from lightning_fot.evaluation.tasks.key_value import KeyValue
+from lightning_fot.evaluation.tasks.many_shot import ManyShot
+from lightning_fot.evaluation.tasks.needles import Needles
+from lightning_fot.evaluation.tasks.story import Story
 from lightning_fot.evaluation.tasks.texts import HeldOut, check_texts
 
 if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
 
 
-def make_task(settings: TaskSettings, lm: MemoryLM, tokenizer: Any, texts: Sequence[HeldOut]) -> Task | Measure:
+def make_task(settings: known.TaskSettings, lm: MemoryLM, tokenizer: Any, texts: Sequence[HeldOut]) -> Task | Measure:
     """The task with these settings; what cannot work is told now.
 
     Args:
@@ -31,8 +36,13 @@ def make_task(settings: TaskSettings, lm: MemoryLM, tokenizer: Any, texts: Seque
     settings.check(window)
     check_texts(settings, window, texts)
     local = lm.config.last_context_length or window
-    makers: dict[str, Callable[..., Task | Measure]] = {
-        DictionaryTask.name: lambda: DictionaryLookup(settings, tokenizer, window, local),  # type: ignore[arg-type]
-        DistractionTask.name: lambda: Distraction(settings, lm, texts),  # type: ignore[arg-type]
+    makers: dict[type[known.TaskSettings], Callable[[Any], Task | Measure]] = {
+        known.DictionaryTask: lambda given: DictionaryLookup(given, tokenizer, window, local),
+        known.DistractionTask: lambda given: Distraction(given, lm, texts),
+        known.NeedlesTask: lambda given: Needles(given, tokenizer),
+        known.KeyValueTask: lambda given: KeyValue(given, tokenizer),
+        known.CommonWordsTask: lambda given: CommonWords(given, tokenizer),
+        known.ManyShotTask: lambda given: ManyShot(given, tokenizer, local),
+        known.StoryTask: lambda given: Story(given, lm, texts),
     }
-    return makers[settings.name]()
+    return makers[type(settings)](settings)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_fot.evaluation.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
@@ -54,7 +55,13 @@ def ask(lm: MemoryLM, probe: Probe, memory: Memory | None) -> list[Answer]:
     first, last = probe.answers[0][0], probe.answers[-1][1]
     ids = torch.from_numpy(probe.ids.astype(np.int64)).to(lm.device)
     logits, _ = read_logits(lm, ids[: last - 1], memory, keep=last - first)
-    losses, right = token_losses(logits, ids[first:last]), (logits.argmax(-1) == ids[first:last]).cpu()
+    losses = token_losses(logits, ids[first:last])
+    right = (logits.argmax(-1) == ids[first:last]).cpu()
+    if probe.choices:
+        for start, stop in probe.answers:
+            right[start - first : stop - first] = _chosen(
+                logits[start - first : stop - first], ids[start:stop].tolist(), probe
+            )
     return [
         Answer(
             int(right[start - first : stop - first].sum()),
@@ -63,6 +70,15 @@ def ask(lm: MemoryLM, probe: Probe, memory: Memory | None) -> list[Answer]:
         )
         for start, stop in probe.answers
     ]
+
+
+def _chosen(logits: Tensor, answer: list[int], probe: Probe) -> Tensor:
+    """Which tokens (n,) of an answer are the best of those that a choice has there, after the same tokens."""
+    right = []
+    for place, token in enumerate(answer):
+        allowed = {one[place] for one in probe.choices if list(one[:place]) == answer[:place]}
+        right.append(all(float(logits[place, token]) > float(logits[place, other]) for other in allowed - {token}))
+    return torch.tensor(right)
 
 
 class TaskRunner:

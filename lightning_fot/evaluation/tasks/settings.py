@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from lightning_fot.errors import SettingError
@@ -59,8 +60,8 @@ class TaskSettings:
         """
 
     def tokens_to_read(self, length: int) -> int:
-        """Tokens that go into the memory for one length, beyond what shorter lengths left there."""
-        raise NotImplementedError
+        """Tokens that go into the memory for one length: here what the next smaller length lacks."""
+        return length - max((other for other in self.lengths if other < length), default=0)
 
     def tokens_to_ask(self, length: int) -> int:
         """Tokens of all questions of one length."""
@@ -128,10 +129,6 @@ class DictionaryTask(TaskSettings):
             problem = f"the smallest memory of {min(self.tokens)} tokens holds {held} records in windows of {window}"
             raise self.error("questions", problem, "Ask fewer, or raise the smallest of tokens.")
 
-    def tokens_to_read(self, length: int) -> int:
-        """What the next smaller length lacks."""
-        return length - max((other for other in self.lengths if other < length), default=0)
-
     def tokens_to_ask(self, length: int) -> int:
         """The questions, each with its answer."""
         return self.questions * RECORD_TOKENS
@@ -181,7 +178,190 @@ class DistractionTask(TaskSettings):
         return 256 * self.scored * len(self.counts)
 
 
-TASKS: tuple[type[TaskSettings], ...] = (DictionaryTask, DistractionTask)
+@dataclass
+class ManyShotTask(TaskSettings):
+    """Many-shot classification: the same questions behind more and more labelled examples in the memory.
+
+    Args:
+        tokens: Tokens of examples in memory; whole ones, as many as the file has.
+        seed: Of the order of the examples, and of which are asked for.
+        path: File of lines ``LABEL text`` or ``LABEL:sub text``, as TREC's.
+        questions: Examples that are asked for and never shown.
+        local: Examples in the local window before each question, as far as they fit; not in the memory.
+        fine: Whether the label includes what follows its colon.
+
+    Raises:
+        SettingError: A value is out of its range, or there is no such file.
+    """
+
+    name = "many_shot"
+
+    tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    path: str = ""
+    questions: int = 64
+    local: int = 4
+    fine: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "questions")
+        self._check_whole(0, "local")
+        if not isinstance(self.path, str) or not Path(self.path).expanduser().is_file():
+            raise self.error("path", "is no file", "Give a file of lines LABEL text.")
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About thirty tokens an example."""
+        return self.questions * 30 * (1 + self.local)
+
+
+@dataclass
+class NeedlesTask(TaskSettings):
+    """Several pass keys in one text, some of them asked for, each by its name.
+
+    Args:
+        tokens: Tokens of each text, all in memory.
+        seed: Of names, numbers and what is asked for.
+        keys: Pass keys in a text, at even depths.
+        asked: Of them asked for, each on its own.
+        samples: Texts of each length.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "needles"
+
+    tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    keys: int = 4
+    asked: int = 4
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "keys", "asked", "samples")
+        if self.keys > 100:
+            raise self.error("keys", "are told apart by 100 names", "Use 100 or fewer.")
+
+    def tokens_to_read(self, length: int) -> int:
+        """Every text."""
+        return length * self.samples
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About 25 tokens a question."""
+        return 25 * self.samples * min(self.asked, self.keys)
+
+
+@dataclass
+class KeyValueTask(TaskSettings):
+    """Questions on one of many short documents, each with four facts about one person; ten answers to choose among.
+
+    Args:
+        tokens: Tokens of documents in memory.
+        seed: Of names, facts and questions.
+        questions: Asked, all about documents of the smallest memory.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "key_value"
+
+    tokens: list[int] = field(default_factory=lambda: [2048, 8192])
+    questions: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "questions")
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About 25 tokens a question."""
+        return 25 * self.questions
+
+
+@dataclass
+class CommonWordsTask(TaskSettings):
+    """Aggregation: which word of a long list occurs most often. Top-k memory is known to be weak at it.
+
+    Args:
+        tokens: Tokens of each list, all in memory.
+        seed: Of words and their order.
+        words: Different words, which are the choices too.
+        often: How many times as often as any other the common one occurs.
+        samples: Lists of each length.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "common_words"
+
+    tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    words: int = 8
+    often: int = 4
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(2, "words", "often")
+        self._check_whole(1, "samples")
+        if self.words > 20:
+            raise self.error("words", "there are 20", "Use 20 or fewer.")
+
+    def tokens_to_read(self, length: int) -> int:
+        """Every list."""
+        return length * self.samples
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About 25 tokens a question."""
+        return 25 * self.samples
+
+
+@dataclass
+class StoryTask(TaskSettings):
+    """Losses of a held-out story's true continuation, by their distance from what is in the memory.
+
+    Args:
+        tokens: Tokens before the continuation that are in the memory.
+        seed: Unused: documents come in the order of the held-out ones.
+        target_tokens: Tokens of the continuation.
+        stories: Held-out documents.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "story"
+
+    tokens: list[int] = field(default_factory=lambda: [8192])
+    target_tokens: int = 2048
+    stories: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "target_tokens", "stories")
+
+    def texts(self, window: int) -> tuple[int, int]:
+        """The stories."""
+        return self.stories, max(self.tokens) + self.target_tokens + 1
+
+    def tokens_to_read(self, length: int) -> int:
+        """The context of each story."""
+        return length * self.stories
+
+    def tokens_to_ask(self, length: int) -> int:
+        """The continuations."""
+        return self.target_tokens * self.stories
+
+
+TASKS: tuple[type[TaskSettings], ...] = (
+    DictionaryTask,
+    DistractionTask,
+    NeedlesTask,
+    KeyValueTask,
+    CommonWordsTask,
+    ManyShotTask,
+    StoryTask,
+)
 
 
 def read_task(kind: type[SettingsT], given: Any) -> SettingsT | None:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_fot.evaluation.passkey import wilson
-from lightning_fot.evaluation.tasks.settings import DistractionTask
+from lightning_fot.evaluation.tasks.settings import DistractionTask, StoryTask
 
 Row = dict[str, Any]
 
 
-def summarised(task: str, length: int, memory: str, record: list[Row]) -> tuple[str, list[tuple[Row, list[Row]]]]:
+def summarised(
+    task: str, length: int, memory: str, record: list[Row], plain: list[Row] | None
+) -> tuple[str, list[tuple[Row, list[Row]]]]:
     """Part of the results, and its rows, each with what it sums up; fields as `evaluation.rows.summarise` says.
 
     Args:
@@ -20,7 +22,10 @@ def summarised(task: str, length: int, memory: str, record: list[Row]) -> tuple[
         length: As set.
         memory: ``none``, ``exact`` or the retriever's name.
         record: Rows of the phase, at least one.
+        plain: Those of the same measurement without a memory, if there are.
     """
+    if task == StoryTask.name:
+        return task, [(row, record) for row in _story_rows(length, memory, record, plain)]
     if task == DistractionTask.name:
         return task, [(_distraction_row(length, memory, part), [part]) for part in record]
     return "tasks", [(task_row(task, length, memory, record), record)]
@@ -37,6 +42,29 @@ def _distraction_row(length: int, memory: str, part: Row) -> Row:
     for field in ("own_share", "own_share_found", "memory_mass"):
         row[field], row[f"{field}_standard_error"] = mean_and_error(part[field])
     return row
+
+
+def _story_rows(length: int, memory: str, record: Sequence[Row], plain: Sequence[Row] | None) -> list[Row]:
+    """A row for each window of the continuation; stories are the unit of sampling."""
+    rows, distance = [], 0
+    for place, (_, tokens) in enumerate(record[0]["windows"]):
+        nll, error = mean_and_error([part["windows"][place][0] / tokens for part in record])
+        row: Row = {
+            "context_tokens": length,
+            "memory": memory,
+            "distance": distance,
+            "tokens": tokens * len(record),
+            "stories": len(record),
+            "nll": nll,
+            "nll_standard_error": error,
+        }
+        if plain and record is not plain:
+            pairs = zip(record, plain, strict=True)
+            saved = [(base["windows"][place][0] - part["windows"][place][0]) / tokens for part, base in pairs]
+            row["gain_nats"], row["gain_standard_error"] = mean_and_error(saved)
+        rows.append(row)
+        distance += tokens
+    return rows
 
 
 def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
@@ -70,6 +98,9 @@ def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
     if all("bytes" in part for part in record):
         read, seconds = (sum(part[field] for part in record) for field in ("read_tokens", "read_s"))
         row |= {"bytes": max(part["bytes"] for part in record), "read_tokens_per_s": read / max(seconds, 1e-9)}
+    if len(record) > 1 and n > len(record):
+        whole = sum(part["right"] == part["tokens"] for part in record)
+        row |= {"all_correct": whole, "texts": len(record)}
     for field in ("recall", "mass_recall"):
         if values := [part[field] for part in record if field in part]:
             row[field] = sum(values) / len(values)

@@ -1,0 +1,63 @@
+"""How far a context reaches: losses of a story's true continuation, by their distance from what is in the memory.
+
+The memory holds the tokens before the continuation and stays as it is, so that a token of window i is that far from
+all that it can look up; without a memory each window is read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_fot.evaluation.perplexity import read_logits, token_losses
+from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST
+from lightning_fot.evaluation.retrieval import index_used
+from lightning_fot.evaluation.tasks.reading import read
+from lightning_fot.evaluation.tasks.settings import StoryTask
+from lightning_fot.evaluation.tasks.texts import HeldOut, ids_of
+
+if TYPE_CHECKING:
+    from lightning_fot.lm import MemoryLM
+
+Row = dict[str, Any]
+
+
+class Story:
+    """The task: the first held-out documents that are long enough.
+
+    Args:
+        settings: What is measured.
+        lm: The model.
+        texts: As many held-out documents as the settings ask for.
+    """
+
+    def __init__(self, settings: StoryTask, lm: MemoryLM, texts: Sequence[HeldOut]) -> None:
+        self._settings = settings
+        self._lm = lm
+        self._texts = texts[: settings.stories]
+        self._longest = settings.lengths[-1]
+
+    @torch.no_grad()
+    def measure(self, length: int, spec: Any, advance: Callable[[float], None]) -> list[Row]:
+        """A row for each story: ``windows``, the (sum of losses in nats, tokens) of each window, and ``index_used``."""
+        lm, rows = self._lm, []
+        for text in self._texts:
+            # Behind contexts of all lengths the same continuation.
+            start, stop = self._longest, self._longest + self._settings.target_tokens
+            target = ids_of(text, start, stop + 1).to(lm.device)
+            memory = None
+            if spec is not None:
+                memory = lm.new_memory(1, spec)
+                context = ids_of(text, start - length, start)
+                read(lm, context, memory, lambda tokens: advance(tokens * INGEST_COST))
+                memory.flush()
+            row: Row = {"story": text.name, "index_used": None if memory is None else index_used(memory), "windows": []}
+            for place in range(0, len(target) - 1, lm.config.window):
+                ids = target[place : place + lm.config.window + 1]
+                losses = token_losses(read_logits(lm, ids[:-1], memory)[0], ids[1:])
+                row["windows"].append([float(losses.double().sum()), len(losses)])
+                advance(len(losses) * LOCAL_COST)
+            rows.append(row)
+        return rows
