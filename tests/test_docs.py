@@ -170,7 +170,17 @@ def _follow(words):
         assert len(rest) == {"doctor": 0, "export": 2}[verb]
 
 
-NEW = ["quickstart", "concepts", "bring_your_model", "bring_your_documents", "cluster", "limits", "faq", "lm_eval"]
+NEW = [
+    "quickstart",
+    "concepts",
+    "bring_your_model",
+    "bring_your_documents",
+    "cluster",
+    "limits",
+    "faq",
+    "lm_eval",
+    "tasks",
+]
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -185,7 +195,7 @@ def test_commands_of_a_page_do_what_it_says(name, desk):
             _follow(words[1:])
 
 
-@pytest.mark.parametrize("name", ["quickstart", "concepts", "bring_your_model", "bring_your_documents"])
+@pytest.mark.parametrize("name", ["quickstart", "concepts", "bring_your_model", "bring_your_documents", "tasks"])
 def test_python_of_a_page_runs(name, desk, capsys):
     for block in blocks(_page(name), "python"):
         smaller = block.replace("smollm2-135m", "tiny-random-llama").replace("[18, 20]", "[1, 3]")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lightning_fot import EvaluationConfig, attach_memory
 from lightning_fot.errors import SettingError
@@ -23,6 +24,7 @@ from lightning_fot.evaluation.tasks.many_shot import ManyShot
 from lightning_fot.evaluation.tasks.needles import Needles
 from lightning_fot.evaluation.tasks.runner import ask
 from lightning_fot.evaluation.tasks.settings import (
+    TASKS,
     CommonWordsTask,
     KeyValueTask,
     ManyShotTask,
@@ -211,6 +213,9 @@ def test_rows_are_those_of_reading_each_question_alone(lm, labels: Path) -> None
     records: dict[str, Any] = {}
     results = evaluate(lm, tokenizer, [], config, texts={"story": _stories()}, on_result=records.__setitem__)
     assert list(records) == [name for name, _ in plan(config, "exact", 64)]
+    # Documents that the smaller memory holds are not read again, but for the end that filled no window.
+    assert records["key_value: exact, 1200 tokens"][0]["read_tokens"] > 1100
+    assert records["key_value: exact, 2400 tokens"][0]["read_tokens"] < 1300 + 64
     rows = {(row["task"], row["context_tokens"], row["memory"]): row for row in results["tasks"]}
     assert len(rows) == 2 * (1 + 2 + 1 + 1)
     makers = {
@@ -291,3 +296,10 @@ def test_what_cannot_work_is_named(lm, labels: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             evaluate(lm, ByteTokenizer(), [], EvaluationConfig(**NOTHING_ELSE, **given))
+
+
+def test_the_settings_of_the_page_are_settings(repository: Path, labels: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (repository / "docs" / "tasks.md").read_text(encoding="utf-8"), re.S)
+    given = yaml.safe_load(block.replace("labels.txt", str(labels)))["evaluation"]
+    config = EvaluationConfig(**given)
+    assert [task.name for task in config.tasks] == [kind.name for kind in TASKS]

@@ -133,7 +133,6 @@ class TaskRunner:
         else:
             began = time.perf_counter()
             memory, row["read_tokens"] = self._memory(episode.context, kind, spec)
-            memory.flush()
             row["read_s"] = time.perf_counter() - began
             row |= {"bytes": memory.nbytes, "index_used": index_used(memory)}
         answers: list[Answer] = []
@@ -149,26 +148,31 @@ class TaskRunner:
         return row
 
     def _memory(self, context: Ids, kind: str, spec: Any) -> tuple[Memory, int]:
-        """A memory that holds the context, and the tokens that had to be read for it."""
+        """A memory that holds the context, its index built, and the tokens that had to be read for it."""
+        config = self._lm.config
+        # A text is cut where windows are, and only where they share nothing.
+        whole = 0 if config.overlap or config.sink_tokens else len(context) // config.window * config.window
         done = 0
-        memory = None
         if self._kept is not None:
-            kept, before, memory = self._kept
-            done = len(before)
-            # A memory is cut where windows are: what ended in the middle of one cannot go on.
-            whole = done % self._lm.config.window == 0
-            shares = whole and not (self._lm.config.overlap or self._lm.config.sink_tokens)
-            if kept != kind or not shares or not np.array_equal(context[:done], before):
-                # Let go of first: two memories may be too much.
-                self._kept = memory = None
-                done = 0
-        if memory is None:
-            memory = self._lm.new_memory(1, spec)
-        new = torch.from_numpy(context[done:].astype(np.int64))
-        if len(new):
+            kept, before, _ = self._kept
+            if kept == kind and len(before) <= whole and np.array_equal(context[: len(before)], before):
+                done = len(before)
+        if not done:
+            # Let go of first: two memories may be too much.
+            self._kept = None
+        memory = self._lm.new_memory(1, spec) if self._kept is None else self._kept[2]
+        self._read(context[done:whole], memory)
+        self._kept = (kind, context[:whole], memory)
+        if whole < len(context):
+            memory = memory.snapshot()
+            self._read(context[whole:], memory)
+        return memory, len(context) - done
+
+    def _read(self, ids: Ids, memory: Memory) -> None:
+        if len(ids):
+            new = torch.from_numpy(ids.astype(np.int64))
             read(self._lm, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
-        self._kept = (kind, context, memory)
-        return memory, len(new)
+            memory.flush()
 
     def _quality(self, probes: Sequence[Probe], memory: Memory) -> Row:
         """Recall of the searches of the first probe, and the softmax mass they found; mean over layers."""
