@@ -38,7 +38,9 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     Where a text has several questions, ``all_correct`` of the ``texts`` had all answers right.
 
     Story rows: of the window that begins ``distance`` tokens behind the context, ``nll`` over ``stories`` and, with a
-    memory, ``gain_nats`` over none on the same tokens, each with its standard error over stories.
+    memory, ``gain_nats`` over none on the same tokens, each with its standard error over stories. A row with ``names``
+    in place of ``distance`` is of so many names that the shortest context has and the local window so far has not:
+    nats a name, standard errors over names.
 
     Distraction rows: for each number of ``documents`` in the memory, mean over ``n`` of them with its standard error:
     ``own_share`` (r_d, where ``chance`` is 1/d), ``own_share_found`` and ``memory_mass``; see

@@ -117,15 +117,20 @@ def story(results: read.Row) -> Table | None:
     distances = sorted({int(n) for row in measured if (n := read.number(row, "distance")) is not None})
     if not distances:
         return None
+    columns = [*distances, *(["names"] if any("names" in row for row in measured) else [])]
     body = []
     for kind in read.memory_kinds(measured):
         for length in sorted({row["context_tokens"] for row in measured if row.get("memory") == kind}):
             where = (kind, length)
-            own = {row["distance"]: row for row in measured if (row.get("memory"), row.get("context_tokens")) == where}
+            own = {
+                row.get("distance", "names"): row
+                for row in measured
+                if (row.get("memory"), row.get("context_tokens")) == where
+            }
             name = curves.memory_name(kind) + ("" if kind == "none" else f", {formats.tokens(length)}")
             gains = kind != "none"
             cells = []
-            for distance in distances:
+            for distance in columns:
                 value = read.number(own.get(distance, {}), "gain_nats" if gains else "nll")
                 error = read.number(own.get(distance, {}), "gain_standard_error" if gains else "nll_standard_error")
                 text = formats.MISSING if value is None else formats.fixed(value, 3)
@@ -134,9 +139,14 @@ def story(results: read.Row) -> Table | None:
             if kind == "none":
                 # The same windows are read alone, whatever the context.
                 break
-    note = "No memory: nats a token; the others: nats saved on the same tokens. ± one standard error over stories."
-    columns = ("memory", *(formats.tokens(distance) for distance in distances))
-    return Table("A story's continuation by distance from its context", columns, tuple(body), note=note)
+    note = "No memory: nats a token; the others: nats saved on the same tokens. ± one standard error over stories. "
+    note += "Names: nats a name that the context has and the local window so far has not; ± over names."
+    heads = (
+        "memory",
+        *(formats.tokens(distance) for distance in distances),
+        *(["names"] if "names" in columns else []),
+    )
+    return Table("A story's continuation by distance from its context", heads, tuple(body), note=note)
 
 
 def _rate(row: read.Row) -> Cell:

@@ -21,6 +21,7 @@ from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.episode import Episode, Probe
 from lightning_fot.evaluation.tasks.key_value import FACTS, KeyValue
 from lightning_fot.evaluation.tasks.many_shot import ManyShot
+from lightning_fot.evaluation.tasks.names import far_names
 from lightning_fot.evaluation.tasks.needles import Needles
 from lightning_fot.evaluation.tasks.runner import ask
 from lightning_fot.evaluation.tasks.settings import (
@@ -253,6 +254,7 @@ def test_rows_are_those_of_reading_each_question_alone(lm, labels: Path) -> None
 def test_a_storys_windows_are_scored_beside_its_context_alone(lm, labels: Path) -> None:
     config = EvaluationConfig(**NOTHING_ELSE, story=StoryTask(tokens=[128, 64], target_tokens=100, stories=2))
     rows = evaluate(lm, ByteTokenizer(), [], config, texts={"story": _stories()})["story"]
+    assert not any("names" in row for row in rows)  # random bytes have none
     assert [(row["memory"], row["context_tokens"], row["distance"], row["tokens"]) for row in rows] == [
         (memory, length, distance, tokens)
         for memory in ("none", "exact")
@@ -303,3 +305,49 @@ def test_the_settings_of_the_page_are_settings(repository: Path, labels: Path) -
     given = yaml.safe_load(block.replace("labels.txt", str(labels)))["evaluation"]
     config = EvaluationConfig(**given)
     assert [task.name for task in config.tasks] == [kind.name for kind in TASKS]
+
+
+STORY = "When the Baroness left, only Otto and Emil stayed. They spoke little. " * 3
+NEXT = "In spring they wrote to Emil again, and then to Emil, but Hugo and, later, Otto wrote. Otto knew Baroness Ute."
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_names_are_those_of_the_context_that_the_window_does_not_have(tokenizer: Any) -> None:
+    def ids(written: str) -> list[int]:
+        return tokenizer(written, add_special_tokens=False)["input_ids"]
+
+    target = ids(NEXT)
+
+    def names(window: int) -> list[str]:
+        return [tokenizer.decode(target[a:b]).strip() for a, b in far_names(tokenizer, ids(STORY), target, window)]
+
+    # Emil comes twice, Hugo is new, and the second Otto begins a sentence.
+    assert names(10_000) == ["Emil", "Otto", "Baroness"]
+    # A window that begins between them has not seen the first.
+    again = len(ids(NEXT[: NEXT.index("and then")]))
+    assert names(again)[:2] == ["Emil", "Emil"]
+
+
+@torch.no_grad()
+def test_the_loss_of_names_is_that_of_their_tokens(lm) -> None:
+    ids = np.array(ByteTokenizer()(STORY + NEXT + " " * 60, add_special_tokens=False)["input_ids"], np.int32)
+    task = StoryTask(tokens=[len(STORY)], target_tokens=len(NEXT), stories=1)
+    config = EvaluationConfig(**NOTHING_ELSE, story=task)
+    text = SimpleNamespace(name="s", ids=ids)
+    rows = [
+        row for row in evaluate(lm, ByteTokenizer(), [], config, texts={"story": [text]})["story"] if "names" in row
+    ]
+    assert [(row["memory"], row["context_tokens"]) for row in rows] == [("none", len(STORY)), ("exact", len(STORY))]
+    memory = lm.ingest(torch.from_numpy(ids[: len(STORY)]).long()[None], lm.new_memory())
+    target = torch.from_numpy(ids[len(STORY) :]).long()[None]
+    for row, held in zip(rows, (None, memory), strict=True):
+        parts = [lm(target[:, at : at + 64], memory=held).logits[0] for at in range(0, len(NEXT), 64)]
+        losses = torch.nn.functional.cross_entropy(
+            torch.cat(parts)[:-1], target[0, 1 : len(torch.cat(parts))], reduction="none"
+        )
+        places = far_names(ByteTokenizer(), ids[: len(STORY)].tolist(), target[0, : len(NEXT) + 1].tolist(), 64)
+        assert row["names"] == len(places) >= 3
+        assert row["nll"] == pytest.approx(np.mean([float(losses[a - 1 : b - 1].sum()) for a, b in places]), abs=1e-4)
+    assert rows[1]["gain_nats"] == pytest.approx(rows[0]["nll"] - rows[1]["nll"], abs=1e-6)
+    (table,) = [one for one in found({"story": [*rows, {**rows[0], "distance": 0}]}) if "story" in one.title]
+    assert table.columns[-1] == "names"

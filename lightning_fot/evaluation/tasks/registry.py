@@ -43,6 +43,6 @@ def make_task(settings: known.TaskSettings, lm: MemoryLM, tokenizer: Any, texts:
         known.KeyValueTask: lambda given: KeyValue(given, tokenizer),
         known.CommonWordsTask: lambda given: CommonWords(given, tokenizer),
         known.ManyShotTask: lambda given: ManyShot(given, tokenizer, local),
-        known.StoryTask: lambda given: Story(given, lm, texts),
+        known.StoryTask: lambda given: Story(given, lm, tokenizer, texts),
     }
     return makers[type(settings)](settings)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_fot.evaluation.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST
 from lightning_fot.evaluation.retrieval import index_used
+from lightning_fot.evaluation.tasks.names import far_names
 from lightning_fot.evaluation.tasks.reading import read
 from lightning_fot.evaluation.tasks.settings import StoryTask
 from lightning_fot.evaluation.tasks.texts import HeldOut, ids_of
@@ -30,18 +32,25 @@ class Story:
     Args:
         settings: What is measured.
         lm: The model.
+        tokenizer: Its tokenizer.
         texts: As many held-out documents as the settings ask for.
     """
 
-    def __init__(self, settings: StoryTask, lm: MemoryLM, texts: Sequence[HeldOut]) -> None:
+    def __init__(self, settings: StoryTask, lm: MemoryLM, tokenizer: Any, texts: Sequence[HeldOut]) -> None:
         self._settings = settings
         self._lm = lm
+        self._tokenizer = tokenizer
         self._texts = texts[: settings.stories]
         self._longest = settings.lengths[-1]
 
     @torch.no_grad()
     def measure(self, length: int, spec: Any, advance: Callable[[float], None]) -> list[Row]:
-        """A row for each story: ``windows``, the (sum of losses in nats, tokens) of each window, and ``index_used``."""
+        """A row for each story.
+
+        Returns:
+            ``windows``: (sum of losses in nats, tokens) of each; ``names``: the same of each name that the shortest
+            context has and the local window so far has not; ``index_used``.
+        """
         lm, rows = self._lm, []
         for text in self._texts:
             # Behind contexts of all lengths the same continuation.
@@ -54,10 +63,20 @@ class Story:
                 read(lm, context, memory, lambda tokens: advance(tokens * INGEST_COST))
                 memory.flush()
             row: Row = {"story": text.name, "index_used": None if memory is None else index_used(memory), "windows": []}
+            parts = []
             for place in range(0, len(target) - 1, lm.config.window):
                 ids = target[place : place + lm.config.window + 1]
-                losses = token_losses(read_logits(lm, ids[:-1], memory)[0], ids[1:])
-                row["windows"].append([float(losses.double().sum()), len(losses)])
-                advance(len(losses) * LOCAL_COST)
+                parts.append(token_losses(read_logits(lm, ids[:-1], memory)[0], ids[1:]))
+                row["windows"].append(_sum(parts[-1]))
+                advance(len(parts[-1]) * LOCAL_COST)
+            losses = torch.cat(parts)
+            shortest = ids_of(text, start - self._settings.lengths[0], start)
+            places = far_names(self._tokenizer, shortest.tolist(), target.tolist(), lm.config.window)
+            # Loss t is that of token t + 1.
+            row["names"] = [_sum(losses[first - 1 : stop - 1]) for first, stop in places]
             rows.append(row)
         return rows
+
+
+def _sum(losses: Tensor) -> list[float | int]:
+    return [float(losses.double().sum()), len(losses)]

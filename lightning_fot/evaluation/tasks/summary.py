@@ -25,7 +25,8 @@ def summarised(
         plain: Those of the same measurement without a memory, if there are.
     """
     if task == StoryTask.name:
-        return task, [(row, record) for row in _story_rows(length, memory, record, plain)]
+        rows = _story_rows(length, memory, record, plain) + _name_rows(length, memory, record, plain)
+        return task, [(row, record) for row in rows]
     if task == DistractionTask.name:
         return task, [(_distraction_row(length, memory, part), [part]) for part in record]
     return "tasks", [(task_row(task, length, memory, record), record)]
@@ -65,6 +66,26 @@ def _story_rows(length: int, memory: str, record: Sequence[Row], plain: Sequence
         rows.append(row)
         distance += tokens
     return rows
+
+
+def _name_rows(length: int, memory: str, record: Sequence[Row], plain: Sequence[Row] | None) -> list[Row]:
+    """One row of all far names, if there are any; names are the unit of sampling."""
+    names = [name for part in record for name in part["names"]]
+    if not names:
+        return []
+    nll, error = mean_and_error([nats for nats, _ in names])
+    row: Row = {
+        "context_tokens": length,
+        "memory": memory,
+        "names": len(names),
+        "nll": nll,
+        "nll_standard_error": error,
+    }
+    if plain and record is not plain:
+        base = [name for part in plain for name in part["names"]]
+        saved = [alone - nats for (nats, _), (alone, _) in zip(names, base, strict=True)]
+        row["gain_nats"], row["gain_standard_error"] = mean_and_error(saved)
+    return [row]
 
 
 def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
