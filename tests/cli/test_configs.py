@@ -94,6 +94,17 @@ def test_overrides_of_the_contract(tmp_path: Path) -> None:
     assert request.get("seed_everything") == 11
 
 
+def test_one_setting_of_a_task_is_overridden_and_a_task_is_left_out() -> None:
+    request, cli = _parse("tasks", "--evaluation.needles.tokens=[4096, 16384]", "--evaluation.story=null")
+    check_settings(request)
+    needles = cli.evaluation.needles
+    assert (needles.tokens, needles.keys, needles.samples) == ([4096, 16384], 4, 2)
+    assert cli.evaluation.story is None
+    assert cli.config_dict(run_dir=None)["evaluation"]["needles"]["tokens"] == [4096, 16384]
+    with pytest.raises(SettingError, match=r"evaluation\.needles\.key=3: is not a setting"):
+        check_settings(read_request("run", ["--config", "tasks", "--evaluation.needles.key=3"]))
+
+
 def test_several_files_and_references(tmp_path: Path) -> None:
     (tmp_path / "top.yaml").write_text(
         "model: {memory: {window: 32, retriever: {name: faiss_ivf, nprobe: 4}}}\n"
