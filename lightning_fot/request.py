@@ -126,7 +126,7 @@ def find_config(word: str) -> tuple[Path, str | None]:
     stem = word.removeprefix("./").removeprefix("configs/")
     stem = stem.removesuffix(".yaml").removesuffix(".yml")
     shipped = SHIPPED / f"{stem}.yaml"
-    if stem.removeprefix("sweeps/").removeprefix("baselines/").isidentifier() and shipped.is_file():
+    if all(part.isidentifier() for part in stem.split("/")) and shipped.is_file():
         return shipped, f"No file {word} here: taking the configuration {stem!r} shipped with lightning-fot."
     names = sorted(str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml"))
     raise SettingError(

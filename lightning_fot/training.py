@@ -60,10 +60,12 @@ class TrainingRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch."""
-        loss = _loss(trainer, outputs)
-        if self.totals["loss_first"] is None:
-            self.totals["loss_first"] = loss
-        self.totals["loss_last"] = loss
+        # Where nothing is to be predicted, the loss of 0 says nothing.
+        if bool((batch["targets"] != -100).any()):
+            loss = _loss(trainer, outputs)
+            if self.totals["loss_first"] is None:
+                self.totals["loss_first"] = loss
+            self.totals["loss_last"] = loss
         self.totals["steps"] = trainer.global_step
         self.totals["tokens"] += batch["input_ids"].numel() * trainer.world_size
         self.totals["seconds"] += time.perf_counter() - self._began

@@ -161,8 +161,12 @@ class DictionarySource(MixtureSource):
         settings = self._settings
         if not isinstance(settings.records, list):
             return settings.room if settings.records is None else settings.records
-        first, last = settings.records
-        return first + (last - first) * min(index, settings.grow_documents) // settings.grow_documents
+        legs, total = len(settings.records) - 1, settings.grow_documents
+        leg, along = divmod(min(index, total) * legs, total)
+        if leg == legs:
+            return settings.records[-1]
+        first, last = settings.records[leg : leg + 2]
+        return first + (last - first) * along // total
 
     @property
     def mark(self) -> object:

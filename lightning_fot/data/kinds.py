@@ -223,9 +223,9 @@ class DictionarySettings(SourceSettings):
 
     Args:
         tokens: Tokens of a document: its first half defines records, its second half asks for them.
-        records: Distinct records of a document; [first, last] grows from one to the other; None takes as many as half a
-            document holds. Fewer than that are defined several times.
-        grow_documents: Documents over which ``records`` grows; the first document has ``first``.
+        records: Distinct records of a document; a list goes in straight lines from each number to the next; None takes
+            as many as half a document holds. Fewer than that are defined several times.
+        grow_documents: Documents from the first number of ``records`` to the last.
         similar: Share of the records whose key is that of an earlier record but for one symbol. Random keys are told
             apart by two symbols of four as long as records are few; in a memory of millions that is not enough.
         ask: Which questions the loss counts: ``all``, or the ``first`` about each record. Where a record is asked for
@@ -263,8 +263,8 @@ class DictionarySettings(SourceSettings):
                 continue
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= self.room:
                 raise self.error("records", f"must be from 1 to {self.room}, what half a document holds", "Correct it.")
-        if isinstance(self.records, list) and len(self.records) != 2:
-            raise self.error("records", "must be a number or [first, last]", "Correct it.")
+        if isinstance(self.records, list) and len(self.records) < 2:
+            raise self.error("records", "must be a number or a list of two or more", "Write [1, 25].")
         distinct = (self.vocabulary - MARKERS) ** 4
         if distinct < self.room:
             raise self.error("vocabulary", f"gives {distinct} different keys for {self.room} records", "Raise it.")

@@ -14,7 +14,9 @@ from lightning_fot.request import SHIPPED, Request, find_config, read_request
 from lightning_fot.retrievers import check_retriever
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-BASELINES = sorted(path.stem for path in (SHIPPED / "baselines").glob("*.yaml"))
+IN_FOLDERS = sorted(
+    f"{path.parent.name}/{path.stem}" for kind in ("baselines", "paper") for path in (SHIPPED / kind).glob("*.yaml")
+)
 
 
 def _parse(name: str, *overrides: str) -> tuple[Request, JobCLI]:
@@ -49,11 +51,11 @@ def test_parses_and_says_how_to_run_it(name: str) -> None:
     assert data.prev_windows == cli.model.crossbatch_config.w
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_baselines_parse_and_say_how_to_run_them(name: str) -> None:
-    path, _ = find_config(f"configs/baselines/{name}.yaml")
-    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# lightning run --config configs/baselines/{name}.yaml"
-    request, _ = _parse(f"baselines/{name}")
+@pytest.mark.parametrize("name", IN_FOLDERS)
+def test_those_in_folders_parse_and_say_how_to_run_them(name: str) -> None:
+    path, _ = find_config(f"configs/{name}.yaml")
+    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# lightning run --config configs/{name}.yaml"
+    request, _ = _parse(name)
     check_settings(request)
 
 

@@ -91,6 +91,11 @@ def test_fewer_records_are_repeated_and_their_number_grows() -> None:
     assert set(counts[38:]) == {20}
 
 
+def test_the_number_of_records_goes_from_each_to_the_next() -> None:
+    source = dictionary(records=[1, 1, 1, 7, 3], grow_documents=40)
+    assert [source.records(index) for index in (0, 19, 20, 24, 25, 30, 35, 40, 99)] == [1, 1, 1, 3, 4, 7, 5, 3, 3]
+
+
 def test_similar_keys_differ_from_an_earlier_one_in_one_symbol() -> None:
     tokens = DictionaryTokens.of(ByteTokenizer(), 64)
 
@@ -283,7 +288,7 @@ def test_a_missing_or_unfit_chat_template_is_told_before_training(tmp_path: Path
         ([{"kind": "text", "paths": [3]}], r"\.paths=\[3\]: must be a list of files"),
         ([{"kind": "text", "paths": ["no such"]}], r"data\.sources\[0\]\.paths='no such': does not exist"),
         ([{"kind": "dictionary", "records": 26}], r"\.records=26: must be from 1 to 25"),
-        ([{"kind": "dictionary", "records": [1, 2, 3]}], r"must be a number or \[first, last\]"),
+        ([{"kind": "dictionary", "records": [3]}], r"must be a number or a list of two or more"),
         ([{"kind": "dictionary", "similar": 1}], r"\.similar=1: must be a number of at least 0 and below 1"),
         ([{"kind": "dictionary", "ask": "some"}], r"\.ask='some': is not known.*Choose all or first"),
         ([{"kind": "dictionary", "vocabulary": 5}], r"\.vocabulary=5: gives 16 different keys for 25 records"),

@@ -141,6 +141,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tmp_
         assert torch.equal(value, before[name]), name
 
 
+def test_a_batch_without_targets_changes_nothing(tmp_path):
+    without = {"input_ids": batches(1)[0]["input_ids"], "targets": torch.full((4, 16), -100)}
+    made = module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    before = copy.deepcopy(made.state_dict())
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(made, loader([without]))
+    assert "train/loss" not in run.callback_metrics
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # With one of each to a step, the step is half of the other's gradient.
+    (batch,) = batches(1)
+    made, plain = (module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0)) for _ in range(2))
+    trainer(tmp_path, max_steps=1, accumulate_grad_batches=2).fit(made, loader([without, batch]))
+    gradient = gradients(plain, batch)
+    for name, value in made.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.detach(), before[name] - 0.5 * gradient[name], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16_trains_and_validates(tmp_path, precision):
     made = module(gradient_checkpointing=True)
