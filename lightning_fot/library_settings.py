@@ -51,7 +51,13 @@ def _model(request: Request, memory: dict[str, Any]) -> ModelSettings:
     dtype = request.get("model.dtype", "float32")
     if dtype not in ("float32", "bfloat16"):
         raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
-    return ModelSettings(backbone, asdict(MemoryConfig(**memory)), dtype, _checkpoint(request))
+    checkpoint, rope = _checkpoint(request), request.get("model.rope")
+    if rope is not None and checkpoint is None:
+        # A checkpoint brings along the positions that it was trained with.
+        raise SettingError(
+            "model.rope", rope, "is applied by run and fit alone", "Give a checkpoint of that run, or leave it out."
+        )
+    return ModelSettings(backbone, asdict(MemoryConfig(**memory)), dtype, checkpoint)
 
 
 def _checkpoint(request: Request) -> str | None:

@@ -29,8 +29,4 @@ def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
         if name not in _NAMES and not name.startswith("model.memory."):
             raise SettingError(name, value, "is not known", f"{close_match(name, _NAMES)}Use {', '.join(_NAMES)}.*.")
         words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-    request = read_request("lm-eval", words)
-    rope = request.get("model.rope")
-    if rope is not None:
-        raise SettingError("model.rope", rope, "is not applied here", "Evaluate an exported folder, or leave it out.")
-    return settings_of(request)
+    return settings_of(read_request("lm-eval", words))

@@ -209,6 +209,7 @@ def test_a_memory_of_other_weights_is_refused(here: Path, capsys: pytest.Capture
         (["mine", "shelf", "--model.memory.window=0"], "model.memory.window=0"),
         (["mine", "shelf", "--model.memory.retriever=hnws"], "hnws"),
         (["mine", "shelf", "--config=nowhere"], "config='nowhere'"),
+        (["mine", "shelf", "--model.rope={type: linear, factor: 2.0}"], "is applied by run and fit alone"),
         (["shelf/", "shelf/book0.txt"], "is a folder of other things"),
         (["shelf/book0.txt", "shelf"], "is a file"),
         (["", "shelf"], "is empty"),

@@ -141,7 +141,6 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(tmp_path, keys):
         assert (folder / "cells" / name).read_bytes() == content
         assert _times(folder)[name] == before[name]
     assert json.loads((folder / "results.json").read_text())["complete"] is True
-    assert not list((folder / "cells").glob("*.claim"))
 
 
 def test_two_processes_share_one_folder(tmp_path, keys):
