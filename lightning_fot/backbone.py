@@ -28,6 +28,7 @@ from lightning_fot.layers import (
 )
 from lightning_fot.passes import CollectPass, LayerCall, Pass, StopForward, memory_attention_forward
 from lightning_fot.positions import Embeddings, find_rotary, identity_rotary
+from lightning_fot.rectified import RectifiedPass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,9 @@ class Attachment:
                 self._select_interface()
                 self._probe()
                 self._refuse_narrow_layers(config.window)
-                self._check_parity(reference)
+                self._check_parity(reference, CollectPass())
+                if config.max_distance is not None:
+                    self._check_parity(reference, RectifiedPass(_SELF_TEST_TOKENS, _SELF_TEST_TOKENS, model.device))
         except BaseException as error:
             self.detach()
             if isinstance(error, SettingError) or not isinstance(error, Exception):
@@ -174,7 +177,7 @@ class Attachment:
             call.current = current
             call.gate = self.gates.get(index)
             if embeddings is None:
-                if (rotary is not None and is_memory_layer) or self._replayable:
+                if (rotary is not None and (is_memory_layer or current.unrotated)) or self._replayable:
                     raise SettingError(
                         "model.backbone",
                         type(self.model).__name__,
@@ -194,7 +197,7 @@ class Attachment:
             if facts.rotates and (self._positions == "first" or not is_memory_layer):
                 call.position_embeddings, call.rotary = embeddings, rotary
                 call.plain_at_zero = facts.plain_at_zero
-            if is_memory_layer:
+            if is_memory_layer or current.unrotated:
                 kwargs["position_embeddings"] = self._identity(embeddings, length)
             else:
                 cos, sin = embeddings
@@ -243,11 +246,12 @@ class Attachment:
                 self._leave(outer.pop())
 
         def local_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not isinstance(self._current, MemoryCache):
+            positions = None if self._current is None else self._current.positions
+            if positions is None:
                 return None
             if "position_ids" in kwargs:
-                return args, {**kwargs, "position_ids": self._current.positions}
-            return (args[0], self._current.positions, *args[2:]), kwargs
+                return args, {**kwargs, "position_ids": positions}
+            return (args[0], positions, *args[2:]), kwargs
 
         return [
             decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
@@ -317,11 +321,11 @@ class Attachment:
             )
         self.facts = probe.facts
 
-    def _check_parity(self, reference: Tensor) -> None:
+    def _check_parity(self, reference: Tensor, current: Pass) -> None:
         """An attached model with an empty memory must be the backbone (checked with the backbone's own positions)."""
         positions, self._positions = self._positions, "first"
         try:
-            with self.during(CollectPass()):
+            with self.during(current):
                 logits = self._logits()
         finally:
             self._positions = positions

@@ -45,6 +45,8 @@ class MemoryConfig:
             than RAM; None keeps all in RAM. The file is gone with the process; ``Memory.save`` is what lasts.
         offload: What goes there: ``values`` (keys are searched, so they stay in RAM) or ``all``.
         last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
+        max_distance: Local distances from this one on count as it, in every layer (rectified positions, ReRoPE): a
+            window may then be longer than the backbone was trained on. For models without memory layers.
 
     Raises:
         SettingError: A value is out of its range.
@@ -64,10 +66,11 @@ class MemoryConfig:
     offload_dir: str | None = None
     offload: Literal["values", "all"] = "values"
     last_context_length: int | None = None
+    max_distance: int | None = None
 
     def __post_init__(self) -> None:
         prefix = "model.memory"
-        _at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length")
+        _at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length", "max_distance")
         _at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
         for name, choices in (
             ("positions", ("first", "none")),
@@ -98,6 +101,13 @@ class MemoryConfig:
                 self.last_context_length,
                 f"is more than window={self.window}",
                 "It says how much of the window a prompt may fill.",
+            )
+        if self.max_distance is not None and (self.memory_layers or self.overlap or self.sink_tokens):
+            raise SettingError(
+                f"{prefix}.max_distance",
+                self.max_distance,
+                "is for windows that are read alone: pairs of a memory, an overlap or sinks have no distance to clamp",
+                "Set memory_layers=[], overlap=0 and sink_tokens=0, or leave it out.",
             )
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -289,6 +299,10 @@ class EvaluationConfig:
         retrieval_repeats: Timed calls for each setting.
         query_grid: Query settings to measure, such as ``[{"ef_search": 64}, {"ef_search": 128}]``; None takes the
             backend's own grid.
+        readings: How a context is read for perplexity and passkeys, always beside no context at all: ``memory``: into
+            the memory, by the retriever and by exact search; ``full_context``: with what is scored in one window of
+            the backbone, full attention in every layer; ``previous_window``: every layer sees ``model.memory.overlap``
+            tokens of the window before (Transformer-XL).
         dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves a task
             out, here and below (docs/tasks.md).
         distraction: Whose keys the attention goes to when the memory holds several documents.
@@ -311,6 +325,7 @@ class EvaluationConfig:
     retrieval_queries: int = 512
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
+    readings: list[Literal["memory", "full_context", "previous_window"]] = field(default_factory=lambda: ["memory"])
     dictionary: task_settings.DictionaryTask | None = None
     distraction: task_settings.DistractionTask | None = None
     needles: task_settings.NeedlesTask | None = None
@@ -331,6 +346,15 @@ class EvaluationConfig:
                     raise SettingError(
                         f"{prefix}.{name}", getattr(self, name), f"{value!r} is below {minimum} tokens", "Correct it."
                     )
+        known = ("memory", "full_context", "previous_window")
+        if not self.readings or any(reading not in known for reading in self.readings):
+            raise SettingError(
+                f"{prefix}.readings", self.readings, "names no reading", f"Choose among {', '.join(known)}."
+            )
+        if self.distractor_tokens and "memory" not in self.readings:
+            raise SettingError(
+                f"{prefix}.distractor_tokens", self.distractor_tokens, "stand in a memory", "Add memory to readings."
+            )
         if self.distractor_tokens and not self.context_tokens:
             raise SettingError(
                 f"{prefix}.distractor_tokens",
@@ -343,3 +367,31 @@ class EvaluationConfig:
     def tasks(self) -> list[task_settings.TaskSettings]:
         """Settings of the tasks that are asked for, in a fixed order."""
         return [settings for kind in task_settings.TASKS if (settings := getattr(self, kind.name)) is not None]
+
+    def check_readings(self, memory: MemoryConfig) -> None:
+        """Refuses readings that a model cannot do.
+
+        Args:
+            memory: The model's settings.
+
+        Raises:
+            SettingError: It cannot read so.
+        """
+        name = "evaluation.readings"
+        if "full_context" in self.readings and memory.memory_layers and memory.positions == "none":
+            raise SettingError(
+                name,
+                self.readings,
+                "full_context needs the backbone's positions, and positions=none was trained without",
+                "Leave full_context out.",
+            )
+        if "previous_window" not in self.readings:
+            return
+        if memory.memory_layers or not memory.overlap:
+            given = f"memory_layers={memory.memory_layers}, overlap={memory.overlap}"
+            raise SettingError(
+                name,
+                self.readings,
+                f"previous_window is for local windows that share tokens, without a memory; here {given}",
+                "Set model.memory.memory_layers=[] and overlap to half of window, or leave it out.",
+            )

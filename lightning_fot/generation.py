@@ -21,7 +21,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.layers import decoder_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from lightning_fot.config import MemoryConfig
 
@@ -75,13 +75,13 @@ def while_generating(config: MemoryConfig) -> MemoryConfig:
     return replace(config, sink_tokens=sinks, overlap=(config.window - sinks) // 2)
 
 
-def forward_cached(model: PreTrainedModel, ids: Tensor, cache: MemoryCache, logits_to_keep: int = 0) -> Tensor | None:
+def forward_cached(model: PreTrainedModel, ids: Tensor, cache: Cache, logits_to_keep: int = 0) -> Tensor | None:
     """Reads (B, L) ids beside the local window of a cache.
 
     Args:
         model: The attached backbone.
-        ids: At most ``cache.room`` tokens a row; what lies behind ``cache.ends`` is padding.
-        cache: Extended by the tokens.
+        ids: For a ``MemoryCache`` at most ``cache.room`` tokens a row; what lies behind ``cache.ends`` is padding.
+        cache: Extended by the tokens; a ``MemoryCache``, or a KV cache of transformers.
         logits_to_keep: Logits wanted, of the last columns.
 
     Returns:

@@ -33,8 +33,9 @@ from lightning_fot.inputs import (
 )
 from lightning_fot.logits import LogitsCollector
 from lightning_fot.memory import Memory, MemoryShape
-from lightning_fot.passes import CollectPass, CrossbatchPass, Recorder, WindowPass
+from lightning_fot.passes import CollectPass, CrossbatchPass, Pass, Recorder, WindowPass
 from lightning_fot.persistence import fingerprint, load_memory
+from lightning_fot.rectified import RectifiedPass
 from lightning_fot.saving import save_attached
 
 if TYPE_CHECKING:
@@ -270,6 +271,10 @@ class MemoryLM:
             SettingError: Shapes, dtypes, the mask or the memory do not fit, or an option cannot work beside a memory:
                 the message names it.
         """
+        if self.config.max_distance is not None:
+            raise SettingError(
+                "model.memory.max_distance", self.config.max_distance, "is not served while generating", "Leave it out."
+            )
         check_options(self.model, kwargs, update_memory)
         ids, lengths, _ = self._rows(input_ids, attention_mask, memory)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
@@ -344,9 +349,14 @@ class MemoryLM:
             # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
             current = CrossbatchPass(shown, dict(collected.pairs), differentiable, gather)
             collected.pairs.clear()
-        with self.attachment.during(current):
+        with self.attachment.during(self.rectified(input_ids.shape[1]) or current):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
+
+    def rectified(self, length: int) -> Pass | None:
+        """What serves all layers in a window of ``length`` tokens with rectified positions; None without them."""
+        limit = self.config.max_distance
+        return None if limit is None else RectifiedPass(length, limit, self.device)
 
     @contextmanager
     def record_queries(self) -> Iterator[dict[int, list[Tensor]]]:
@@ -442,7 +452,7 @@ class MemoryLM:
         valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
         current = WindowPass(memory, self.config.top_k, stop, self._recorder, None if counts is None else valid)
         logits: Tensor | None = None
-        with self.attachment.during(current):
+        with self.attachment.during(self.rectified(ids.shape[1]) or current):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
         skip = min(self.config.skip_window_start, ids.shape[1])
         pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}

@@ -124,6 +124,10 @@ class Pass(ABC):
 
     serves_all_layers: ClassVar[bool] = False
     """Whether the other layers' attention is computed by the pass too, from queries and keys that are rotated."""
+    unrotated: ClassVar[bool] = False
+    """Whether those come before rotation, as they do in memory layers."""
+    positions: Tensor | None = None
+    """(1 or B, S) int64: what the rotary modules are asked for, those of the call's tokens last; None leaves them."""
     replayable: ClassVar[bool] = False
     """Whether a layer may be run again with the same outcome, as gradient checkpointing does."""
 

@@ -61,7 +61,9 @@ def check_settings(request: Request) -> None:
     memory = _build(MemoryConfig, request, "model.memory")
     _build(CrossbatchConfig, request, "model.crossbatch")
     _build(RopeSettings, request, "model.rope")
-    for task in _build(EvaluationConfig, request, "evaluation").tasks:
+    evaluation = _build(EvaluationConfig, request, "evaluation")
+    evaluation.check_readings(memory)
+    for task in evaluation.tasks:
         task.check(memory.window)
     _check_retriever(memory.retriever)
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)

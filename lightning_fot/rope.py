@@ -6,7 +6,12 @@ The formulas are those of transformers, which keeps them in ``config.rope_parame
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from lightning_fot.backbone import INTERFACE
 from lightning_fot.config import RopeSettings
@@ -14,7 +19,6 @@ from lightning_fot.errors import SettingError
 from lightning_fot.layers import decoder_of, text_config
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 # Types whose frequencies follow the length of what is read.
@@ -63,6 +67,48 @@ def stretch_positions(model: PreTrainedModel, settings: RopeSettings) -> None:
         kind: Any = type(module)
         parent, _, last = name.rpartition(".")
         setattr(decoder_of(model).get_submodule(parent), last, kind(config=config).to(model.device))
+
+
+@contextmanager
+def at_length(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Positions inside the block are those of a text of ``length`` tokens, though it be read in parts.
+
+    Frequencies that follow the length would else be those of each part, and keys of a KV cache rotated by others than
+    the queries. Afterwards they are those of a short text again, as transformers leaves them.
+
+    Args:
+        model: Any; where frequencies are fixed, nothing is done.
+        length: Tokens of the whole.
+    """
+    following = [
+        module for module in rotary_modules(model).values() if getattr(module, "rope_type", None) in FOLLOWS_LENGTH
+    ]
+
+    def with_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = "position_ids" in kwargs
+        positions: Tensor = kwargs["position_ids"] if place else args[1]
+        longer = torch.cat([torch.full_like(positions[:, :1], length - 1), positions], dim=1)
+        return (args, {**kwargs, "position_ids": longer}) if place else ((args[0], longer, *args[2:]), kwargs)
+
+    def without_last(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return output[0][:, 1:], output[1][:, 1:]
+
+    def forget() -> None:
+        for module in following:
+            # transformers goes back to the frequencies of short texts when it meets one.
+            module(torch.zeros(1, device=model.device), torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+
+    forget()
+    handles: list[Any] = []
+    for module in following:
+        handles += [module.register_forward_pre_hook(with_last, with_kwargs=True)]
+        handles += [module.register_forward_hook(without_last)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        forget()
 
 
 def _parameters(settings: RopeSettings, before: dict[str, Any], config: Any, trained: int) -> dict[str, Any]:

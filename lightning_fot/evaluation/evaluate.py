@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_fot.evaluation.multi_doc import measure_distraction
-from lightning_fot.evaluation.passkey import answer_is_found, shared_memories, split_prompt
+from lightning_fot.evaluation.passkey import (
+    answer_is_found,
+    shared_memories,
+    split_prompt,
+    whole_answer_is_found,
+)
 from lightning_fot.evaluation.perplexity import (
     block_sums,
+    losses_of_whole,
     losses_with_memory,
     losses_without_memory,
 )
@@ -26,6 +32,7 @@ from lightning_fot.evaluation.plan import (
     INGEST_COST,
     LOCAL_COST,
     NONE,
+    WHOLE,
     HasIds,
     Phase,
     phases,
@@ -131,6 +138,7 @@ class _Evaluation:
         self.progress = progress
         self.records = records
         self.on_result = on_result
+        config.check_readings(lm.config)
         self.label = retriever_label(lm.config.retriever)
         self.documents = select_documents(documents, config)
         self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
@@ -201,7 +209,7 @@ class _Evaluation:
         if phase.section == "perplexity":
             return [self._perplexity(phase, spec, place) for place in range(len(self.documents))]
         if phase.section == "passkey":
-            return self._passkey(phase, spec)
+            return self._whole_passkey(phase) if phase.memory in WHOLE else self._passkey(phase, spec)
         if phase.section == "multi_doc":
             return self._multi_doc(spec)
         return self._retrieval(phase, spec)
@@ -216,6 +224,11 @@ class _Evaluation:
         began = time.perf_counter()
         if phase.memory == NONE:
             losses = losses_without_memory(self.lm, target, self._advance)
+        elif phase.memory in WHOLE:
+            context = self._ids(place, self.longest - phase.context_tokens, self.longest)
+            advance = self._shares(phase, len(self.documents) * (len(context) + len(target) - 1))
+            losses, row["ingest_s"] = losses_of_whole(self.lm, context, target, phase.memory, advance)
+            began += row["ingest_s"]
         else:
             wanted = place == 0 and phase.context_tokens == self.longest and phase.memory == self.label
             capture = Capture(self.lm) if wanted else None
@@ -262,6 +275,24 @@ class _Evaluation:
         if phase.memory == self.label:
             rows += [{"in_run": True, **row} for row in quality_in_run(self.capture, self.label, self.config)]
         return rows
+
+    def _shares(self, phase: Phase, tokens: int) -> Callable[[int], None]:
+        """Counts so many tokens as the phase's whole cost."""
+        return lambda read: self._advance(read * phase.cost / tokens)
+
+    def _whole_passkey(self, phase: Phase) -> Record:
+        tokens = sum(length for length, _ in self.examples)
+        advance = self._shares(phase, tokens)
+        return [
+            {
+                "context_tokens": length,
+                "key_in_window": True,
+                "depth": example.depth,
+                "correct": whole_answer_is_found(self.lm, example, phase.memory, advance),
+                "index_used": None,
+            }
+            for length, example in self.examples
+        ]
 
     def _passkey(self, phase: Phase, spec: Any) -> Record:
         local = self.lm.config.last_context_length or self.lm.config.window

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_fot.evaluation.perplexity import read_logits
+from lightning_fot.whole_text import read_whole
 
 if TYPE_CHECKING:
     from lightning_fot.data.passkey import PasskeyExample
@@ -120,3 +121,14 @@ def answer_is_found(lm: MemoryLM, example: PasskeyExample, local_ids: Sequence[i
     ids = torch.tensor(list(local_ids), device=lm.device)
     logits, _ = read_logits(lm, ids, memory, keep=len(answer))
     return bool((logits.argmax(-1).cpu() == answer).all())
+
+
+@torch.no_grad()
+def whole_answer_is_found(
+    lm: MemoryLM, example: PasskeyExample, reading: str, advance: Callable[[int], None] = lambda tokens: None
+) -> bool:
+    """As :func:`answer_is_found`, of a prompt that is read as one text, without a memory."""
+    tokens = [token for part in split_prompt(example, 1) for token in part]
+    answer = torch.tensor([int(token) for token in example.answer_ids])
+    parts = read_whole(lm, torch.tensor(tokens, device=lm.device), len(answer), reading, advance)
+    return bool((torch.cat([logits.argmax(-1).cpu() for logits in parts]) == answer).all())

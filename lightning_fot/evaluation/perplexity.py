@@ -8,6 +8,7 @@ tokens. Memory ``none`` is each window of the target alone.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning_fot.whole_text import read_whole
 
 if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
@@ -120,3 +123,25 @@ def losses_with_memory(
         if advance is not None:
             advance(len(ids))
     return torch.cat(found)
+
+
+@torch.no_grad()
+def losses_of_whole(
+    lm: MemoryLM,
+    context: Tensor,
+    target: Tensor,
+    reading: str,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Tensor, float]:
+    """Losses (n,) of a target (n + 1,) that is read with its context (c,) as one text, without a memory.
+
+    Returns:
+        The losses, and the seconds from the start to the first of them.
+    """
+    labels = target[1:]
+    began, first, found, done = time.perf_counter(), 0.0, [], 0
+    for logits in read_whole(lm, torch.cat([context, target[:-1]]), len(labels), reading, advance):
+        first = first or time.perf_counter() - began
+        found.append(token_losses(logits, labels[done : done + len(logits)]))
+        done += len(logits)
+    return torch.cat(found), first

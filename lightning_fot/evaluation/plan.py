@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NONE = "none"
 EXACT = "exact"
+# Readings that leave no memory behind, in words.
+WHOLE = {"full_context": "full context", "previous_window": "previous window"}
 # What stands for one pass of one token through the whole model, logits included. Measured on SmolLM2-135M with memory
 # layers 10 and 20 of 30; other models shift all phases alike, so that an estimate of the time left stays useful.
 INGEST_COST = 0.55
@@ -24,6 +26,8 @@ LOCAL_COST = 0.8
 # A retrieval measurement: building from M keys, and one timed call of Q queries.
 BUILD_COST = 0.25
 QUERY_COST = 0.4
+# Tokens of context whose attention, in every layer, takes as long as the rest of the model.
+ATTENTION_TOKENS = 8192
 GRID = 5
 # Keys a bank below which every retriever searches exactly, unless its specification says otherwise.
 MIN_INDEX_SIZE = 16384
@@ -53,7 +57,7 @@ class Phase:
     Args:
         name: Unique; also what progress shows.
         section: What is measured: ``perplexity``, ``retrieval``, ``passkey``, ``multi_doc``, or the name of a task.
-        memory: ``none``, ``exact`` or the retriever's name.
+        memory: ``none``, ``exact``, the retriever's name, or a reading without a memory (:data:`WHOLE`).
         context_tokens: Tokens in memory; 0 where the phase covers several lengths or none.
         cost: Token passes, as progress counts them.
     """
@@ -107,6 +111,8 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     """
     label = retriever_label(retriever)
     kinds = [label] if label == EXACT else [label, EXACT]
+    kinds = kinds if "memory" in config.readings else []
+    whole = [reading for reading in WHOLE if reading in config.readings]
     count = config.documents if documents is None else min(documents, config.documents)
     contexts = sorted(set(config.context_tokens))
     listed: list[Phase] = []
@@ -117,6 +123,10 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
             cost = count * (context * INGEST_COST + config.target_tokens)
             cost = 0.0 if kind != label and context < index_size(retriever) else cost
             listed.append(Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost))
+        for reading in whole:
+            cost = count * whole_cost(reading, context + config.target_tokens)
+            name = f"perplexity: {WHOLE[reading]}, {context} tokens"
+            listed.append(Phase(name, "perplexity", reading, context, cost))
     for kind in kinds if contexts else ():
         settings = len(config.query_grid or ()) or GRID
         calls = config.retrieval_repeats * (1 if kind == EXACT else settings)
@@ -137,6 +147,9 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         for kind in kinds:
             known = kind != label and lengths[-1] < index_size(retriever)
             listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, 0.0 if known else local + stored))
+        for reading in whole:
+            cost = config.passkey_samples * sum(whole_cost(reading, length) for length in lengths)
+            listed.append(Phase(f"passkey: {WHOLE[reading]}", "passkey", reading, 0, cost))
     # Kind by kind: a memory that grows is the only one.
     for task in config.tasks:
         for kind in (NONE, *kinds) if task.without_memory else kinds:
@@ -148,6 +161,11 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
                 name = f"{task.name}: {shown}, {length} tokens"
                 listed.append(Phase(name, task.name, kind, length, 0.0 if known else cost))
     return listed
+
+
+def whole_cost(reading: str, tokens: int) -> float:
+    """Token passes that a text of so many tokens takes, read without a memory."""
+    return tokens * (LOCAL_COST + (tokens / 2 / ATTENTION_TOKENS if reading == "full_context" else 0.0))
 
 
 def plan(
