@@ -77,3 +77,16 @@ def test_memorizing_trains_on_what_it_reads():
         read = lm(ids).logits[:, WINDOW:]
         trained = lm.crossbatch(ids[:, WINDOW:], paper_rows(2, 1), ids[:, None, :WINDOW], differentiable=False)
     torch.testing.assert_close(trained, read, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["long_finetune", "extrapolation", "rectified"])
+def test_baselines_without_a_memory_read_the_full_context(name: str) -> None:
+    path = str(SHIPPED / "baselines" / f"{name}.yaml")
+    job = parse(read_request("run", ["--config", path]), ["--config", path])
+    assert job.model.memory_config.memory_layers == []
+    assert job.evaluation.readings == ["full_context"]
+    # Rows see nothing of each other, and the whole backbone is trained where there are steps.
+    assert (job.model.crossbatch_config.pack, job.model.crossbatch_config.range) == (1, 0)
+    assert job.model.trainable == "all"
+    assert (job.model.rope is not None) == (name == "extrapolation")
+    assert (job.model.memory_config.max_distance is not None) == (name == "rectified")
