@@ -112,41 +112,33 @@ def distraction(results: read.Row) -> Table | None:
 
 
 def story(results: read.Row) -> Table | None:
-    """Losses of a continuation: a row a memory kind and context, a column a distance from the context."""
+    """Losses of a continuation: a row a distance from the context, a column a memory kind and context."""
     measured = read.rows(results, "story")
     distances = sorted({int(n) for row in measured if (n := read.number(row, "distance")) is not None})
     if not distances:
         return None
-    columns = [*distances, *(["names"] if any("names" in row for row in measured) else [])]
+    # Without a memory the same windows are read, whatever the context.
+    shown = [("none", min(row["context_tokens"] for row in measured))]
+    shown += [where for where in dict.fromkeys((row["memory"], row["context_tokens"]) for row in measured)
+              if where[0] != "none"]  # fmt: skip
+    own = {(row["memory"], row["context_tokens"], row.get("distance", "names")): row for row in measured}
     body = []
-    for kind in read.memory_kinds(measured):
-        for length in sorted({row["context_tokens"] for row in measured if row.get("memory") == kind}):
-            where = (kind, length)
-            own = {
-                row.get("distance", "names"): row
-                for row in measured
-                if (row.get("memory"), row.get("context_tokens")) == where
-            }
-            name = curves.memory_name(kind) + ("" if kind == "none" else f", {formats.tokens(length)}")
-            gains = kind != "none"
-            cells = []
-            for distance in columns:
-                value = read.number(own.get(distance, {}), "gain_nats" if gains else "nll")
-                error = read.number(own.get(distance, {}), "gain_standard_error" if gains else "nll_standard_error")
-                text = formats.MISSING if value is None else formats.fixed(value, 3)
-                cells.append(Cell(text + ("" if error is None else f" ± {formats.fixed(error, 3)}"), value))
-            body.append((Cell(name, f"{kind} {length}"), *cells))
-            if kind == "none":
-                # The same windows are read alone, whatever the context.
-                break
-    note = "No memory: nats a token; the others: nats saved on the same tokens. ± one standard error over stories. "
+    places: list[int | str] = [*distances, *(["names"] if any("names" in row for row in measured) else [])]
+    for distance in places:
+        cells = []
+        for kind, length in shown:
+            row, field = own.get((kind, length, distance), {}), "nll" if kind == "none" else "gain"
+            value = read.number(row, "nll" if kind == "none" else "gain_nats")
+            error = read.number(row, f"{field}_standard_error")
+            text = formats.MISSING if value is None else formats.fixed(value)
+            cells.append(Cell(text + ("" if error is None else f" ± {formats.fixed(error)}"), value))
+        head = "names" if isinstance(distance, str) else formats.tokens(distance)
+        body.append((Cell(head, distance), *cells))
+    names = (kind if kind == "none" else f"{kind}, {formats.tokens(length)}" for kind, length in shown)
+    note = "None: nats a token; the others: nats saved on the same tokens. ± one standard error over stories. "
     note += "Names: nats a name that the context has and the local window so far has not; ± over names."
-    heads = (
-        "memory",
-        *(formats.tokens(distance) for distance in distances),
-        *(["names"] if "names" in columns else []),
-    )
-    return Table("A story's continuation by distance from its context", heads, tuple(body), note=note)
+    title = "A story's continuation by distance from its context"
+    return Table(title, ("from", *names), tuple(body), note=note)
 
 
 def _rate(row: read.Row) -> Cell:

@@ -350,4 +350,5 @@ def test_the_loss_of_names_is_that_of_their_tokens(lm) -> None:
         assert row["nll"] == pytest.approx(np.mean([float(losses[a - 1 : b - 1].sum()) for a, b in places]), abs=1e-4)
     assert rows[1]["gain_nats"] == pytest.approx(rows[0]["nll"] - rows[1]["nll"], abs=1e-6)
     (table,) = [one for one in found({"story": [*rows, {**rows[0], "distance": 0}]}) if "story" in one.title]
-    assert table.columns[-1] == "names"
+    assert [row[0].text for row in table.rows] == ["0", "names"]
+    assert table.columns == ("from", "none", f"exact, {len(STORY)}")
