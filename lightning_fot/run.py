@@ -19,6 +19,7 @@ from rich.console import Console
 from lightning_fot.doctor import environment
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
+from lightning_fot.evaluation.passkey import passkey_examples
 from lightning_fot.evaluation.plan import (
     fit_to_documents,
     plan,
@@ -27,6 +28,7 @@ from lightning_fot.evaluation.plan import (
     tokens_needed,
 )
 from lightning_fot.evaluation.rows import summarise
+from lightning_fot.evaluation.tasks.registry import make_tasks
 from lightning_fot.evaluation.tasks.texts import select_texts
 from lightning_fot.parsing import JobCLI, parse, quiet
 from lightning_fot.progress import JobProgress, format_seconds
@@ -137,8 +139,11 @@ class Job:
         data.setup("fit" if self.will_train else None)
         if evaluation:
             self.documents = self._heldout()
-            window = self.cli.model.memory_config.window
-            self.texts = select_texts(self.evaluation.tasks, window, data.heldout_documents)
+            memory = self.cli.model.memory_config
+            self.texts = select_texts(self.evaluation.tasks, memory.window, data.heldout_documents)
+            # Made to be refused now, not after hours of training.
+            passkey_examples(self.evaluation, data.tokenizer_object)
+            make_tasks(self.evaluation, memory, data.tokenizer_object, self.texts)
             if self.evaluation.distractor_tokens:
                 self.distractors = select_distractors(data.heldout_documents(), self.documents, self.evaluation)
         self.progress.finish(DOCUMENTS_PHASE)

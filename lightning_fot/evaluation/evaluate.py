@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_fot.evaluation.multi_doc import measure_distraction
 from lightning_fot.evaluation.passkey import (
     answer_is_found,
+    passkey_examples,
     shared_memories,
     split_prompt,
     whole_answer_is_found,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lightning_fot.config import EvaluationConfig
-    from lightning_fot.data.passkey import PasskeyExample
     from lightning_fot.lm import MemoryLM
 
 
@@ -143,19 +143,9 @@ class _Evaluation:
         self.documents = select_documents(documents, config)
         self.phases = phases(config, lm.config.retriever, lm.config.window, len(self.documents))
         self.longest = max(config.context_tokens, default=0)
-        self.examples = self._examples()
+        self.examples = passkey_examples(config, tokenizer)
         self.tasks = TaskRunner(lm, tokenizer, config, texts or {}, self._advance)
         self.capture: Capture | None = None
-
-    def _examples(self) -> list[tuple[int, PasskeyExample]]:
-        """All prompts, before anything slow: a length that is too short is known at once."""
-        from lightning_fot.data.passkey import passkey_prompt
-
-        return [
-            (length, passkey_prompt(self.tokenizer, length, seed=sample))
-            for length in sorted(set(self.config.passkey_tokens))
-            for sample in range(self.config.passkey_samples)
-        ]
 
     def run(self) -> None:
         self._replan()

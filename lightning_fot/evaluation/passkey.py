@@ -17,6 +17,7 @@ from lightning_fot.evaluation.perplexity import read_logits
 from lightning_fot.whole_text import read_whole
 
 if TYPE_CHECKING:
+    from lightning_fot.config import EvaluationConfig
     from lightning_fot.data.passkey import PasskeyExample
     from lightning_fot.lm import MemoryLM
     from lightning_fot.memory import Memory
@@ -36,6 +37,25 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     spread = Z95 * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials))
     norm = 1 + z2 / trials
     return max(0.0, (middle - spread) / norm), min(1.0, (middle + spread) / norm)
+
+
+def passkey_examples(config: EvaluationConfig, tokenizer: Any) -> list[tuple[int, PasskeyExample]]:
+    """All prompts of an evaluation with their lengths in tokens.
+
+    Args:
+        config: What to measure.
+        tokenizer: Of the model.
+
+    Raises:
+        SettingError: A length is too short for the tokenizer.
+    """
+    from lightning_fot.data.passkey import passkey_prompt
+
+    return [
+        (length, passkey_prompt(tokenizer, length, seed=sample))
+        for length in sorted(set(config.passkey_tokens))
+        for sample in range(config.passkey_samples)
+    ]
 
 
 def split_prompt(example: PasskeyExample, local: int) -> tuple[list[int], list[int]]:

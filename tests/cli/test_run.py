@@ -210,9 +210,11 @@ def test_fit_then_go_on_for_more_steps(repository: Path, folder: Path) -> None:
         (["--model.memory.window=8192", "--data.paths=[books/book0.txt]"], ["data.paths"]),
         (["--data.paths=[empty.txt]"], ["data.paths", "empty"]),
         (["--data.paths=[binary.txt]"], ["data.paths"]),
+        (["--evaluation.passkey_tokens=[100]"], ["evaluation.passkey_tokens=100", "Use 256 or more"]),
+        (["--evaluation.needles.tokens=[100]"], ["evaluation.needles.tokens=[100]", "without any filler"]),
     ],
 )
-def test_documents_that_do_not_do_are_refused_before_a_model_is_read(
+def test_what_does_not_do_is_refused_before_a_model_is_read(
     repository: Path, folder: Path, words: list[str], parts: list[str]
 ) -> None:
     (folder / "empty.txt").write_text("", encoding="utf-8")

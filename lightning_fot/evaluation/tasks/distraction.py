@@ -34,23 +34,21 @@ class Distraction:
 
     Args:
         settings: What is measured.
-        lm: The model.
         texts: As many held-out documents as the settings ask for.
     """
 
-    def __init__(self, settings: DistractionTask, lm: MemoryLM, texts: Sequence[HeldOut]) -> None:
+    def __init__(self, settings: DistractionTask, texts: Sequence[HeldOut]) -> None:
         self._settings = settings
-        self._lm = lm
         self._texts = texts
 
-    def measure(self, length: int, spec: Any, advance: Advance) -> list[Row]:
+    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Advance) -> list[Row]:
         """A row for each number of documents: ``documents``, the fields of :func:`shares` as lists, ``index_used``."""
-        window = self._lm.config.window
-        contexts = [ids_of(text, 0, length).to(self._lm.device) for text in self._texts]
-        targets = [ids_of(text, length, length + window).to(self._lm.device) for text in self._texts]
-        alone = [_read_alone(self._lm, context, advance) for context in contexts]
+        window = lm.config.window
+        contexts = [ids_of(text, 0, length).to(lm.device) for text in self._texts]
+        targets = [ids_of(text, length, length + window).to(lm.device) for text in self._texts]
+        alone = [_read_alone(lm, context, advance) for context in contexts]
         return [
-            distraction(self._lm, alone, targets, count, self._settings.scored, spec, advance)
+            distraction(lm, alone, targets, count, self._settings.scored, spec, advance)
             for count in self._settings.counts
         ]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from lightning_fot.lm import MemoryLM
 
 Ids = npt.NDArray[np.int32]
 
@@ -45,10 +48,11 @@ class Episode:
 class Measure(Protocol):
     """A task that asks no questions: it measures by itself."""
 
-    def measure(self, length: int, spec: Any, advance: Callable[[float], None]) -> list[dict[str, Any]]:
+    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Callable[[float], None]) -> list[dict[str, Any]]:
         """Rows of one of the lengths that are set, JSON-able, with ``index_used``.
 
         Args:
+            lm: The model.
             length: Tokens.
             spec: Specification of the retriever, None for no memory.
             advance: Called with the token passes done.

@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_fot.evaluation.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
 from lightning_fot.evaluation.retrieval import index_used, live_quality, sample_rows
-from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe, Task
+from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe
 from lightning_fot.evaluation.tasks.reading import read
-from lightning_fot.evaluation.tasks.registry import make_task
+from lightning_fot.evaluation.tasks.registry import make_tasks
 from lightning_fot.evaluation.tasks.texts import Texts
 
 if TYPE_CHECKING:
@@ -104,9 +104,7 @@ class TaskRunner:
     ) -> None:
         self._lm = lm
         self._advance = advance
-        self._tasks: dict[str, Task | Measure] = {
-            task.name: make_task(task, lm, tokenizer, texts.get(task.name, ())) for task in config.tasks
-        }
+        self._tasks = make_tasks(config, lm.config, tokenizer, texts)
         # Memory kind, what was read, and the memory.
         self._kept: tuple[str, Ids, Memory] | None = None
 
@@ -118,7 +116,7 @@ class TaskRunner:
         task = self._tasks[phase.section]
         if isinstance(task, Measure):
             self.release()
-            return task.measure(phase.context_tokens, None if phase.memory == NONE else spec, self._advance)
+            return task.measure(self._lm, phase.context_tokens, None if phase.memory == NONE else spec, self._advance)
         return [self._measure(episode, phase.memory, spec) for episode in task.episodes(phase.context_tokens)]
 
     def release(self) -> None:

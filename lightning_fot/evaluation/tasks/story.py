@@ -31,27 +31,25 @@ class Story:
 
     Args:
         settings: What is measured.
-        lm: The model.
         tokenizer: Its tokenizer.
         texts: As many held-out documents as the settings ask for.
     """
 
-    def __init__(self, settings: StoryTask, lm: MemoryLM, tokenizer: Any, texts: Sequence[HeldOut]) -> None:
+    def __init__(self, settings: StoryTask, tokenizer: Any, texts: Sequence[HeldOut]) -> None:
         self._settings = settings
-        self._lm = lm
         self._tokenizer = tokenizer
         self._texts = texts[: settings.stories]
         self._longest = settings.lengths[-1]
 
     @torch.no_grad()
-    def measure(self, length: int, spec: Any, advance: Callable[[float], None]) -> list[Row]:
+    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Callable[[float], None]) -> list[Row]:
         """A row for each story.
 
         Returns:
             ``windows``: (sum of losses in nats, tokens) of each; ``names``: the same of each name that the shortest
             context has and the local window so far has not; ``index_used``.
         """
-        lm, rows = self._lm, []
+        rows = []
         for text in self._texts:
             # Behind contexts of all lengths the same continuation.
             start, stop = self._longest, self._longest + self._settings.target_tokens
