@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_fot.evaluation.plan import WHOLE
 from lightning_fot.report import formats, read
 from lightning_fot.report.scales import log_ticks
 
@@ -222,8 +223,8 @@ def _error(row: read.Row, paired: bool) -> float | None:
 
 
 def memory_name(kind: str) -> str:
-    """A memory kind in words."""
-    return {"none": "no memory", "exact": "exact search"}.get(kind, kind)
+    """A memory kind, or a reading without a memory, in words."""
+    return {"none": "no memory", "exact": "exact search", **WHOLE}.get(kind, kind)
 
 
 def kind_style(kind: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lightning_fot.evaluation.plan import WHOLE
 from lightning_fot.report import curves, formats, read
 
 
@@ -49,7 +50,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _perplexity(results: read.Row) -> Finding | None:
     table = read.by_context(read.rows(results, "perplexity"), "value")
     name = read.retriever_name(results)
-    kind = next((kind for kind in (name, "exact", "none") if table.get(kind)), None)
+    kind = next((kind for kind in (name, "exact", *WHOLE, "none") if table.get(kind)), None)
     if kind is None:
         return None
     context, row = max(table[kind].items())
@@ -57,14 +58,14 @@ def _perplexity(results: read.Row) -> Finding | None:
     shown = formats.fixed(value)
     base_row = table.get("none", {}).get(context)
     if kind == "none" or base_row is None:
-        with_memory = "without a memory" if kind == "none" else f"with {formats.tokens(context)} tokens of memory"
+        with_memory = "without a memory" if kind == "none" else f"with {_context(kind, context)}"
         text = f"Perplexity on held-out text is {shown} {with_memory}."
         caveat = "With a memory it was not measured." if kind == "none" else "Without a memory it was not measured."
         return Finding("Perplexity", shown, text, caveat, "open")
     base = float(base_row["value"])
     change = value / base - 1
     no_change = formats.fixed(base) == shown
-    memory = f"a memory of {formats.tokens(context)} tokens ({curves.memory_name(kind)})"
+    memory = _context(kind, context)
     if no_change:
         text = f"With {memory} the model predicts held-out text as well as without: no change."
     else:
@@ -73,11 +74,18 @@ def _perplexity(results: read.Row) -> Finding | None:
             f"With {memory}, perplexity on held-out text is {formats.percent(abs(change))} {direction} than without: "
         )
         text += f"the model predicts the text {meaning}."
-    text += _beside_exact(table, kind, context, row)
+    if kind not in WHOLE:
+        text += _beside_exact(table, kind, context, row)
     caveat, settled = _perplexity_caveat(row, base_row)
     verdict = "open" if no_change or not settled else "good" if change < 0 else "bad"
-    topic = f"Perplexity with {formats.tokens(context)} tokens of memory"
+    topic = f"Perplexity with {formats.tokens(context)} tokens of {'context' if kind in WHOLE else 'memory'}"
     return Finding(topic, f"{formats.fixed(base)} → {shown}", text, caveat, verdict)
+
+
+def _context(kind: str, tokens: int) -> str:
+    """What was read before the scored text, in words."""
+    what = "a context" if kind in WHOLE else "a memory"
+    return f"{what} of {formats.tokens(tokens)} tokens ({curves.memory_name(kind)})"
 
 
 def _beside_exact(table: dict[str, dict[int, read.Row]], kind: str, context: int, row: read.Row) -> str:

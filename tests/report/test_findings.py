@@ -48,6 +48,15 @@ def test_without_paired_errors_the_larger_ones_count(results: dict[str, Any]) ->
     assert "does not settle it" in finding.caveat
 
 
+def test_a_context_read_in_one_window_is_told_as_such(results: dict[str, Any]) -> None:
+    rows = [row for row in results["perplexity"] if row["memory"] in ("none", "exact")]
+    results["perplexity"] = [{**row, "memory": "full_context"} if row["memory"] == "exact" else row for row in rows]
+    finding = of(results, "Perplexity")
+    assert "tokens of context" in finding.topic
+    assert "(full context), perplexity on held-out text is" in finding.text
+    assert "memory" not in finding.topic + finding.text
+
+
 def test_passkey_tells_how_few_prompts_there_were(results: dict[str, Any]) -> None:
     finding = of(results, "Passkey")
     assert finding.value == "2 of 6"
