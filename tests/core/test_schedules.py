@@ -136,7 +136,7 @@ class Watch(L.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         self.validations += 1
-        module.log("val/accuracy", self.validations / 3)
+        module.log("val/progress", self.validations / 3)
 
 
 def loader(count):
@@ -168,7 +168,7 @@ def run(folder, schedule, steps, watch, ckpt=None, **changes):
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 class TestTraining:
     def test_a_metric_switches_and_a_checkpoint_of_that_very_moment_knows(self, tmp_path):
-        schedule = ScheduleConfig("metric", [1, 3], at=[0.5], metric="val/accuracy")
+        schedule = ScheduleConfig("metric", [1, 3], at=[0.5], metric="val/progress")
         straight = Watch()
         run(tmp_path, schedule, 6, straight)
         # Validations after steps 2 and 4 log 1/3 and 2/3.
