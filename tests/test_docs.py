@@ -180,6 +180,7 @@ NEW = [
     "faq",
     "lm_eval",
     "tasks",
+    "reproduce",
 ]
 
 
