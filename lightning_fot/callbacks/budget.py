@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning as L
 
 
 class Budget:
@@ -35,6 +39,15 @@ class Budget:
         if self.share is None or not self._last:
             return True
         return self.spent + self._last <= self.share * (self._clock() - self._began - self.spent)
+
+    def allows(self, trainer: L.Trainer) -> bool:
+        """Whether a measurement is paid for; outside ``fit`` it always is. Ranks agree, since reading may need all of
+        them (sharded weights).
+        """
+        if trainer.state.fn != "fit":
+            return True
+        allowed: bool = trainer.strategy.broadcast(self.allowed)
+        return allowed
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

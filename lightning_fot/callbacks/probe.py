@@ -190,10 +190,8 @@ class RetrievalProbe(L.Callback):
         return [callback for callback in trainer.callbacks if isinstance(callback, RetrievalProbe)]  # type: ignore[attr-defined]
 
     def _allowed(self, trainer: L.Trainer) -> bool:
-        """Whether a measurement is paid for. Ranks agree, since reading may need all of them (sharded weights)."""
-        if trainer.state.fn != "fit":
-            return True
-        allowed: bool = trainer.strategy.broadcast(self.budget.allowed)
+        """Whether a measurement is paid for."""
+        allowed = self.budget.allows(trainer)
         self.left_out += not allowed
         return allowed
 

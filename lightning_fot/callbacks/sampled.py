@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from lightning_fot.layers import evaluation_mode
 from lightning_fot.module import FocusedTransformer
 
 
-class SampledCallback(L.Callback):
+class SampledCallback(L.Callback, ABC):
     """Measures a training batch every ``every_n_steps`` steps, and the first batch of each validation and test.
 
     Model, modes and random states are left as they were. Each rank measures its own batch; what is logged is rank 0's:
@@ -43,9 +44,9 @@ class SampledCallback(L.Callback):
         self.values: dict[str, float] = {}
         self._step = -1
 
+    @abstractmethod
     def measure(self, module: FocusedTransformer, batch: dict[str, Tensor]) -> dict[str, float]:
         """What is logged of a batch; nothing where the batch has none of it."""
-        raise NotImplementedError
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses other modules."""
@@ -67,7 +68,7 @@ class SampledCallback(L.Callback):
         step = trainer.global_step
         due = step != self._step and self.every_n_steps > 0 and step % self.every_n_steps == 0
         self._step = step
-        if due and self._allowed(trainer):
+        if due and self.budget.allows(trainer):
             self.values = self._measure(trainer, pl_module, batch)
             for logger in trainer.loggers:
                 # As Lightning numbers what a training step logs.
@@ -83,20 +84,13 @@ class SampledCallback(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measures the first batch."""
-        if batch_idx or dataloader_idx or trainer.sanity_checking or not self._allowed(trainer):
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not self.budget.allows(trainer):
             return
         self.values = self._measure(trainer, pl_module, batch)
         how: dict[str, Any] = {"on_step": False, "on_epoch": True, "rank_zero_only": True, "batch_size": 1}
         pl_module.log_dict(self.values, add_dataloader_idx=False, **how)
 
     on_test_batch_end = on_validation_batch_end
-
-    def _allowed(self, trainer: L.Trainer) -> bool:
-        """Whether a measurement is paid for; ranks agree, since reading may need all of them (sharded weights)."""
-        if trainer.state.fn != "fit":
-            return True
-        allowed: bool = trainer.strategy.broadcast(self.budget.allowed)
-        return allowed
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:

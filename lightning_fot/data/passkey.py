@@ -20,7 +20,7 @@ _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them."
     " I will quiz you about the important information there."
 )
-_FILLER = (
+FILLER = (
     " The grass is green.",
     " The sky is blue.",
     " The sun is yellow.",
@@ -80,7 +80,7 @@ def passkey_prompt(
             f"the passkey prompt takes {n_tokens - room} tokens without any filler",
             f"Use {_rounded_up(n_tokens - room)} or more.",
         )
-    sentences = [continuation(tokenizer, ".", sentence) for sentence in _FILLER]
+    sentences = [continuation(tokenizer, ".", sentence) for sentence in FILLER]
     before: list[int] = []
     for sentence in itertools.cycle(sentences):
         if len(before) + len(sentence) > place * room:

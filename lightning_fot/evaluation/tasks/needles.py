@@ -6,18 +6,12 @@ import itertools
 import random
 from typing import Any
 
+from lightning_fot.data.passkey import FILLER
 from lightning_fot.evaluation.tasks.episode import Episode
 from lightning_fot.evaluation.tasks.settings import NeedlesTask
 from lightning_fot.evaluation.tasks.text import Pieces, as_ids
 
 _TASK = "Several pass keys are hidden inside a lot of irrelevant text. Memorize them. I will quiz you about them."
-_FILLER = (
-    " The grass is green.",
-    " The sky is blue.",
-    " The sun is yellow.",
-    " Here we go.",
-    " There and back again.",
-)
 _NEEDLE = " The pass key of the {name} is {number}."
 _QUESTION = " What is the pass key of the {name}? The pass key of the {name} is"
 _COLOURS = ("red", "blue", "green", "white", "black", "brown", "golden", "silver", "purple", "orange")
@@ -59,12 +53,12 @@ class Needles:
         if room < 0:
             least = length - room
             raise settings.error("tokens", f"{settings.keys} keys take {least} tokens without any filler", "Raise it.")
-        filler = list(itertools.chain(*(encode(sentence) for sentence in _FILLER)))
-        sentences = itertools.cycle(encode(sentence) for sentence in _FILLER)
+        filler = list(itertools.chain(*(encode(sentence) for sentence in FILLER)))
+        sentences = itertools.cycle(encode(sentence) for sentence in FILLER)
         ids, used = head, 0
         for place, needle in enumerate(needles):
             # Key i of n stands behind (i + 1/2)/n of the filler, at the end of a sentence.
-            while used < (place + 0.5) / settings.keys * room - len(filler) / 2 / len(_FILLER):
+            while used < (place + 0.5) / settings.keys * room - len(filler) / 2 / len(FILLER):
                 sentence = next(sentences)
                 if used + len(sentence) > room:
                     break
