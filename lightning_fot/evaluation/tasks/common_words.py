@@ -7,11 +7,11 @@ that counts above k cannot be told apart: top-k memory is known to be weak here.
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from lightning_fot.evaluation.tasks.episode import Episode
+from lightning_fot.evaluation.tasks.samples import Samples
 from lightning_fot.evaluation.tasks.settings import CommonWordsTask
-from lightning_fot.evaluation.tasks.text import Pieces, as_ids, fill
+from lightning_fot.evaluation.tasks.text import as_ids, fill
 
 WORDS = (
     "apple", "bread", "chair", "cloud", "dance", "field", "glass", "heart", "house", "light", "money", "music", "night",
@@ -21,7 +21,7 @@ _TASK = "Below is a list of words. Memorize how often each occurs. List:"
 _QUESTION = "\nQuestion: Which word occurs most often in the list?\nAnswer: The most common word is"
 
 
-class CommonWords:
+class CommonWords(Samples[CommonWordsTask]):
     """Lists in which one of ``words`` words occurs ``often`` times as often as each other.
 
     Args:
@@ -31,16 +31,6 @@ class CommonWords:
     Raises:
         SettingError: A length is too short for every word to occur.
     """
-
-    def __init__(self, settings: CommonWordsTask, tokenizer: Any) -> None:
-        self._settings = settings
-        self._pieces = Pieces(tokenizer)
-        for length in settings.lengths:
-            self.episodes(length)
-
-    def episodes(self, length: int) -> list[Episode]:
-        """``samples`` of them, as long as whole words allow."""
-        return [self._episode(length, sample) for sample in range(self._settings.samples)]
 
     def _episode(self, length: int, sample: int) -> Episode:
         settings = self._settings

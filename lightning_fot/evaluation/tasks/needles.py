@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
 
 from lightning_fot.data.passkey import FILLER
 from lightning_fot.evaluation.tasks.episode import Episode
+from lightning_fot.evaluation.tasks.samples import Samples
 from lightning_fot.evaluation.tasks.settings import NeedlesTask
-from lightning_fot.evaluation.tasks.text import Pieces, as_ids
+from lightning_fot.evaluation.tasks.text import as_ids
 
 _TASK = "Several pass keys are hidden inside a lot of irrelevant text. Memorize them. I will quiz you about them."
 _NEEDLE = " The pass key of the {name} is {number}."
@@ -19,7 +19,7 @@ _ANIMALS = ("fox", "owl", "bear", "horse", "swan", "wolf", "cat", "dog", "mouse"
 NAMES = tuple(f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS)
 
 
-class Needles:
+class Needles(Samples[NeedlesTask]):
     """Prompts with ``keys`` numbers at even depths, a few of which are asked for.
 
     Args:
@@ -29,16 +29,6 @@ class Needles:
     Raises:
         SettingError: A length has no room for the keys.
     """
-
-    def __init__(self, settings: NeedlesTask, tokenizer: Any) -> None:
-        self._settings = settings
-        self._pieces = Pieces(tokenizer)
-        for length in settings.lengths:
-            self.episodes(length)
-
-    def episodes(self, length: int) -> list[Episode]:
-        """``samples`` of them, each of exactly ``length`` tokens."""
-        return [self._episode(length, sample) for sample in range(self._settings.samples)]
 
     def _episode(self, length: int, sample: int) -> Episode:
         settings, encode = self._settings, self._pieces.encode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ SettingsT = TypeVar("SettingsT", bound="TaskSettings")
 
 
 @dataclass
-class TaskSettings:
+class TaskSettings(ABC):
     """What all tasks have.
 
     Args:
@@ -52,7 +53,7 @@ class TaskSettings:
         """How many held-out documents of the user's text it takes, and of how many tokens at least."""
         return 0, 0
 
-    def check(self, window: int) -> None:
+    def check(self, window: int) -> None:  # noqa: B027  (most tasks work with any window)
         """Finds what cannot work with the model's window.
 
         Raises:
@@ -63,9 +64,9 @@ class TaskSettings:
         """Tokens that go into the memory for one length: here what the next smaller length lacks."""
         return length - max((other for other in self.lengths if other < length), default=0)
 
+    @abstractmethod
     def tokens_to_ask(self, length: int) -> int:
         """Tokens of all questions of one length."""
-        raise NotImplementedError
 
     def error(self, setting: str, problem: str, fix: str) -> SettingError:
         """The error for one of the settings."""
@@ -215,7 +216,31 @@ class ManyShotTask(TaskSettings):
 
 
 @dataclass
-class NeedlesTask(TaskSettings):
+class SampledTask(TaskSettings):
+    """A task of several texts of each length, every one in a memory of its own.
+
+    Args:
+        tokens: Tokens of each text.
+        seed: Of all that is drawn.
+        samples: Texts of each length.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "samples")
+
+    def tokens_to_read(self, length: int) -> int:
+        """Every text."""
+        return length * self.samples
+
+
+@dataclass
+class NeedlesTask(SampledTask):
     """Several pass keys in one text, some of them asked for, each by its name.
 
     Args:
@@ -234,17 +259,12 @@ class NeedlesTask(TaskSettings):
     tokens: list[int] = field(default_factory=lambda: [1024, 4096])
     keys: int = 4
     asked: int = 4
-    samples: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_whole(1, "keys", "asked", "samples")
+        self._check_whole(1, "keys", "asked")
         if self.keys > 100:
             raise self.error("keys", "are told apart by 100 names", "Use 100 or fewer.")
-
-    def tokens_to_read(self, length: int) -> int:
-        """Every text."""
-        return length * self.samples
 
     def tokens_to_ask(self, length: int) -> int:
         """About 25 tokens a question."""
@@ -279,7 +299,7 @@ class KeyValueTask(TaskSettings):
 
 
 @dataclass
-class CommonWordsTask(TaskSettings):
+class CommonWordsTask(SampledTask):
     """Aggregation: which word of a long list occurs most often. Top-k memory is known to be weak at it.
 
     Args:
@@ -303,13 +323,8 @@ class CommonWordsTask(TaskSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_whole(2, "words", "often")
-        self._check_whole(1, "samples")
         if self.words > 20:
             raise self.error("words", "there are 20", "Use 20 or fewer.")
-
-    def tokens_to_read(self, length: int) -> int:
-        """Every list."""
-        return length * self.samples
 
     def tokens_to_ask(self, length: int) -> int:
         """About 25 tokens a question."""
