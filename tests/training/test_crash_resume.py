@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,7 +26,28 @@ _SETTINGS = [
 ]
 
 
-def _train(home: str, resume: bool, steps: int) -> None:
+def _kill_myself(moment: str, write: int) -> None:
+    """SIGKILL in the write of the checkpoint with this number: a watcher from outside would miss most of them.
+
+    Lightning moves the file in from the folder for temporary files, which may lie on another disk: a move is then a copy.
+    Moments: "begun", a part of the copy is there; "complete", all of it, under its first name.
+    """
+    ahead = write
+
+    def at(event: str, words: tuple[Any, ...]) -> None:
+        nonlocal ahead
+        if event != "os.rename" or os.path.basename(words[moment == "begun"]) != "last.new":
+            return
+        if ahead == 0:
+            if moment == "begun":  # the event comes before the move
+                Path(words[1]).write_bytes(Path(words[0]).read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        ahead -= 1
+
+    sys.addaudithook(at)
+
+
+def _train(home: str, resume: bool, steps: int, moment: str | None, write: int) -> None:
     """Runs in a process of its own, forked from a server that has imported torch but computed nothing."""
     os.chdir(home)
     with open("log.txt", "a") as log:
@@ -34,6 +57,8 @@ def _train(home: str, resume: bool, steps: int) -> None:
     from lightning_fot.cli import main
 
     torch.set_num_threads(1)
+    if moment is not None:
+        _kill_myself(moment, write)
     # A checkpoint after each step: the more often one is written, the more often a kill meets one.
     lightning_fot.training.SAVE_EVERY_S = 0.0
     words = ["fit", "--config", "smoke", "--run_dir=out", f"--trainer.max_steps={steps}", *_SETTINGS]
@@ -57,12 +82,12 @@ def _home(path: Path) -> Path:
     return path
 
 
-def _start(server: Any, home: Path, steps: int) -> BaseProcess:
+def _start(server: Any, home: Path, steps: int, moment: str | None = None, write: int = 0) -> BaseProcess:
     out = home / "out"
     resume = (out / "checkpoints" / "last.ckpt").is_file()
     if not resume and out.exists():
         shutil.rmtree(out)  # killed before there was anything to go on from
-    process: BaseProcess = server.Process(target=_train, args=(str(home), resume, steps))
+    process: BaseProcess = server.Process(target=_train, args=(str(home), resume, steps, moment, write))
     process.start()
     return process
 
@@ -121,22 +146,23 @@ def _kill_and_compare(server: Any, folder: Path, kills: int) -> None:
     for number in range(kills):
         fresh = checkpoints / "last.new"
         fresh.unlink(missing_ok=True)
-        process = _start(server, home, steps)
         if number % 4 == 0:
-            # In the middle of writing a checkpoint.
-            while process.is_alive() and not fresh.exists():
-                time.sleep(0.0005)
+            moment = ("begun", "complete")[number // 4 % 2]
+            process = _start(server, home, steps, moment, write=draw.randrange(3))
+            process.join(240)
             writing += fresh.exists()
         elif number % 4 == 1:
             # While it starts.
+            process = _start(server, home, steps)
             process.join(0.6 * draw.random())
         else:
+            process = _start(server, home, steps)
             _wait_for_steps(process, checkpoints / "last.ckpt", draw.randint(1, STEPS_A_KILL // 2))
             process.join(0.05 * draw.random())
         killed += _kill(process)
     found = _finish(server, home, steps)
     assert killed == kills
-    assert writing
+    assert writing == math.ceil(kills / 4)
     assert sorted(found) == sorted(expected)
     for section in expected:
         if section != "callbacks":  # they count seconds
