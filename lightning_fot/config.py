@@ -7,18 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_fot.errors import SettingError
+from lightning_fot.backbone_settings import LoraSettings, RopeSettings
+from lightning_fot.errors import SettingError, check_at_least
 from lightning_fot.evaluation.tasks import settings as task_settings
 from lightning_fot.schedules import ScheduleConfig, schedule_from
 
-
-def _at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-            raise SettingError(
-                f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
-            )
+__all__ = ["CrossbatchConfig", "EvaluationConfig", "LoraSettings", "MemoryConfig", "RopeSettings"]
 
 
 @dataclass
@@ -70,8 +64,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         prefix = "model.memory"
-        _at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length", "max_distance")
-        _at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
+        check_at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length", "max_distance")
+        check_at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
         for name, choices in (
             ("positions", ("first", "none")),
             ("integration", ("softmax", "gate")),
@@ -146,15 +140,16 @@ class CrossbatchConfig:
 
     Args:
         layout: ``packed``: one pass, row i sees rows before it (LongLLaMA); ``paper``: previous windows are embedded
-            in a separate call and row i sees those of rows i ... i+d-1.
+            in a separate call and row i sees those of rows i ... i+d-1; ``previous_window``: a pack is one text, in
+            which every layer sees ``model.memory.overlap`` tokens of the window before (Transformer-XL).
         range: ``packed``: the most rows that a row sees.
-        pack: ``packed``: consecutive rows that are consecutive windows of one stream.
+        pack: Consecutive rows that are consecutive windows of one stream; not in ``paper``.
         stepping: ``packed``: rows early in a pack see fewer rows (the 3B recipe: (0,0), (1,1), (2,1), (3,0) positives
             and negatives).
         d: ``paper``: contexts a row sees, one of them its own.
         w: ``paper``: previous windows of each row.
         differentiable: Let gradients reach the shown keys and values (FoT); False detaches them (Memorizing
-            Transformers).
+            Transformers, Transformer-XL).
         schedule: How ``range`` or ``d`` changes in training; None keeps it.
         across_ranks: In distributed training, whether rows also see windows of other ranks, with exact gradients: more
             negatives for the same batch on each. False shows the rank's own.
@@ -163,7 +158,7 @@ class CrossbatchConfig:
         SettingError: A value is out of its range.
     """
 
-    layout: Literal["packed", "paper"] = "packed"
+    layout: Literal["packed", "paper", "previous_window"] = "packed"
     range: int = 3
     pack: int = 4
     stepping: bool = True
@@ -174,14 +169,20 @@ class CrossbatchConfig:
     across_ranks: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("model.crossbatch", self, 1, "pack", "d", "w")
-        _at_least("model.crossbatch", self, 0, "range")
-        if self.layout not in ("packed", "paper"):
-            raise SettingError("model.crossbatch.layout", self.layout, "is not known", "Choose packed or paper.")
+        check_at_least("model.crossbatch", self, 1, "pack", "d", "w")
+        check_at_least("model.crossbatch", self, 0, "range")
+        if self.layout not in ("packed", "paper", "previous_window"):
+            fix = "Choose packed, paper or previous_window."
+            raise SettingError("model.crossbatch.layout", self.layout, "is not known", fix)
         self.schedule = schedule_from(self.schedule)
         if self.schedule is not None and self.layout == "paper" and min(self.schedule.values) < 1:
             key, values = "model.crossbatch.schedule.values", self.schedule.values
             raise SettingError(key, values, "d is at least 1", "A row sees its own context.")
+
+    @property
+    def rows_of_a_text(self) -> int:
+        """Consecutive rows of a batch that are consecutive windows of one text."""
+        return 1 if self.layout == "paper" else self.pack
 
     @property
     def most(self) -> int:
@@ -224,63 +225,6 @@ class CrossbatchConfig:
         if name not in recipes:
             raise SettingError("model.crossbatch", name, "is not a recipe", f"Choose one of {', '.join(recipes)}.")
         return cls(**{**recipes[name], **changes})
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters in place of whole weights (peft): of the blocks that ``model.trainable`` names.
-
-    Args:
-        rank: Columns of each factor.
-        alpha: The update is scaled by ``alpha / rank``.
-        dropout: Share of an adapter's inputs that is dropped in training.
-        modules: Names of linear modules.
-
-    Raises:
-        SettingError: A value is out of its range.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-
-    def __post_init__(self) -> None:
-        _at_least("model.lora", self, 1, "rank")
-        if not self.alpha > 0:
-            raise SettingError("model.lora.alpha", self.alpha, "must be above 0", "16 is a good number.")
-        if not 0 <= self.dropout < 1:
-            raise SettingError("model.lora.dropout", self.dropout, "must lie in [0, 1)", "0.05 is a good number.")
-        if not self.modules:
-            raise SettingError("model.lora.modules", self.modules, "names no module", "Write [q_proj, k_proj].")
-
-
-@dataclass
-class RopeSettings:
-    """How far a backbone's rotary positions are stretched, by transformers' formulas (docs/comparison_modes.md).
-
-    Args:
-        type: ``linear``: positions divided by ``factor`` (position interpolation, arXiv 2306.15595); ``ntk``: a larger
-            base, so that slow rotations stretch by ``factor`` and fast ones hardly; ``dynamic``: the same, growing with
-            the length of what is read, from the length of training on; ``yarn`` (arXiv 2309.00071).
-        factor: How many times the length of training is to be reached.
-        original_length: Tokens that the backbone was trained on; None takes its ``max_position_embeddings``.
-
-    Raises:
-        SettingError: A value is out of its range.
-    """
-
-    type: Literal["linear", "ntk", "dynamic", "yarn"] = "yarn"
-    factor: float = 2.0
-    original_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.type not in ("linear", "ntk", "dynamic", "yarn"):
-            raise SettingError("model.rope.type", self.type, "is not known", "Choose linear, ntk, dynamic or yarn.")
-        # "not >=" also refuses nan.
-        if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)) or not 1 <= self.factor < 1e6:
-            raise SettingError("model.rope.factor", self.factor, "must be a number of at least 1", "Try 2.")
-        _at_least("model.rope", self, 1, "original_length")
 
 
 @dataclass
@@ -338,8 +282,8 @@ class EvaluationConfig:
         prefix = "evaluation"
         for kind in task_settings.TASKS:
             setattr(self, kind.name, task_settings.read_task(kind, getattr(self, kind.name)))
-        _at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
-        _at_least(prefix, self, 0, "passkey_samples")
+        check_at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
+        check_at_least(prefix, self, 0, "passkey_samples")
         for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

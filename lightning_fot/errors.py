@@ -31,6 +31,26 @@ class SettingError(ValueError):
         return (type(self), (self.setting, self.value, self.problem, self.fix))
 
 
+def check_at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:
+    """Refuses settings that are neither None nor a whole number of at least ``minimum``.
+
+    Args:
+        prefix: Section, such as ``model.memory``.
+        owner: What has the settings as attributes.
+        minimum: The least that is allowed.
+        names: Of the settings.
+
+    Raises:
+        SettingError: One is something else.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+            raise SettingError(
+                f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
+            )
+
+
 class MissingLibraryError(ImportError):
     """An optional library that is needed but cannot be imported.
 

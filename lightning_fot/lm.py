@@ -85,6 +85,11 @@ class MemoryLM:
         """Device of the backbone."""
         return self.model.device
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the backbone knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
     def __enter__(self) -> Self:
         return self
 
@@ -183,7 +188,7 @@ class MemoryLM:
         check_switch("update_memory", update_memory)
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         if labels is not None:
-            labels = checked_labels(labels, input_ids, self._vocabulary, self.device)
+            labels = checked_labels(labels, input_ids, self.vocabulary, self.device)
         batch, length = ids.shape
         if memory is None:
             memory = self.new_memory(batch)
@@ -329,13 +334,13 @@ class MemoryLM:
         Raises:
             SettingError: The table does not fit the batch, or there are no such tokens.
         """
-        check_ids("input_ids", input_ids, self._vocabulary)
+        check_ids("input_ids", input_ids, self.vocabulary)
         own = len(input_ids) if previous_ids is None else len(previous_ids)
         check_table(table, len(input_ids), own * (1 if gather is None else gather.world_size))
         if not self.memory_layers or previous_ids is None:
             current = CrossbatchPass(table, None, differentiable, gather)
         else:
-            check_ids("previous_ids", previous_ids, self._vocabulary, dims=3)
+            check_ids("previous_ids", previous_ids, self.vocabulary, dims=3)
             rows, windows, _ = previous_ids.shape
             collected = CollectPass(self.memory_layers[-1])
             with self.attachment.during(collected):
@@ -422,14 +427,10 @@ class MemoryLM:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input checked, on the model's device, with each row's tokens first: see :func:`tokens_first`."""
         self.attachment.check_attached()
-        rows = tokens_first(input_ids, attention_mask, self.device, self._vocabulary)
+        rows = tokens_first(input_ids, attention_mask, self.device, self.vocabulary)
         if memory is not None:
             check_memory(memory, len(input_ids), self._memory_shape(), self._fingerprint)
         return rows
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     def _memory_shape(self) -> MemoryShape:
         facts = [self.attachment.facts[index] for index in self.memory_layers]

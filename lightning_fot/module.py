@@ -9,8 +9,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_fot.batch_logits import batch_logits
+from lightning_fot.combinations import check_training
 from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig, RopeSettings
-from lightning_fot.crossbatch import row_table
 from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
@@ -67,6 +68,7 @@ class FocusedTransformer(L.LightningModule):
         rope: Optional[RopeSettings] = None,  # noqa: UP045  (as lr_scheduler)
     ) -> None:
         super().__init__()
+        check_training(memory, crossbatch)
         self.backbone_name = backbone
         self.memory_config = memory
         self.crossbatch_config = crossbatch
@@ -156,25 +158,14 @@ class FocusedTransformer(L.LightningModule):
         Raises:
             SettingError: The loss is not finite, or the rows are no whole packs.
         """
-        ids, targets = batch["input_ids"], batch["targets"]
+        targets = batch["targets"]
         self._check_packs(batch)
         count = (targets != -100).sum()
         if self.trainer.world_size == 1 and not count:
             # As where a task's documents tell in one window and ask in the next: there is no gradient to compute.
             return self._no_loss()
         gather = self._gather()
-        ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
-        table = row_table(self.crossbatch_config, ranks * len(ids), self._shown_contexts())
-        table = table[rank * len(ids) : (rank + 1) * len(ids)]
-        logits = self.lm.crossbatch(
-            ids,
-            table,
-            batch.get("previous_ids"),
-            batch.get("previous_valid"),
-            self.crossbatch_config.differentiable,
-            gather,
-        )
-        loss = _mean_loss(logits, targets)
+        loss = _mean_loss(batch_logits(self.lm, batch, self.crossbatch_config, self._shown_contexts(), gather), targets)
         finite = bool(torch.isfinite(loss))
         # A rank that stopped alone would leave the others waiting for it.
         if not (finite if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(finite)):
@@ -226,8 +217,8 @@ class FocusedTransformer(L.LightningModule):
 
     def _check_packs(self, batch: Batch) -> None:
         """Data loaders of others may give a last batch of fewer rows."""
-        rows, pack = len(batch["input_ids"]), self.crossbatch_config.pack
-        if self.crossbatch_config.layout == "packed" and "previous_ids" not in batch and rows % pack:
+        rows, pack = len(batch["input_ids"]), self.crossbatch_config.rows_of_a_text
+        if "previous_ids" not in batch and rows % pack:
             raise SettingError(
                 "model.crossbatch.pack",
                 pack,
@@ -285,8 +276,8 @@ class FocusedTransformer(L.LightningModule):
         if "previous_ids" in batch:
             earlier = batch["previous_ids"].flatten(1)
             ids = torch.cat([earlier, ids], dim=1)
-        elif self.crossbatch_config.layout == "packed":
-            pack = self.crossbatch_config.pack
+        else:
+            pack = self.crossbatch_config.rows_of_a_text
             ids, targets = (tensor.reshape(len(tensor) // pack, -1) for tensor in (ids, targets))
         memory = self._validated
         if self.validation == "single" or (memory is not None and memory.batch_size != len(ids)):

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from lightning_fot.combinations import check_training
 from lightning_fot.config import CrossbatchConfig, EvaluationConfig, MemoryConfig, RopeSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.request import Request, close_match
@@ -59,7 +60,7 @@ def check_settings(request: Request) -> None:
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
     _follow_backbone(request)
     memory = _build(MemoryConfig, request, "model.memory")
-    _build(CrossbatchConfig, request, "model.crossbatch")
+    check_training(memory, _build(CrossbatchConfig, request, "model.crossbatch"))
     _build(RopeSettings, request, "model.rope")
     evaluation = _build(EvaluationConfig, request, "evaluation")
     evaluation.check_readings(memory)

@@ -37,7 +37,7 @@ class MemorySize(SampledCallback):
         if lm.device.type == "cuda":
             values["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(lm.device))
             torch.cuda.reset_peak_memory_stats(lm.device)
-        text = batch["input_ids"][: config.pack if config.layout == "packed" else 1].reshape(1, -1)
+        text = batch["input_ids"][: config.rows_of_a_text].reshape(1, -1)
         memory = lm.ingest(text, lm.new_memory(1))
         memory.flush()
         index = sum(layer.retriever.nbytes for layer in memory.layers.values())

@@ -130,7 +130,8 @@ def streams(batch: dict[str, Tensor], config: CrossbatchConfig) -> tuple[Tensor,
         whole = torch.ones(len(ids), dtype=torch.bool) if valid is None else valid.bool().all(1).cpu()
         earlier = batch["previous_ids"].flatten(1)[whole]
         return (earlier, ids[whole]) if len(earlier) else None
-    if config.layout != "packed" or config.pack < 2 or len(ids) % config.pack:
+    count = config.rows_of_a_text
+    if count < 2 or len(ids) % count:
         return None
-    rows = ids.reshape(-1, config.pack, ids.shape[1])
+    rows = ids.reshape(-1, count, ids.shape[1])
     return rows[:, :-1].flatten(1), rows[:, -1]

@@ -9,7 +9,7 @@ from lightning_fot.config import CrossbatchConfig
 
 
 class TextStream:
-    """The text of each batch's first pack (``packed``) or row (``paper``), which goes on from batch to batch.
+    """The text of each batch's first pack or row (``paper``), which goes on from batch to batch.
 
     Args:
         most: Tokens kept.
@@ -35,6 +35,5 @@ class TextStream:
         """Takes the first stream of a batch (B, T)."""
         if self.full and not self.newest:
             return
-        rows = config.pack if config.layout == "packed" else 1
-        text = torch.cat([self.ids, input_ids[:rows].reshape(1, -1).cpu()], dim=1)
+        text = torch.cat([self.ids, input_ids[: config.rows_of_a_text].reshape(1, -1).cpu()], dim=1)
         self.ids = text[:, -self.most :] if self.newest else text[:, : self.most]

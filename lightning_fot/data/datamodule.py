@@ -41,8 +41,8 @@ class CrossbatchDataModule(pl.LightningDataModule):
             (a line is a document); null takes the running Python's standard library, a package being one document.
         tokenizer: Backbone whose tokenizer is used; the command line sets it from model.backbone.
         window: Tokens of a row; the command line sets it from model.memory.window.
-        layout: packed or paper; the command line sets it from model.crossbatch.layout.
-        batch_size: Rows of a batch on each device; with layout packed a multiple of pack.
+        layout: packed, paper or previous_window; the command line sets it from model.crossbatch.layout.
+        batch_size: Rows of a batch on each device; a multiple of pack but in layout paper.
         pack: Rows that are consecutive windows of one document; the command line sets it from model.crossbatch.pack.
         prev_windows: Windows before each row that come along with layout paper; set from model.crossbatch.w.
         heldout_fraction: Share of the documents that training never sees. They are drawn with the seed so that short
@@ -68,7 +68,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         paths: list[str] | str | None = None,
         tokenizer: str = "smollm2-135m",
         window: int = 512,
-        layout: Literal["packed", "paper"] = "packed",
+        layout: Literal["packed", "paper", "previous_window"] = "packed",
         batch_size: int = 4,
         pack: int = 4,
         prev_windows: int = 1,
@@ -89,7 +89,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         self.window = window
         self.layout = layout
         self.batch_size = batch_size
-        self.pack = pack if layout == "packed" else 1
+        self.pack = 1 if layout == "paper" else pack
         self.prev_windows = prev_windows
         self.heldout_fraction = heldout_fraction
         self.heldout = [heldout] if isinstance(heldout, str) else heldout
@@ -125,8 +125,9 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 )
         if not 0 < self.heldout_fraction < 1:
             raise SettingError("data.heldout_fraction", self.heldout_fraction, "must be between 0 and 1", "Try 0.1.")
-        if self.layout not in ("packed", "paper"):
-            raise SettingError("data.layout", self.layout, "is not known", "Choose packed or paper.")
+        if self.layout not in ("packed", "paper", "previous_window"):
+            fix = "Choose packed, paper or previous_window."
+            raise SettingError("data.layout", self.layout, "is not known", fix)
         if self.batch_size % self.pack:
             near = max(self.pack, self.batch_size // self.pack * self.pack)
             raise SettingError(
