@@ -1,19 +1,22 @@
-"""``lightning export``: the model of a run as a plain Hugging Face folder, with its tokenizer and memory settings."""
+"""``lightning export``: the model of a run as a plain Hugging Face folder, or its difference from the backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
 
+if TYPE_CHECKING:
+    from lightning_fot.module import FocusedTransformer
+
 
 def export(words: Sequence[str], program: str) -> int:
-    """Merges a run's last checkpoint into its backbone and saves the whole.
+    """Merges a run's last checkpoint into its backbone and saves the whole, or the difference.
 
     Args:
-        words: The run folder, and the folder to write.
+        words: The run folder, and the folder to write; ``--delta`` for the difference.
         program: How the user called the command.
 
     Returns:
@@ -22,12 +25,15 @@ def export(words: Sequence[str], program: str) -> int:
     Raises:
         SettingError: The run has no checkpoint, its backbone is gone, or the folder cannot be written.
     """
-    usage = f"{program} RUN_FOLDER OUT"
+    usage = f"{program} RUN_FOLDER OUT [--delta]"
     if words and words[0] in ("-h", "--help"):
         print(
-            f"Usage: {usage}\n\nWrites the model of RUN_FOLDER's last checkpoint to the folder OUT, for transformers."
+            f"Usage: {usage}\n\nWrites the model of RUN_FOLDER's last checkpoint to the folder OUT, for transformers.\n"
+            "With --delta: only what training changed, a few megabytes, for --model.backbone of this package."
         )
         return 0
+    delta = "--delta" in words
+    words = [word for word in words if word != "--delta"]
     if len(words) != 2 or any(word.startswith("-") for word in words):
         raise SettingError(
             "arguments", " ".join(words), "must be a run folder and a folder to write", f"Write: {usage}"
@@ -48,12 +54,15 @@ def export(words: Sequence[str], program: str) -> int:
     from lightning_fot.pretrained import check_backbone
 
     check_backbone(settings["backbone"])
-    steps = _export(settings, run.last_checkpoint, target)
+    steps = (_export_delta if delta else _export)(settings, run.last_checkpoint, target)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 2**20
-    print(
-        f"Model after {steps} steps: {target} ({size:.0f} MiB). Open it with transformers' AutoModelForCausalLM; with "
-        "its memory, with lightning_fot.attach_pretrained or --model.backbone."
+    opened = (
+        "--model.backbone, and with lightning_fot.attach_pretrained"
+        if delta
+        else "transformers' AutoModelForCausalLM; with its memory, with lightning_fot.attach_pretrained or "
+        "--model.backbone"
     )
+    print(f"Model after {steps} steps: {target} ({size:.0f} MiB). Open it with {opened}.")
     return 0
 
 
@@ -71,9 +80,32 @@ def _model_settings(file: Path) -> dict[str, Any]:
 
 
 def _export(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
+    from lightning_fot.pretrained import load_tokenizer
+
+    module, steps = _trained(settings, checkpoint)
+    module.lm.save_pretrained(target, load_tokenizer(settings["backbone"]))
+    return steps
+
+
+def _export_delta(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
+    from lightning_fot.delta import write_delta
+    from lightning_fot.pretrained import load_backbone
+
+    if settings["memory"].get("integration") == "gate":
+        raise SettingError(
+            "model.memory.integration", "gate", "has trained gates, which are no difference", "Leave out --delta."
+        )
+    module, steps = _trained(settings, checkpoint)
+    base = load_backbone(settings["backbone"], settings.get("dtype", "float32"))
+    before, after = dict(base.named_parameters()), dict(module.lm.model.named_parameters())
+    write_delta(target, settings["backbone"], module.lm.config, before, after, {"steps": steps})
+    return steps
+
+
+def _trained(settings: dict[str, Any], checkpoint: Path) -> tuple[FocusedTransformer, int]:
+    """The module with the checkpoint's weights, adapters merged; and after how many steps it was written."""
     from lightning_fot.config import MemoryConfig
     from lightning_fot.module import FocusedTransformer
-    from lightning_fot.pretrained import load_tokenizer
     from lightning_fot.training import load_trained
 
     chosen = {name: settings[name] for name in ("trainable", "dtype") if name in settings}
@@ -83,5 +115,4 @@ def _export(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
         from lightning_fot.parameters import merge_lora
 
         merge_lora(module.lm.model)
-    module.lm.save_pretrained(target, load_tokenizer(settings["backbone"]))
-    return int(loaded["global_step"])
+    return module, int(loaded["global_step"])

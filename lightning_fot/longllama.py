@@ -115,19 +115,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_settings_file(file: Path, **given: Any) -> dict[str, Any]:
-    """As :func:`memory_settings`, of a ``lightning_fot.json``.
+    """As :func:`memory_settings`, of a ``lightning_fot.json`` or of the settings of delta weights.
 
     Raises:
         SettingError: It is damaged, or written by a version that knows more.
     """
-    content = _read_json(file, SETTINGS_FILE, "Save the model again.")
+    content = _read_json(file, file.name, "Save the model again.")
     known = {field.name for field in dataclasses.fields(MemoryConfig)}
     memory = content.get("memory")
     if content.get("format") != FORMAT or not isinstance(memory, dict):
-        raise SettingError(SETTINGS_FILE, content.get("format"), f"is not format {FORMAT}", "Save the model again.")
+        raise SettingError(file.name, content.get("format"), f"is not format {FORMAT}", "Save the model again.")
     if set(memory) - known:
         unknown = ", ".join(sorted(set(memory) - known))
-        raise SettingError(SETTINGS_FILE, str(file), f"has settings unknown here: {unknown}", "Update lightning-fot.")
+        raise SettingError(file.name, str(file), f"has settings unknown here: {unknown}", "Update lightning-fot.")
     found: dict[str, Any] = {**memory, **given}
     last_context, window = found.get("last_context_length"), found.get("window")
     if "last_context_length" not in given and isinstance(last_context, int) and isinstance(window, int):

@@ -16,7 +16,7 @@ from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
 from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
-from lightning_fot.parameters import add_lora, block_names, parameter_groups, trained_layers
+from lightning_fot.parameters import add_lora, attention_names, block_names, parameter_groups, trained_layers
 
 Batch = dict[str, Tensor]
 # Documents that an error message names.
@@ -37,8 +37,9 @@ class FocusedTransformer(L.LightningModule):
         optimizer: Made from the trained parameters.
         lr_scheduler: Made from the optimiser and advanced after each optimiser step; None keeps the rate. Lightning's
             ``ReduceLROnPlateau``, which names what it monitors, is advanced after each validation that logs it.
-        trainable: ``memory_layers``: their blocks only; ``from_first_memory_layer``: all blocks from the first one on;
-            ``all``: everything. What lies below the first trained parameter is not differentiated.
+        trainable: ``memory_layers``: their blocks only; ``memory_attention``: of these the attention alone, a quarter
+            of SmolLM2's block; ``from_first_memory_layer``: all blocks from the first one on; ``all``: everything. What
+            lies below the first trained parameter is not differentiated.
         dtype: Dtype of the weights, ``float32`` or ``bfloat16``.
         lora: Train low-rank adapters of these blocks in place of their weights; None trains the weights.
         gradient_checkpointing: Keep only the inputs of each block, and compute the rest again in the backward pass:
@@ -59,7 +60,7 @@ class FocusedTransformer(L.LightningModule):
         crossbatch: CrossbatchConfig = CrossbatchConfig(),  # noqa: B008
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
         lr_scheduler: Optional[LRSchedulerCallable] = None,  # noqa: UP045  (a forward reference inside)
-        trainable: Literal["memory_layers", "from_first_memory_layer", "all"] = "memory_layers",
+        trainable: Literal["memory_layers", "memory_attention", "from_first_memory_layer", "all"] = "memory_layers",
         dtype: Literal["float32", "bfloat16"] = "float32",
         lora: Optional[LoraSettings] = None,  # noqa: UP045  (as lr_scheduler)
         gradient_checkpointing: bool = False,
@@ -140,9 +141,10 @@ class FocusedTransformer(L.LightningModule):
         chosen = trained_layers(self.trainable, self.lm.memory_layers, attentions)
         if self.lora is not None or self.trainable == "all":
             return
-        blocks = tuple(f"{name}." for name in block_names(model, (attentions[index] for index in chosen)))
+        named = attention_names if self.trainable == "memory_attention" else block_names
+        trained = tuple(f"{name}." for name in named(model, (attentions[index] for index in chosen)))
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(blocks))
+            parameter.requires_grad_(name.startswith(trained))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss of a crossbatch and nothing else (paper section 3.2).

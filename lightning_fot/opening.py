@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config import MemoryConfig
+from lightning_fot.delta import find_delta
 from lightning_fot.errors import SettingError
 from lightning_fot.longllama import GATES_FILE, SETTINGS_FILE, is_longllama, memory_settings, read_settings_file
 from lightning_fot.pretrained import backbone_config, check_backbone, load_backbone, pretrained_file
@@ -26,6 +27,9 @@ def pretrained_settings(name: str, **given: Any) -> dict[str, Any]:
         SettingError: The backbone cannot be found, or a setting of it is out of its range.
     """
     check_backbone(name, tokenizer=False)
+    delta = find_delta(name)
+    if delta is not None:
+        return read_settings_file(delta.settings, **given)
     config = backbone_config(name)
     # Asking the hub for a file costs a request: only where there is one.
     if "mem_layers" in config and not is_longllama(config):

@@ -24,7 +24,7 @@ def trained_layers(trainable: str, memory_layers: Sequence[int], layers: Iterabl
     """Numbers of the blocks that ``model.trainable`` means.
 
     Args:
-        trainable: ``memory_layers``, ``from_first_memory_layer`` or ``all``.
+        trainable: ``memory_layers``, ``memory_attention``, ``from_first_memory_layer`` or ``all``.
         memory_layers: Sorted.
         layers: All.
 
@@ -37,13 +37,20 @@ def trained_layers(trainable: str, memory_layers: Sequence[int], layers: Iterabl
         raise SettingError(
             "model.trainable", trainable, "there is no memory layer to train", "Use all, or name memory layers."
         )
-    return list(memory_layers) if trainable == "memory_layers" else [i for i in layers if i >= memory_layers[0]]
+    if trainable == "from_first_memory_layer":
+        return [i for i in layers if i >= memory_layers[0]]
+    return list(memory_layers)
+
+
+def attention_names(model: nn.Module, attentions: Iterable[nn.Module]) -> list[str]:
+    """Names of these attention layers, such as ``model.layers.10.self_attn``."""
+    names = {id(part): name for name, part in model.named_modules()}
+    return [names[id(attention)] for attention in attentions]
 
 
 def block_names(model: nn.Module, attentions: Iterable[nn.Module]) -> list[str]:
     """Names of the blocks that hold these attention layers: ``model.layers.10`` holds ``model.layers.10.self_attn``."""
-    names = {id(part): name for name, part in model.named_modules()}
-    return [names[id(attention)].rpartition(".")[0] for attention in attentions]
+    return [name.rpartition(".")[0] for name in attention_names(model, attentions)]
 
 
 def add_lora(model: nn.Module, settings: LoraSettings, layers: Sequence[int]) -> None:

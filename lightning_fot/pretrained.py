@@ -1,4 +1,4 @@
-"""Backbones and tokenizers by name: the offline SmolLM2, a tiny random Llama, local folders and hub ids.
+"""Backbones and tokenizers by name: the offline SmolLM2, a tiny random Llama, folders, hub ids, and deltas of these.
 
 Code that a folder or a hub repository brings along is never run.
 """
@@ -6,12 +6,13 @@ Code that a folder or a hub repository brings along is never run.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.architecture import build, is_architecture, read_architecture
+from lightning_fot.delta import SHIPPED, add_delta, find_delta
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny-random-llama"
-NAMED_BACKBONES = (SMOLLM2, TINY)
+NAMED_BACKBONES = (SMOLLM2, *SHIPPED, TINY)
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = {
@@ -63,14 +64,18 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
     """Checks that a backbone can be found, reading no weights and importing no torch.
 
     Args:
-        name: ``smollm2-135m``, ``tiny-random-llama``, a local Hugging Face folder, a hub id, or a file that describes a
-            model with random weights (see :mod:`lightning_fot.architecture`).
+        name: ``smollm2-135m``, ``smollm2-135m-fot``, ``tiny-random-llama``, a local Hugging Face folder, a hub id, a
+            folder of delta weights, or a file that describes a model with random weights (see
+            :mod:`lightning_fot.architecture`).
         tokenizer: Whether its tokenizer is needed too.
 
     Raises:
         SettingError: No such name or folder, or a folder without the files of a causal language model.
         MissingLibraryError: The offline backbone's package, or what reads the tokenizer, is not installed.
     """
+    delta = find_delta(name)
+    if delta is not None:
+        return replace(check_backbone(delta.base, tokenizer), name=name, source=f"{delta.base} with {name}")
     if name == TINY:
         return BackboneInfo(name, "random weights", 4, 384, "llama", 2048)
     if name == SMOLLM2:
@@ -169,11 +174,16 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
     if torch_dtype is None:
         raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
+    delta = find_delta(name)
+    if delta is not None:
+        model: PreTrainedModel = load_backbone(delta.base, dtype)
+        add_delta(model, delta)
+        return model
     if name == TINY:
         # Own generator: seeding the global one would change the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: PreTrainedModel = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY_CONFIG))
         return _ready(model, torch_dtype)
     if is_architecture(name):
         return _ready(build(name), torch_dtype)
@@ -230,6 +240,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     import transformers
 
+    delta = find_delta(name)
+    if delta is not None:
+        return load_tokenizer(delta.base)
     info = check_backbone(name)
     if name == TINY or is_architecture(name):
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()
@@ -270,6 +283,9 @@ def backbone_config(name: str) -> dict[str, Any]:
     Raises:
         SettingError: There is none, or it cannot be read.
     """
+    delta = find_delta(name)
+    if delta is not None:
+        return backbone_config(delta.base)
     if name in NAMED_BACKBONES:
         return {}
     if is_architecture(name):
@@ -286,6 +302,9 @@ def pretrained_file(name: str, file: str) -> Path | None:
     Raises:
         SettingError: The hub cannot be reached, and the file is not in its local cache.
     """
+    delta = find_delta(name)
+    if delta is not None:
+        return pretrained_file(delta.base, file)
     if name in NAMED_BACKBONES or is_architecture(name):
         return None
     folder = Path(name).expanduser()

@@ -11,9 +11,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.delta import SETTINGS_FILE as DELTA_FILE
 from lightning_fot.errors import SettingError
 from lightning_fot.longllama import FORMAT, GATES_FILE, SETTINGS_FILE, longllama_keys
 
@@ -43,17 +46,29 @@ def save_attached(
     """
     settings = portable_settings(lm.config)
     target = check_target(folder)
+    with replacing(target) as fresh:
+        _write(lm, fresh, settings, tokenizer)
+    return target
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the name ``target`` when all is written.
+
+    Raises:
+        SettingError: It cannot be written.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            _write(lm, fresh, settings, tokenizer)
+            yield fresh
+            _publish(fresh)
             _replace(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
-        raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
-    return target
+        raise SettingError("folder", str(target), f"cannot be written ({error})", "Choose another folder.") from error
 
 
 def portable_settings(config: MemoryConfig) -> dict[str, Any]:
@@ -90,10 +105,10 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
         return target
     if not target.is_dir():
         raise SettingError("folder", str(folder), "is a file", "Give a folder.")
-    try:
-        written = set(json.loads((target / SETTINGS_FILE).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        written = set()
+    written = set[str]()
+    for file in (SETTINGS_FILE, DELTA_FILE):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            written |= set(json.loads((target / file).read_text(encoding="utf-8"))["files"])
     foreign = sorted({path.name for path in target.iterdir()} - written)
     if foreign:
         raise SettingError(
@@ -119,6 +134,9 @@ def _write(lm: MemoryLM, folder: Path, settings: dict[str, Any], tokenizer: PreT
         save_file(gates, folder / GATES_FILE)
     files = sorted([*(path.name for path in folder.iterdir()), SETTINGS_FILE])
     _write_json(folder / SETTINGS_FILE, {"format": FORMAT, "memory": settings, "files": files})
+
+
+def _publish(folder: Path) -> None:
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

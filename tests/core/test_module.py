@@ -117,6 +117,13 @@ def test_what_is_trainable(trainable, trained):
     assert {name[: len("model.layers.0.")] for name in names} == trained
 
 
+def test_the_attention_of_memory_layers_alone_is_trained():
+    module = FocusedTransformer("tiny-random-llama", MEMORY, trainable="memory_attention")
+    module.configure_model()
+    names = {name for name, parameter in module.backbone.named_parameters() if parameter.requires_grad}
+    assert names == {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (1, 3) for part in "qkvo"}
+
+
 def test_the_model_is_not_there_before_it_is_configured():
     with pytest.raises(RuntimeError, match="configure_model"):
         _ = FocusedTransformer("tiny-random-llama", MEMORY).lm

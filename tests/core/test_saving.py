@@ -322,6 +322,7 @@ class TestExport:
             ([], "must be a run folder and a folder to write"),
             (["RUN"], "must be a run folder and a folder to write"),
             (["RUN", "OUT", "--force"], "must be a run folder and a folder to write"),
+            (["RUN", "OUT", "--delta"], "has trained gates, which are no difference"),
             (["nowhere", "OUT"], "has no config.yaml of a run"),
             (["untrained", "OUT"], "has no checkpoints/last.ckpt"),
             (["RUN", "full"], "holds notes.txt, which would be lost"),

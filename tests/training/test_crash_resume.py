@@ -29,7 +29,7 @@ _SETTINGS = [
 def _kill_myself(moment: str, write: int) -> None:
     """SIGKILL in the write of the checkpoint with this number: a watcher from outside would miss most of them.
 
-    Lightning moves the file in from the folder for temporary files, which may lie on another disk: a move is then a copy.
+    Lightning moves the file in from the folder for temporary files, on another disk by copying.
     Moments: "begun", a part of the copy is there; "complete", all of it, under its first name.
     """
     ahead = write
