@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fot.config import MemoryConfig
+from lightning_fot.dilated_pass import DilatedPass
 from lightning_fot.documents import UNKNOWN_TOKEN
 from lightning_fot.errors import SettingError
 from lightning_fot.facts import LayerFacts, ProbePass
@@ -24,6 +25,7 @@ from lightning_fot.layers import (
     checkpointing,
     decoder_of,
     evaluation_mode,
+    following_length,
     text_config,
 )
 from lightning_fot.passes import CollectPass, LayerCall, Pass, StopForward, memory_attention_forward
@@ -85,6 +87,11 @@ class Attachment:
                 self._check_parity(reference, CollectPass())
                 if config.max_distance is not None:
                     self._check_parity(reference, RectifiedPass(_SELF_TEST_TOKENS, _SELF_TEST_TOKENS, model.device))
+                if config.segments:
+                    self._refuse_following_positions(config.segments)
+                    # One segment without a gap is plain attention.
+                    plain = [(max(config.segments), 1)]
+                    self._check_parity(reference, DilatedPass(plain, _SELF_TEST_TOKENS, 1, 1, model.device))
         except BaseException as error:
             self.detach()
             if isinstance(error, SettingError) or not isinstance(error, Exception):
@@ -275,6 +282,15 @@ class Attachment:
                     f"layer {index} of this backbone has {types[index].replace('_', ' ')}, which sees no memory",
                     f"Choose among its layers of full attention: {full}.",
                 )
+
+    def _refuse_following_positions(self, segments: list[int]) -> None:
+        if following_length(self.model):
+            raise SettingError(
+                "model.memory.segments",
+                segments,
+                "cannot be had with positions whose frequencies change as a text goes on",
+                "Choose another model.rope.type, or a backbone of fixed frequencies.",
+            )
 
     def _refuse_narrow_layers(self, window: int) -> None:
         for index in self.memory_layers:

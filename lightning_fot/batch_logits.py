@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_fot.crossbatch import row_table
+from lightning_fot.dilated_pass import dilated_logits
 from lightning_fot.previous_window import previous_window_logits
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def batch_logits(
         SettingError: The batch does not fit the settings.
     """
     ids = batch["input_ids"]
-    if config.layout == "previous_window":
+    dilated = bool(lm.config.segments)
+    if dilated or config.layout == "previous_window":
         texts = ids.reshape(len(ids) // config.rows_of_a_text, -1)
-        return previous_window_logits(lm, texts, config.differentiable).reshape(*ids.shape, -1)
+        logits = dilated_logits(lm, texts) if dilated else previous_window_logits(lm, texts, config.differentiable)
+        return logits.reshape(*ids.shape, -1)
     ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
     table = row_table(config, ranks * len(ids), count)[rank * len(ids) : (rank + 1) * len(ids)]
     previous = batch.get("previous_ids"), batch.get("previous_valid")

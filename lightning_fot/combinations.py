@@ -23,6 +23,63 @@ def check_training(memory: MemoryConfig, crossbatch: CrossbatchConfig) -> None:
     if crossbatch.layout == "previous_window":
         check_segments_of_window(memory)
         _check_alone("model.crossbatch.layout", "previous_window", crossbatch)
+    if not memory.segments:
+        return
+    _check_alone("model.memory.segments", memory.segments, crossbatch)
+    for name, given, needed in (
+        ("layout", crossbatch.layout, "packed"),
+        ("differentiable", crossbatch.differentiable, True),
+    ):
+        if given != needed:
+            raise SettingError(
+                f"model.crossbatch.{name}",
+                given,
+                f"is not for dilated attention (model.memory.segments={memory.segments}), where a pack is one text and "
+                "all of it gets gradients",
+                f"Set it to {needed}.",
+            )
+
+
+def check_dilated(memory: MemoryConfig) -> None:
+    """Refuses patterns of dilated attention that are none, and what cannot be had beside them.
+
+    Raises:
+        SettingError: Something cannot work.
+    """
+    name, patterns = "model.memory.segments", (memory.segments, memory.dilations)
+    for key, values in zip(("segments", "dilations"), patterns, strict=True):
+        if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+            raise SettingError(f"model.memory.{key}", values, "must hold whole numbers of at least 1", "Correct it.")
+    if len(memory.segments) != len(memory.dilations):
+        raise SettingError(name, memory.segments, f"has not one each of dilations={memory.dilations}", "Correct it.")
+    if any(step > size for size, step in zip(*patterns, strict=True)):
+        raise SettingError(
+            "model.memory.dilations",
+            memory.dilations,
+            f"leave segments of {memory.segments} without a token for some heads",
+            "Keep each at most its segment's length.",
+        )
+    if 1 not in memory.dilations:
+        raise SettingError(
+            "model.memory.dilations",
+            memory.dilations,
+            "would leave tokens without any pattern",
+            "Give the shortest segment a dilation of 1.",
+        )
+    if not memory.memory_layers:
+        raise SettingError(name, memory.segments, "are for memory layers, and there are none", "Name memory_layers.")
+    for key, given, needed in (
+        ("overlap", memory.overlap, 0),
+        ("sink_tokens", memory.sink_tokens, 0),
+        ("integration", memory.integration, "softmax"),
+    ):
+        if given != needed:
+            raise SettingError(
+                f"model.memory.{key}",
+                given,
+                f"cannot be had beside dilated attention (segments={memory.segments})",
+                f"Set it to {needed}.",
+            )
 
 
 def check_segments_of_window(memory: MemoryConfig) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.backbone_settings import LoraSettings, RopeSettings
+from lightning_fot.combinations import check_dilated
 from lightning_fot.errors import SettingError, check_at_least
 from lightning_fot.evaluation.tasks import settings as task_settings
 from lightning_fot.schedules import ScheduleConfig, schedule_from
@@ -41,6 +42,9 @@ class MemoryConfig:
         last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
         max_distance: Local distances from this one on count as it, in every layer (rectified positions, ReRoPE): a
             window may then be longer than the backbone was trained on. For models without memory layers.
+        segments: Memory layers have dilated attention over the whole text (LongNet) in place of a memory, in segments
+            of these lengths; empty leaves it out.
+        dilations: For each of ``segments``, every how many-th token of a segment a head sees; one of them is 1.
 
     Raises:
         SettingError: A value is out of its range.
@@ -61,6 +65,8 @@ class MemoryConfig:
     offload: Literal["values", "all"] = "values"
     last_context_length: int | None = None
     max_distance: int | None = None
+    segments: list[int] = field(default_factory=list)
+    dilations: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         prefix = "model.memory"
@@ -103,6 +109,8 @@ class MemoryConfig:
                 "is for windows that are read alone: pairs of a memory, an overlap or sinks have no distance to clamp",
                 "Set memory_layers=[], overlap=0 and sink_tokens=0, or leave it out.",
             )
+        if self.segments or self.dilations:
+            check_dilated(self)
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Memory layers as sorted non-negative numbers.
@@ -246,7 +254,8 @@ class EvaluationConfig:
         readings: How a context is read for perplexity and passkeys, always beside no context at all: ``memory``: into
             the memory, by the retriever and by exact search; ``full_context``: with what is scored in one window of
             the backbone, full attention in every layer; ``previous_window``: every layer sees ``model.memory.overlap``
-            tokens of the window before (Transformer-XL).
+            tokens of the window before (Transformer-XL); ``dilated``: memory layers see the text by the patterns of
+            ``model.memory.segments`` (LongNet).
         dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves a task
             out, here and below (docs/tasks.md).
         distraction: Whose keys the attention goes to when the memory holds several documents.
@@ -269,7 +278,9 @@ class EvaluationConfig:
     retrieval_queries: int = 512
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
-    readings: list[Literal["memory", "full_context", "previous_window"]] = field(default_factory=lambda: ["memory"])
+    readings: list[Literal["memory", "full_context", "previous_window", "dilated"]] = field(
+        default_factory=lambda: ["memory"]
+    )
     dictionary: task_settings.DictionaryTask | None = None
     distraction: task_settings.DistractionTask | None = None
     needles: task_settings.NeedlesTask | None = None
@@ -290,7 +301,7 @@ class EvaluationConfig:
                     raise SettingError(
                         f"{prefix}.{name}", getattr(self, name), f"{value!r} is below {minimum} tokens", "Correct it."
                     )
-        known = ("memory", "full_context", "previous_window")
+        known = ("memory", "full_context", "previous_window", "dilated")
         if not self.readings or any(reading not in known for reading in self.readings):
             raise SettingError(
                 f"{prefix}.readings", self.readings, "names no reading", f"Choose among {', '.join(known)}."
@@ -328,6 +339,14 @@ class EvaluationConfig:
                 self.readings,
                 "full_context needs the backbone's positions, and positions=none was trained without",
                 "Leave full_context out.",
+            )
+        if ("dilated" in self.readings) != bool(memory.segments) or (memory.segments and "memory" in self.readings):
+            raise SettingError(
+                name,
+                self.readings,
+                f"with model.memory.segments={memory.segments} memory layers have "
+                + ("dilated attention in place of a memory" if memory.segments else "no dilated attention"),
+                "Set readings=[dilated], or segments=[] and dilations=[] for a memory.",
             )
         if "previous_window" not in self.readings:
             return

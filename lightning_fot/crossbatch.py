@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_fot.attention import Shown, attend
 from lightning_fot.config import CrossbatchConfig
 from lightning_fot.errors import SettingError
+from lightning_fot.partial_attention import in_one_dtype
 from lightning_fot.shared_windows import attend_shared, runs_of
 
 RowTable = list[list[int]]
@@ -118,12 +119,7 @@ def crossbatch_attention(
     """
     if not differentiable:
         shown_keys, shown_values = shown_keys.detach(), shown_values.detach()
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    query, key, value, shown_keys, shown_values = (
-        tensor.to(dtype) for tensor in (query, key, value, shown_keys, shown_values)
-    )
+    query, key, value, shown_keys, shown_values = in_one_dtype(query, key, value, shown_keys, shown_values)
     # (C, G, S, D) → (G, C·S, D)
     far_key, far_value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (shown_keys, shown_values))
     runs = [runs_of(seen, shown_keys.shape[2]) for seen in table]

@@ -24,6 +24,18 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
+def rotary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Modules of the decoder that make rotary embeddings, by name."""
+    named = decoder_of(model).named_modules()
+    return {name: module for name, module in named if "RotaryEmbedding" in type(module).__name__}
+
+
+def following_length(model: PreTrainedModel) -> list[nn.Module]:
+    """Those rotary modules whose frequencies follow the length of what is read."""
+    modules = rotary_modules(model).values()
+    return [module for module in modules if getattr(module, "rope_type", None) in ("dynamic", "longrope")]
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the language model, in models that have others beside it too."""
     return model.config.get_text_config()

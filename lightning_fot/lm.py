@@ -19,11 +19,13 @@ from lightning_fot.backbone import Attachment
 from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
+from lightning_fot.dilated_pass import read_dilated
 from lightning_fot.documents import TokensRead
 from lightning_fot.errors import SettingError
 from lightning_fot.generation import check_options, forward_cached, generate, read_cached, while_generating
 from lightning_fot.inputs import (
     check_count,
+    check_has_memory,
     check_ids,
     check_memory,
     check_switch,
@@ -190,6 +192,8 @@ class MemoryLM:
         if labels is not None:
             labels = checked_labels(labels, input_ids, self.vocabulary, self.device)
         batch, length = ids.shape
+        if memory is not None and len(memory):
+            check_has_memory(self.config, "reading beside one")
         if memory is None:
             memory = self.new_memory(batch)
         elif not update_memory:
@@ -226,6 +230,7 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask, the names or the memory do not fit.
         """
+        check_has_memory(self.config, "ingest")
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         if document is not None:
             names = [document] * len(ids) if isinstance(document, str) else list(document)
@@ -280,6 +285,7 @@ class MemoryLM:
             raise SettingError(
                 "model.memory.max_distance", self.config.max_distance, "is not served while generating", "Leave it out."
             )
+        check_has_memory(self.config, "generate")
         check_options(self.model, kwargs, update_memory)
         ids, lengths, _ = self._rows(input_ids, attention_mask, memory)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
@@ -402,6 +408,12 @@ class MemoryLM:
     ) -> Iterator[Tensor]:
         """Reads (B, T) ids window by window; yields the logits of tokens from ``keep_from`` on."""
         length = ids.shape[1]
+        if self.config.segments:
+            for read, logits in read_dilated(self, ids, length - keep_from):
+                if logits is not None:
+                    yield logits
+                report(len(ids) * read)
+            return
         if self.config.overlap or self.config.sink_tokens:
             cache = MemoryCache(memory, self.config, len(self.attachment.attentions), recorder=self._recorder)
             cache.ends = lengths

@@ -35,6 +35,24 @@ def fused(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cuda" and query.dtype in _FUSED_CUDA and dim % 8 == 0 and dim <= 256
 
 
+def in_one_dtype(query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All in the dtype of ``query``, or autocast's inside of it, which does not cast for functions of our own."""
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(tensor.to(dtype) for tensor in (query, *others))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Kernels want the coordinates of a vector side by side; gradients of a sum, for one, are not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def zeros_for_sum(tensor: Tensor) -> Tensor:
+    """Where shares of a gradient are added up, in fp32 at least, laid out as the tensor."""
+    return torch.zeros_like(tensor, dtype=tensor.dtype if tensor.dtype == torch.float64 else torch.float32)
+
+
 def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """Attention over some keys.
 

@@ -32,7 +32,7 @@ LINKS = {
     "model.crossbatch.w": "data.prev_windows",
 }
 # What the weights of a model with its own memory settings were made for.
-_TRAINED_FOR = ("memory_layers", "window", "positions", "integration")
+_TRAINED_FOR = ("memory_layers", "window", "positions", "integration", "segments", "dilations")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
 

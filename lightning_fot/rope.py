@@ -16,19 +16,10 @@ from torch import Tensor, nn
 from lightning_fot.backbone import INTERFACE
 from lightning_fot.config import RopeSettings
 from lightning_fot.errors import SettingError
-from lightning_fot.layers import decoder_of, text_config
+from lightning_fot.layers import decoder_of, following_length, rotary_modules, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Types whose frequencies follow the length of what is read.
-FOLLOWS_LENGTH = ("dynamic", "longrope")
-
-
-def rotary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Modules of the decoder that make rotary embeddings, by name."""
-    named = decoder_of(model).named_modules()
-    return {name: module for name, module in named if "RotaryEmbedding" in type(module).__name__}
 
 
 def stretch_positions(model: PreTrainedModel, settings: RopeSettings) -> None:
@@ -80,9 +71,7 @@ def at_length(model: PreTrainedModel, length: int) -> Iterator[None]:
         model: Any; where frequencies are fixed, nothing is done.
         length: Tokens of the whole.
     """
-    following = [
-        module for module in rotary_modules(model).values() if getattr(module, "rope_type", None) in FOLLOWS_LENGTH
-    ]
+    following = following_length(model)
 
     def with_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = "position_ids" in kwargs

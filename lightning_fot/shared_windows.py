@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_fot.attention import MAX_SCORES
-from lightning_fot.partial_attention import attend_part, fused, join, part_gradients
+from lightning_fot.partial_attention import attend_part, dense, fused, join, part_gradients, zeros_for_sum
 
 # For each row, (start, stop) places of tokens that it sees.
 Runs = list[list[tuple[int, int]]]
@@ -77,7 +77,7 @@ class _SharedWindows(torch.autograd.Function):
         runs: Runs,
         scale: float,
     ) -> Tensor:
-        query, key, value, far_key, far_value = map(_dense, (query, key, value, far_key, far_value))
+        query, key, value, far_key, far_value = map(dense, (query, key, value, far_key, far_value))
         batch, heads, length, _ = query.shape
         groups = key.shape[1]
         # Callers want (B, T, H, D): in this layout their transposition copies nothing.
@@ -100,12 +100,12 @@ class _SharedWindows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, far_key, far_value, out, lse = ctx.saved_tensors
-        grad, scale = _dense(grad), ctx.scale
+        grad, scale = dense(grad), ctx.scale
         groups = key.shape[1]
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = _zeros(key), _zeros(value)
+        grad_key, grad_value = zeros_for_sum(key), zeros_for_sum(value)
         grad_far_key, grad_far_value = (
-            _zeros(tensor) if needed else None
+            zeros_for_sum(tensor) if needed else None
             for tensor, needed in zip((far_key, far_value), ctx.needs_input_grad[3:5], strict=True)
         )
         for rows, part in _local_parts(query, key, value):
@@ -173,13 +173,3 @@ def _fold(tensor: Tensor, groups: int) -> Tensor:
     """(H, T, D) → (1, G, R·T, D): queries of a group side by side, served by one stream of keys."""
     heads, length, dim = tensor.shape
     return tensor.reshape(1, groups, heads // groups * length, dim)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Kernels want the coordinates of a vector side by side; gradients of a sum, for one, are not."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    """Where shares of a gradient are added up, in fp32 at least, laid out as the tensor."""
-    return torch.zeros_like(tensor, dtype=tensor.dtype if tensor.dtype == torch.float64 else torch.float32)

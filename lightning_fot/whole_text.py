@@ -2,7 +2,8 @@
 
 ``full_context``: all of it in one window of the backbone, every layer with full attention; read in chunks beside
 transformers' KV cache, so that activations stay bounded. ``previous_window``: in local windows of which each keeps the
-keys and values of ``overlap`` tokens before it, in every layer (Transformer-XL, arXiv 1901.02860).
+keys and values of ``overlap`` tokens before it, in every layer (Transformer-XL, arXiv 1901.02860). ``dilated``: memory
+layers by the patterns of the settings (LongNet, arXiv 2307.02486), the others in local windows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lightning_fot.cache import MemoryCache
+from lightning_fot.dilated_pass import read_dilated
 from lightning_fot.generation import forward_cached
 from lightning_fot.rope import at_length
 
@@ -36,13 +38,16 @@ def read_whole(
         lm: The attached model; its memory layers, if it has any, see no memory.
         ids: (T,) int64.
         keep: Tokens at the end whose logits are wanted.
-        reading: ``full_context`` or ``previous_window``; the latter takes window and overlap of the model's settings.
+        reading: ``full_context``, ``previous_window`` or ``dilated``; the last two follow the model's settings.
         advance: Called with the number of tokens read.
 
     Yields:
         (n, V) logits of the next tokens of the end, ``keep`` in all.
     """
-    parts = _one_window(lm, ids, keep) if reading == "full_context" else _local_windows(lm, ids, keep)
+    if reading == "full_context":
+        parts = _one_window(lm, ids, keep)
+    else:
+        parts = read_dilated(lm, ids[None], keep) if reading == "dilated" else _local_windows(lm, ids, keep)
     for tokens, logits in parts:
         advance(tokens)
         if logits is not None:

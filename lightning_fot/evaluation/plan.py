@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NONE = "none"
 EXACT = "exact"
 # Readings that leave no memory behind, in words.
-WHOLE = {"full_context": "full context", "previous_window": "previous window"}
+WHOLE = {"full_context": "full context", "previous_window": "previous window", "dilated": "dilated attention"}
 # What stands for one pass of one token through the whole model, logits included. Measured on SmolLM2-135M with memory
 # layers 10 and 20 of 30; other models shift all phases alike, so that an estimate of the time left stays useful.
 INGEST_COST = 0.55

@@ -55,7 +55,8 @@ def pair_logits(
     """Logits (T, V) of one text.
 
     ``score`` takes queries and keys (T, D) of a head, not rotated, and gives their products (T, T); ``log_counts``
-    (T, T) has the logarithm of how often query i sees key j, for all layers or by layer.
+    (T, T), or (H, T, T) where heads differ, has the logarithm of how often query i sees key j, for all layers or by
+    layer.
     """
     config = model.config
     weights = {name: parameter.detach().double() for name, parameter in model.state_dict().items()}
@@ -72,7 +73,8 @@ def pair_logits(
         for head in range(heads):
             group = head // (heads // kv_heads)
             products = score(query[:, head], key[:, group]) / math.sqrt(dim)
-            outputs.append((products + counts).softmax(dim=1) @ value[:, group])
+            own = counts[head] if counts.dim() == 3 else counts
+            outputs.append((products + own).softmax(dim=1) @ value[:, group])
         hidden = hidden + torch.cat(outputs, dim=1) @ weights[prefix + "self_attn.o_proj.weight"].T
         normed = rms_norm(hidden, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = normed @ weights[prefix + "mlp.gate_proj.weight"].T
