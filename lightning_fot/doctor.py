@@ -154,6 +154,10 @@ def doctor(console: Console | None = None) -> int:
     table.add_row("threads", f"{torch.get_num_threads()} of {cores()} cores")
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join(["cpu", *cuda]))
+    from lightning_fot.evaluation.limits import product_rate, read_rate
+
+    rates = f"{read_rate('cpu') / 1e9:.1f} GB/s read, {product_rate('cpu', 64) / 1e9:.0f} GFLOP/s in products of a scan"
+    table.add_row("memory", f"{rates}: the bounds that reports show beside measurements")
     console.print(table)
 
     from lightning_fot.retrievers import available_retrievers

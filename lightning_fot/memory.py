@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class Memory:
         self.capacity = capacity
         self.fingerprint = fingerprint
         self.log = TokenLog(batch_size)
+        self.append_seconds = 0.0
+        """Time in :meth:`append` since this memory was made or copied."""
         self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
         """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
         self.layers: dict[int, MemoryLayer] = {
@@ -137,6 +140,7 @@ class Memory:
         Raises:
             SettingError: A memory layer's pairs are missing, misshapen or not finite, or the disk is full.
         """
+        began = perf_counter()
         counts = self._checked(pairs, lengths)
         before = self.lengths.tolist()
         try:
@@ -153,6 +157,7 @@ class Memory:
         else:
             self.log.skip(counts)
         self._drop_oldest()
+        self.append_seconds += perf_counter() - began
 
     def _checked(self, pairs: Pairs, lengths: Tensor | None) -> Tensor:
         """Pairs that each row gets, (B,), once everything about them is known to be right."""
@@ -256,7 +261,7 @@ class Memory:
     def _with(self, layers: dict[int, MemoryLayer], log: TokenLog) -> Memory:
         other = object.__new__(Memory)
         other.__dict__.update(self.__dict__)
-        other.layers, other.log = layers, log
+        other.layers, other.log, other.append_seconds = layers, log, 0.0
         other.saved = dict(self.saved)
         return other
 

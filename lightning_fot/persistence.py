@@ -169,7 +169,7 @@ def _log_entries(memory: Memory, log: dict[str, Tensor]) -> list[Entry]:
     return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
 
 
-def load_memory(lm: MemoryLM, folder: str | os.PathLike[str]) -> Memory:
+def load_memory(lm: MemoryLM, folder: str | os.PathLike[str], retriever: Any = None) -> Memory:
     """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
 
     Pairs in one file are mapped, not read: the operating system brings in what is used.
@@ -177,6 +177,7 @@ def load_memory(lm: MemoryLM, folder: str | os.PathLike[str]) -> Memory:
     Args:
         lm: The model that will read it.
         folder: As given to :func:`save_memory`.
+        retriever: In place of the model's own.
 
     Raises:
         SettingError: There is none, it is damaged, or it belongs to another model.
@@ -184,7 +185,7 @@ def load_memory(lm: MemoryLM, folder: str | os.PathLike[str]) -> Memory:
     source = Path(folder)
     index, text = _read_index(source, folder)
     _refuse_other_model(lm, index["fingerprint"], folder)
-    memory = lm.new_memory(index["rows"])
+    memory = lm.new_memory(index["rows"], retriever)
     try:
         log = _read_checked(source, index["log"], folder)
         memory.log = TokenLog.restore(log, index["documents"])

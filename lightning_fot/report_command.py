@@ -13,6 +13,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.request import flat_settings
 from lightning_fot.run_folder import write_json
 from lightning_fot.sweep.runs import headline
+from lightning_fot.sweep.time_split import named_split
 
 
 def report(words: Sequence[str], program: str) -> int:
@@ -111,6 +112,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "tasks": tasks,
         "retrieval": indexed,
         "exact": exact,
+        "time_split": [row for name, results in runs.items() for row in named_split(name, results)],
         "sweep": {"runs": [{"run": name, **_settings(runs, name), **headline(run)} for name, run in runs.items()]},
     }
 

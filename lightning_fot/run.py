@@ -21,6 +21,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.passkey import passkey_examples
 from lightning_fot.evaluation.plan import (
+    SO_FAR,
     fit_to_documents,
     plan,
     select_distractors,
@@ -219,13 +220,14 @@ class Job:
         fingerprint = self._fingerprint()
         self.records = self.folder.read_partial(fingerprint)
         if self.records:
-            self.progress.message(f"{len(self.records)} phases of the evaluation are already done.")
-            self.progress.plan([(name, 0.0) for name in self.records])
+            self.progress.message(f"{len(self._finished)} phases of the evaluation are already done.")
+            self.progress.plan([(name, 0.0) for name in self._finished])
         # Written even when nothing is done yet: an untrained run goes on from here.
         self.folder.write_partial(fingerprint, self.records)
 
         def keep(name: str, record: Any) -> None:
             self.records[name] = record
+            self.records.pop(name + SO_FAR, None)
             self.folder.write_partial(fingerprint, self.records)
 
         return evaluate(
@@ -238,7 +240,13 @@ class Job:
             texts=self.texts,
             done=dict(self.records),
             on_result=keep,
+            scratch=self.folder.partial.parent / fingerprint,
         )
+
+    @property
+    def _finished(self) -> list[str]:
+        """Phases of the evaluation that are done."""
+        return [name for name in self.records if not name.endswith(SO_FAR)]
 
     def _fingerprint(self) -> str:
         """What the records of an evaluation depend on."""
@@ -276,7 +284,7 @@ class Job:
         else:
             steps = self.folder.trained_steps
             kept = (
-                f"{len(self.records)} finished phases of the evaluation"
+                f"{len(self._finished)} finished phases of the evaluation"
                 if steps is not None
                 else f"the checkpoint {self.folder.last_checkpoint}"
             )

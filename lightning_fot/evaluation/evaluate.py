@@ -7,13 +7,15 @@ where it stopped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_fot.evaluation.decoding import measure_decoding
 from lightning_fot.evaluation.multi_doc import measure_distraction
 from lightning_fot.evaluation.passkey import (
     answer_is_found,
@@ -33,6 +35,7 @@ from lightning_fot.evaluation.plan import (
     INGEST_COST,
     LOCAL_COST,
     NONE,
+    SO_FAR,
     WHOLE,
     HasIds,
     Phase,
@@ -42,6 +45,7 @@ from lightning_fot.evaluation.plan import (
 )
 from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
 from lightning_fot.evaluation.rows import Record, summarise
+from lightning_fot.evaluation.split import Split, Stopwatch
 from lightning_fot.evaluation.tasks.runner import TaskRunner
 from lightning_fot.evaluation.tasks.texts import Texts
 from lightning_fot.layers import evaluation_mode
@@ -84,6 +88,7 @@ def evaluate(
     texts: Texts | None = None,
     done: Mapping[str, Record] | None = None,
     on_result: Callable[[str, Record], None] | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Measures perplexity, passkey and other tasks, and recall and speed of retrieval.
 
@@ -101,7 +106,11 @@ def evaluate(
             :func:`~lightning_fot.evaluation.tasks.texts.select_texts`.
         progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
-        on_result: Called with name and record of each phase as it ends, such as to write them to disk.
+        on_result: Called with name and record of each phase as it ends, such as to write them to disk; within a phase
+            of many documents also as it goes, under the name with
+            :data:`~lightning_fot.evaluation.plan.SO_FAR`.
+        scratch: A folder of this model and these settings alone, for memories that take long to read: an evaluation
+            that was killed goes on with them. None keeps none.
 
     Returns:
         ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``distraction``, ``retrieval``, ``exact`` and
@@ -110,7 +119,9 @@ def evaluate(
     Raises:
         SettingError: No document is long enough, or a task's settings do not fit the model or its tokenizer.
     """
-    run = _Evaluation(lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors, texts)
+    run = _Evaluation(
+        lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors, texts, scratch
+    )
     with evaluation_mode(lm.model), torch.no_grad():
         run.run()
     return summarise(run.records, config, lm.config.retriever)
@@ -130,6 +141,7 @@ class _Evaluation:
         on_result: Callable[[str, Record], None] | None,
         distractors: Any,
         texts: Texts | None,
+        scratch: Path | None,
     ) -> None:
         self.lm = lm
         self.distractors = distractors
@@ -138,6 +150,7 @@ class _Evaluation:
         self.progress = progress
         self.records = records
         self.on_result = on_result
+        self.scratch = scratch
         config.check_readings(lm.config)
         self.label = retriever_label(lm.config.retriever)
         self.documents = select_documents(documents, config)
@@ -158,12 +171,16 @@ class _Evaluation:
             if record is None:
                 record = self._measure(phase)
             self.records[phase.name] = record
+            self.records.pop(phase.name + SO_FAR, None)
             if self.on_result is not None:
                 self.on_result(phase.name, record)
             if self.progress is not None:
                 self.progress.finish(phase.name)
         self.capture = None
         self.tasks.release()
+        if self.scratch is not None:
+            with suppress(OSError):
+                self.scratch.rmdir()
 
     def _replan(self) -> None:
         """Tells progress where the plan that it was given before anything was known is wrong."""
@@ -201,7 +218,7 @@ class _Evaluation:
         if phase.section == "passkey":
             return self._whole_passkey(phase) if phase.memory in WHOLE else self._passkey(phase, spec)
         if phase.section == "multi_doc":
-            return self._multi_doc(spec)
+            return self._multi_doc(phase, spec)
         return self._retrieval(phase, spec)
 
     def _ids(self, place: int, start: int, stop: int) -> Tensor:
@@ -210,39 +227,42 @@ class _Evaluation:
 
     def _perplexity(self, phase: Phase, spec: Any, place: int) -> dict[str, Any]:
         target = self._ids(place, self.longest, self.longest + self.config.target_tokens + 1)
+        context = self._ids(place, self.longest - phase.context_tokens, self.longest)
         row: dict[str, Any] = {"document": self.documents[place].name, "index_used": None}
-        began = time.perf_counter()
+        reading, scoring = Stopwatch(self.lm.device), Stopwatch(self.lm.device)
         if phase.memory == NONE:
-            losses = losses_without_memory(self.lm, target, self._advance)
+            with scoring.running():
+                losses = losses_without_memory(self.lm, target, self._advance)
         elif phase.memory in WHOLE:
-            context = self._ids(place, self.longest - phase.context_tokens, self.longest)
             advance = self._shares(phase, len(self.documents) * (len(context) + len(target) - 1))
-            losses, row["ingest_s"] = losses_of_whole(self.lm, context, target, phase.memory, advance)
-            began += row["ingest_s"]
+            with scoring.running():
+                losses, read = losses_of_whole(self.lm, context, target, phase.memory, advance)
+            reading.split, scoring.split = Split(read), scoring.split - Split(read)
         else:
             wanted = place == 0 and phase.context_tokens == self.longest and phase.memory == self.label
             capture = Capture(self.lm) if wanted else None
-            context = self._ids(place, self.longest - phase.context_tokens, self.longest)
             memory = self.lm.new_memory(1, spec)
-            if capture is None:
-                self.lm.ingest(context[None], memory=memory, progress=self._ingested)
-            else:
-                capture.ingest(context[None], memory, self._ingested)
-            memory.flush()
+            with reading.running(memory):
+                if capture is None:
+                    self.lm.ingest(context[None], memory=memory, progress=self._ingested)
+                else:
+                    capture.ingest(context[None], memory, self._ingested)
+                memory.flush()
             row["index_used"] = index_used(memory)
-            row["ingest_s"] = time.perf_counter() - began
-            began = time.perf_counter()
-            if capture is None:
-                losses = losses_with_memory(self.lm, target, memory, self._advance)
-            else:
-                with capture.target(memory):
-                    losses = losses_with_memory(self.lm, target, memory, self._advance)
-                self.capture = capture
-        row["target_s"] = time.perf_counter() - began
+            with scoring.running(), nullcontext() if capture is None else capture.target(memory):
+                losses = losses_with_memory(self.lm, target, memory, self._advance, scoring)
+            self.capture = capture or self.capture
+        if len(context):
+            row["ingest_s"] = reading.split.seconds
+        row["target_s"] = scoring.split.seconds
+        row["splits"] = {
+            "reading": {"tokens": len(context), **reading.split.as_dict()},
+            "scoring": {"tokens": len(losses), **scoring.split.as_dict()},
+        }
         row["blocks"] = [list(block) for block in block_sums(losses)]
         return row
 
-    def _multi_doc(self, spec: Any) -> Record:
+    def _multi_doc(self, phase: Phase, spec: Any) -> Record:
         documents = [
             (
                 document.name,
@@ -253,7 +273,24 @@ class _Evaluation:
         ]
         others = torch.as_tensor(self.distractors, device=self.lm.device).long()
         amounts = sorted({0, *self.config.distractor_tokens})
-        return measure_distraction(self.lm, spec, documents, others, amounts, self._advance)
+        name = phase.name + SO_FAR
+
+        def keep(rows: Record) -> None:
+            self.records[name] = list(rows)
+            if self.on_result is not None:
+                self.on_result(name, self.records[name])
+
+        return measure_distraction(
+            self.lm,
+            spec,
+            documents,
+            others,
+            amounts,
+            self._advance,
+            done=self.records.get(name, ()),
+            keep=keep,
+            folder=None if self.scratch is None else self.scratch / f"multi_doc_{phase.memory}",
+        )
 
     def _retrieval(self, phase: Phase, spec: Any) -> Record:
         if self.capture is None:
@@ -262,9 +299,24 @@ class _Evaluation:
             self._perplexity(longest, self.lm.config.retriever, 0)
         assert self.capture is not None
         rows = measure_capture(self.capture, spec, self.config, lambda share: self._advance(share * phase.cost))
+        rows += self._decoding(phase, spec)
         if phase.memory == self.label:
             rows += [{"in_run": True, **row} for row in quality_in_run(self.capture, self.label, self.config)]
         return rows
+
+    def _decoding(self, phase: Phase, spec: Any) -> Record:
+        """Tokens one by one beside the captured pairs; the configured retriever's phase measures without them too."""
+        assert self.capture is not None
+        assert self.capture.memory is not None
+        held = self.capture.memory
+        if phase.memory != self.label:
+            pairs = {number: (layer.keys, layer.values) for number, layer in held.layers.items()}
+            held = self.lm.new_memory(1, spec)
+            held.append(pairs)
+        ids = self._ids(0, self.longest, self.longest + self.config.target_tokens)
+        asked = {phase.memory: held} if phase.memory != self.label else {NONE: None, phase.memory: held}
+        found = {kind: measure_decoding(self.lm, memory, ids) for kind, memory in asked.items()}
+        return [{"decoding": kind, **row} for kind, row in found.items() if row is not None]
 
     def _shares(self, phase: Phase, tokens: int) -> Callable[[int], None]:
         """Counts so many tokens as the phase's whole cost."""

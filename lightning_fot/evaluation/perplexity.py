@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_fot.whole_text import read_whole
 
 if TYPE_CHECKING:
+    from lightning_fot.evaluation.split import Stopwatch
     from lightning_fot.lm import MemoryLM
     from lightning_fot.memory import Memory
 
@@ -104,11 +105,16 @@ def losses_without_memory(lm: MemoryLM, target: Tensor, advance: Callable[[int],
 
 @torch.no_grad()
 def losses_with_memory(
-    lm: MemoryLM, target: Tensor, memory: Memory, advance: Callable[[int], None] | None = None
+    lm: MemoryLM,
+    target: Tensor,
+    memory: Memory,
+    advance: Callable[[int], None] | None = None,
+    watch: Stopwatch | None = None,
 ) -> Tensor:
     """Losses (n,) of a target (n + 1,) behind what is in ``memory``, which stays as it is.
 
-    Windows of the target are stored as they are read: later ones also find earlier ones.
+    Windows of the target are stored as they are read: later ones also find earlier ones. ``watch`` takes what the
+    memory did meanwhile.
     """
     inputs, labels = target[:-1], target[1:]
     window = lm.config.window
@@ -119,6 +125,8 @@ def losses_with_memory(
     found = []
     for ids, wanted in zip(torch.split(inputs, step), torch.split(labels, step), strict=True):
         logits, reading = read_logits(lm, ids, reading)
+        if watch is not None:
+            watch.count(reading)
         found.append(token_losses(logits, wanted))
         if advance is not None:
             advance(len(ids))

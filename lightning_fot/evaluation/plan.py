@@ -29,6 +29,8 @@ QUERY_COST = 0.4
 # Tokens of context whose attention, in every layer, takes as long as the rest of the model.
 ATTENTION_TOKENS = 8192
 GRID = 5
+# What the name of a phase gets where a record holds only what it has measured so far.
+SO_FAR = " (so far)"
 # Keys a bank below which every retriever searches exactly, unless its specification says otherwise.
 MIN_INDEX_SIZE = 16384
 

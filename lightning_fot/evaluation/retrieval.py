@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.evaluation.limits import scan_limit, scanned_bytes
 from lightning_fot.evaluation.plan import retriever_label
 from lightning_fot.evaluation.timing import SearchTimes, time_calls
 
@@ -243,7 +244,8 @@ def measure_capture(
         advance: Called with the share done, after each layer.
 
     Returns:
-        Rows of ``results.json``; the setting that the specification gives is marked ``"configured": true``.
+        Rows of ``results.json``; the setting that the specification gives is marked ``"configured": true``. The bound
+        beside each time is that of an exact search, which an index may pass.
     """
     from lightning_fot.bench import DEFAULT_QUERY_GRIDS, measure_retriever
     from lightning_fot.retrievers.registry import create_retriever, layer_spec
@@ -272,9 +274,13 @@ def measure_capture(
             query_grid=grid,
             repeats=config.retrieval_repeats,
         )
+        size = int(measured[0]["batch"])
+        banks, count, dim = keys.shape
+        limit = scan_limit(banks, count, dim, size, scanned_bytes(dim, 4, size, keys.device), keys.device)
         for setting, row in zip(grid, measured, strict=True):
             mark = {"configured": True} if setting == configured else {}
-            rows.append({"layer": number, **row, "retriever": label, **mark})
+            bound = limit.beside(row["search_ms_p50"] / 1e3)
+            rows.append({"layer": number, **row, "retriever": label, **bound, **mark})
         if advance is not None:
             advance(1 / len(capture.lm.memory_layers))
     return rows

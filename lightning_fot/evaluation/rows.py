@@ -10,6 +10,7 @@ import torch
 from lightning_fot.evaluation.passkey import wilson
 from lightning_fot.evaluation.perplexity import Estimate, difference, estimate
 from lightning_fot.evaluation.plan import EXACT, NONE, phases, retriever_label
+from lightning_fot.evaluation.split import split_rows
 from lightning_fot.evaluation.tasks.summary import summarised
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     the like as for perplexity, ``own_share``, and over the same tokens without other documents ``rise_nats`` with
     ``rise_standard_error``.
 
+    Time rows: ``seconds`` of a ``step`` (``reading``, ``scoring``, ``asking``, ``decoding``) of a ``task`` over its
+    ``tokens``, and what they went into: ``model_s``, ``search_s``, ``insert_s``, ``build_s``; ``beside_s`` is building
+    in another thread (:class:`~lightning_fot.evaluation.split.Split`). Decoding rows: ``ms_p50`` of a token beside
+    ``memory_tokens``. They and the retrieval rows have the machine's bound beside them: ``limit_ms``, ``limit_by``
+    (``bandwidth`` or ``products``) of ``limit_amount`` (bytes, operations) at ``limit_rate``, and ``of_limit``, how
+    much of it is reached.
+
     Args:
         records: Phase name to record.
         config: The settings of the evaluation.
@@ -65,6 +73,8 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         "retrieval": [],
         "exact": [],
         "retrieval_in_run": [],
+        "decoding": [],
+        "time_split": [],
     }
     listed = phases(config, retriever, 1)
     tasks = {settings.name for settings in config.tasks}
@@ -75,6 +85,9 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         record = records.get(phase.name)
         if not record:
             continue
+        if phase.section != "retrieval":
+            found = split_rows(phase.section, phase.memory, phase.context_tokens, record)
+            result["time_split"] += [row | _note(record) for row in found]
         if phase.section == "perplexity":
             contexts = sorted(set(config.context_tokens)) if phase.memory == NONE else [phase.context_tokens]
             result["perplexity"] += [_perplexity_row(phase.memory, c, record, base, config) for c in contexts]
@@ -88,7 +101,12 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
         elif phase.section == "multi_doc":
             result["multi_doc"] += _distraction_rows(phase.memory, phase.context_tokens, record)
         else:
-            bench = [row for row in record if not row.get("in_run")]
+            bench = [row for row in record if not row.get("in_run") and "decoding" not in row]
+            for row in record:
+                if "decoding" in row:
+                    shown = {key: value for key, value in row.items() if key not in ("decoding", "splits")}
+                    result["decoding"].append({"memory": row["decoding"], **shown})
+                    result["time_split"] += split_rows("decoding", row["decoding"], row["memory_tokens"], [row])
             result["retrieval_in_run"] += [
                 {key: value for key, value in row.items() if key != "in_run"} for row in record if row.get("in_run")
             ]

@@ -45,14 +45,15 @@ def time_calls(call: Callable[[], object], repeats: int, device: torch.device) -
     call()
     seconds = []
     for _ in range(repeats):
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         call()
-        _synchronise(device)
+        synchronise(device)
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

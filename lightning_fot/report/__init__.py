@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.report import figures, html
+from lightning_fot.report import figures, html, time_tables
+from lightning_fot.report.cells import rows_as_csv
 from lightning_fot.report.read import load_results
 from lightning_fot.report.tables import print_tables
 
-__all__ = ["load_results", "print_tables", "write_report"]
+__all__ = ["load_results", "print_tables", "write_page", "write_report"]
 
 
 def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
-    """Write ``report.html``, ``recall_vs_speed.png`` and ``perplexity_vs_context.png`` into the run folder.
+    """Write ``report.html``, ``time_split.csv``, ``recall_vs_speed.png``, ``perplexity_vs_context.png`` and
+    ``time_split.png`` into the run folder.
 
     Parts that the results lack are left out, and the page says so; a figure without data is not written.
 
@@ -29,15 +31,29 @@ def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
         MissingLibraryError: matplotlib is not installed; the page is written all the same.
     """
     run_dir = Path(run_dir)
-    report = run_dir / "report.html"
-    part = run_dir / ".report.html.part"
-    part.write_text(html.page(results, run_dir), encoding="utf-8")
-    part.replace(report)
-    written = [report]
+    written = [write_page(results, run_dir)]
+    if rows := time_tables.csv_rows(results):
+        written.append(run_dir / "time_split.csv")
+        _write(written[-1], rows_as_csv(rows))
     for name, write in (
         ("recall_vs_speed.png", figures.write_recall_vs_speed),
         ("perplexity_vs_context.png", figures.write_perplexity),
+        ("time_split.png", figures.write_time_split),
     ):
         if write(results, run_dir / name):
             written.append(run_dir / name)
     return written
+
+
+def write_page(results: Mapping[str, Any], run_dir: Path) -> Path:
+    """Write ``report.html`` alone: :func:`write_report` without the figures, which take longer to draw."""
+    report = run_dir / "report.html"
+    _write(report, html.page(results, run_dir))
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    """As a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

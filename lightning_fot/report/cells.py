@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +56,15 @@ def by_context(
         for kind, cells in table.items()
     )
     return Table(title, ("memory", *(formats.tokens(context) for context in contexts)), body, note=note)
+
+
+def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with a column for every field of any; settings are JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        writer.writerow([json.dumps(cell) if isinstance(cell, dict | list) else cell for cell in cells])
+    return buffer.getvalue()

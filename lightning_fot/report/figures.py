@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_fot.errors import MissingLibraryError
-from lightning_fot.report import curves, formats, read
+from lightning_fot.report import curves, formats, read, time_tables
 from lightning_fot.report.labels import Placer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 INK, SOFT, FAINT, GRID = "#191b1f", "#565c66", "#858b95", "#ecedef"
 COLORS = ("#2257bf", "#c4501b", "#14806f", "#8a3fa3", "#9a6b00", "#c02a63")
 MARKERS = ("o", "s", "^", "D")
+PARTS = {"model": "#b9bec6", "search": COLORS[0], "insert": COLORS[1], "build": COLORS[2]}
 KINDS = {"k-none": ("#8b9099", "D"), "k-exact": (INK, "s"), "k-index": ("#2257bf", "o")}
 DPI = 200
 
@@ -44,6 +46,39 @@ def write_perplexity(results: read.Row, path: Path) -> bool:
     axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14)
     _save(figure, path)
     return True
+
+
+def write_time_split(results: read.Row, path: Path) -> bool:
+    """Write what reading and answering took, a stacked bar a memory kind; False when it was not recorded."""
+    found = time_tables.groups(results)
+    if not found:
+        return False
+    figure = _figure(7.6, 0.7 + sum(0.6 + 0.32 * len(group.bars) for group in found))
+    drawn = figure.subplots(len(found), 1, squeeze=False, height_ratios=[1 + len(group.bars) for group in found])
+    for axes, group in zip(drawn[:, 0], found, strict=True):
+        for place, bar in enumerate(group.bars):
+            left = 0.0
+            for name, value in bar.parts.items():
+                axes.barh(place, value, left=left, height=0.7, color=PARTS[name])
+                left += value
+            axes.text(left, place, f" {formats.significant(bar.total, 2)}", va="center", fontsize=8.5, color=SOFT)
+        _style(axes, "", "")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(group.bars)), [bar.name for bar in group.bars])
+        axes.set_ylim(len(group.bars) - 0.5, -0.5)
+        axes.set_xlim(0, 1.12 * max(bar.total for bar in group.bars))
+        axes.set_title(group.title, loc="left", fontsize=9.5, color=INK)
+    drawn[-1, 0].set_xlabel("milliseconds a token", color=SOFT, fontsize=9.5)
+    handles = [_patch(color, name) for name, color in PARTS.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9, labelcolor=SOFT)
+    _save(figure, path)
+    return True
+
+
+def _patch(color: str, name: str) -> Patch:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=name)
 
 
 def write_overview(results: read.Row, path: Path) -> bool:

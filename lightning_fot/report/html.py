@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lightning_fot.report import cells, charts, curves, findings, formats, read, tables, task_tables
+from lightning_fot.report import cells, charts, curves, findings, formats, read, tables, task_tables, time_page
 from lightning_fot.report.sweep import sweep_tables
 from lightning_fot.report.sweep_findings import sweep_findings
 
@@ -50,7 +50,8 @@ def page(results: read.Row, run_dir: Path) -> str:
     title = _title(results)
     body = "".join(
         (_header(results, run_dir, title), "<main>", _findings(results), _perplexity(results), _retrieval(results),
-         _tasks(results), _training(results, run_dir), _time(results),
+         _tasks(results), _training(results, run_dir),
+         time_page.section(results, _table, _download),
          _sweep(results) or _everything(results), _run(results, run_dir), _glossary(),
          "</main>", "<footer>Made by lightning-fot from results.json and metrics.csv of the run.</footer>")
     )  # fmt: skip
@@ -88,8 +89,9 @@ def _header(results: read.Row, run_dir: Path, title: str) -> str:
         facts.append(f"top {memory['top_k']} keys a query")
     if (seconds := read.total_seconds(results)) is not None:
         facts.append(formats.duration(seconds))
-    # A sweep is not expected to hold all that a run does.
-    missing = [] if read.section(results, "sweep") else findings.missing_parts(results)
+    # A sweep, or a Trainer of the user's own, is not expected to hold all that a run does.
+    expected = not (read.section(results, "sweep") or read.section(results, "watched"))
+    missing = findings.missing_parts(results) if expected else []
     complete = results.get("complete")
     text = ""
     if complete is False:
@@ -151,8 +153,9 @@ def _retrieval(results: read.Row) -> str:
     drawn = [(measure, data) for measure, data in panels if data is not None]
     # A sweep has no setting that it runs with: its tables show all.
     table = None if read.section(results, "sweep") else tables.retrieval(results)
+    inside = tables.in_run(results)
     if not drawn and table is None:
-        return ""
+        return f"<h2>Retrieval</h2>{_table(inside)}" if inside else ""
     parts = [
         "<h2>Recall against speed</h2>",
         '<p class="lead">An index gives up a little recall to search faster. Up and to the right is better; the star '
@@ -178,7 +181,7 @@ def _retrieval(results: read.Row) -> str:
             f"<figure>{inputs}{switch}{_legend(charts.recall_speed_legend(first))}{views}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
-    for shown in (table, tables.in_run(results)):
+    for shown in (table, inside):
         parts.append(_table(shown) if shown else "")
     return "".join(parts)
 
@@ -198,34 +201,16 @@ def _tasks(results: read.Row) -> str:
 
 def _training(results: read.Row, run_dir: Path) -> str:
     found = [curve for curve in read.read_metrics(run_dir) if len(curve.values) > 1]
+    logged = tables.logged(results)
+    listed = f"<h3>{escape(logged.title)}</h3>{_table(logged, sortable=True)}" if logged else ""
     if not found:
-        return ""
+        return f"<h2>Training</h2>{listed}" if logged else ""
     drawn = "".join(charts.losses(found, form) for form in ("narrow", "wide"))
     long = any(len(curve.values) > 15 for curve in found)
     caption = "Faint: every logged value. Strong: their moving average." if long else "Every logged value."
     return (
         f"<h2>Training loss</h2><figure>{_legend(charts.loss_legend(found))}{drawn}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _time(results: read.Row) -> str:
-    parts = read.time_split(results)
-    if not parts:
-        return ""
-    total = sum(parts.values())
-    ordered = sorted(parts.items(), key=lambda part: -part[1])
-    strips = "".join(
-        f'<i class="c{index % 6}" style="flex: {value / total:.4f}"></i>' for index, (_, value) in enumerate(ordered)
-    )
-    names = "".join(
-        f'<li><span class="dot c{index % 6}"></span>{escape(name.removesuffix("_s").replace("_", " "))} '
-        f"{escape(formats.duration(value))} ({value / total:.0%})</li>"
-        for index, (name, value) in enumerate(ordered)
-    )
-    return (
-        "<h2>Where the time went</h2>"
-        f'<figure><div class="split" aria-hidden="true">{strips}</div><ul class="legend">{names}</ul></figure>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>{listed}"
     )
 
 

@@ -21,6 +21,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("search_ms_p95", "ms p95", formats.significant),
     ("qps", "queries/s", formats.tokens),
     ("speed", "speed", formats.times),
+    ("of_limit", "of bound", lambda value: formats.percent(value, 0)),
     ("build_s", "build", formats.brief),
     ("bytes", "bytes", formats.size),
 )
@@ -95,7 +96,8 @@ def cells(results: read.Row) -> Table | None:
             )
         )
     note = "Speed is relative to exact search of the same layer, keys, k and batch, timed in turns with it (medians). "
-    note += "Bytes are the index's."
+    note += "Of bound: the least time that this machine allows an exact search, over the time measured; an index may "
+    note += "pass 100%. Bytes are the index's."
     if not all(read.index_used(row) for row in listed):
         note += " * Too few keys for an index: searched exactly."
     columns = ("layer", "retriever", *(heading for _, heading, _ in _SHOWN))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_fot.report import curves, findings, formats, read, task_tables
+from lightning_fot.report import curves, findings, formats, read, task_tables, time_tables
 from lightning_fot.report.cells import Cell, Table, by_context
 
 
@@ -129,12 +129,29 @@ def in_run(results: read.Row) -> Table | None:
         for row in listed
     )
     note = "The very memory that perplexity was measured with: part of it indexed, the newest keys searched exactly."
+    if not read.rows(results, "perplexity"):
+        note = "A memory of the run's own text, searched with the queries of the window that follows."
     if any(key in ("sink_share", "hub_share") for key, _, _ in shown):
         note += (
             " Sinks: share of what was found that is the first token of a window; hubs: share held by the most often"
         )
         note += " found hundredth of the keys."
     return Table("Retrieval inside the run", ("layer", *(heading for _, heading, _ in shown)), body, note=note)
+
+
+def logged(results: read.Row) -> Table | None:
+    """What a Trainer logged: a row a name, with its first and last value and how far it went."""
+    listed = read.rows(results, "metrics")
+    fields = ("first", "last", "least", "most")
+    body = tuple(
+        (
+            Cell(str(row.get("name")), str(row.get("name"))),
+            *(Cell(formats.significant(value, 4), value) for value in (read.number(row, field) for field in fields)),
+            Cell(formats.tokens(read.number(row, "n")), read.number(row, "n")),
+        )
+        for row in listed
+    )
+    return Table("Everything logged", ("name", *fields, "times"), body) if body else None
 
 
 def _retrieval_cells(results: read.Row, row: read.Row, label: str) -> tuple[Cell, ...]:
@@ -216,6 +233,7 @@ def print_tables(results: read.Row, console: Console) -> None:
         if finding.caveat:
             console.print(Text(f"  {finding.caveat}", style="dim"))
     found = [perplexity(results), multi_doc(results), *task_tables.found(results), retrieval(results), in_run(results)]
+    found.append(time_tables.limits(results))
     tables = [table for table in found if table is not None]
     for table in tables:
         print_table(table, console)

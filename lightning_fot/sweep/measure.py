@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.bench import BuiltRetriever, Truth, layer_of, load_metadata, load_qk, scale_of, times
+from lightning_fot.evaluation.limits import scan_limit, scanned_bytes
 from lightning_fot.sweep.settings import Build, SweepConfig, digest
 
 _MOST_CALLS = 300
@@ -182,6 +183,11 @@ class IndexCell:
                 exact.k = built.k
                 theirs += exact.time(queries, min(math.ceil(calls / _TURNS), _EXACT_CALLS), batch)
         found: dict[str, Any] = dict(times(ours, queries.shape[0] * batch))
+        banks, _, dim = queries.shape
+        limit = scan_limit(
+            banks, self.memory_tokens, dim, batch, scanned_bytes(dim, 4, batch, queries.device), queries.device
+        )
+        found |= limit.beside(found["search_ms_p50"] / 1e3)
         if theirs:
             found["exact_ms_p50"] = times(theirs, queries.shape[0] * batch)["search_ms_p50"]
         return found

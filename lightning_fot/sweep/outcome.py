@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.doctor import environment
+from lightning_fot.report.cells import rows_as_csv
 from lightning_fot.run_folder import write_json, write_text
 from lightning_fot.sweep.cost_model import cost_model
+from lightning_fot.sweep.settings import label_of
+from lightning_fot.sweep.time_split import index_split, named_split
 
 if TYPE_CHECKING:
     from lightning_fot.sweep.folder import SweepFolder
@@ -77,6 +78,7 @@ class Outcome:
             "environment": environment(),
             "retrieval": [{**row, "layer": _named(row)} for row in shown if row["retriever"] != "exact"],
             "exact": [{**row, "layer": _named(row)} for row in exact],
+            "time_split": [*index_split(rows), *self._splits_of_runs()],
             "sweep": {
                 "cells": rows,
                 "runs": [
@@ -90,6 +92,16 @@ class Outcome:
             },
         }
 
+    def _splits_of_runs(self) -> list[dict[str, Any]]:
+        found = []
+        for cell in self.runs:
+            try:
+                results = json.loads(cell.folder.results.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            found += named_split(label_of(cell.combination), results)
+        return found
+
     def _in_figure(self, row: Mapping[str, Any]) -> bool:
         return bool(row["batch"] == max(self.config.batch) and row["k"] == self.config.top_k[0])
 
@@ -101,9 +113,9 @@ class Outcome:
         write_json(self.folder.path / "results.json", results)
         for name in ("cells", "runs"):
             if results["sweep"][name]:
-                write_text(self.folder.path / f"{name}.csv", as_csv(results["sweep"][name]))
+                write_text(self.folder.path / f"{name}.csv", rows_as_csv(results["sweep"][name]))
         if self.search is not None and self.search["trials"]:
-            write_text(self.folder.path / "trials.csv", as_csv(self.search["trials"]))
+            write_text(self.folder.path / "trials.csv", rows_as_csv(self.search["trials"]))
         if results["sweep"]["cells"] or results["sweep"]["runs"]:
             write_report(results, self.folder.path)
         return results
@@ -120,7 +132,8 @@ class Outcome:
             print_table(table, console)
         for label, problem in self.failures.items():
             console.print(f"failed: {label}: {problem}", markup=False, highlight=False, soft_wrap=True)
-        written = ("report.html", "recall_vs_speed.png", "cells.csv", "runs.csv", "trials.csv", "results.json")
+        written = ("report.html", "recall_vs_speed.png", "time_split.png", "cells.csv", "runs.csv", "trials.csv",
+                   "time_split.csv", "results.json")  # fmt: skip
         files = [name for name in written if (self.folder.path / name).is_file()]
         listed = ", ".join(files)
         console.print(f"Results: {self.folder.path}  ({listed})", markup=False, highlight=False, soft_wrap=True)
@@ -129,15 +142,3 @@ class Outcome:
 def _named(row: Mapping[str, Any]) -> Any:
     """The layer, with the recording it is of where there are several."""
     return f"{row['layer']} ({row['recording']})" if row.get("recording") else row["layer"]
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV, with a column for every field of any; settings are JSON."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        cells = [row.get(name) for name in names]
-        writer.writerow([json.dumps(cell) if isinstance(cell, dict | list) else cell for cell in cells])
-    return buffer.getvalue()

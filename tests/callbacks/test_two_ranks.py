@@ -22,7 +22,9 @@ def test_each_rank_measures_its_own_text_and_the_first_is_logged(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads((tmp_path / f"rows{rank}.json").read_text()) for rank in (0, 1)]
     assert [row["mass"] for row in rows[0]] != [row["mass"] for row in rows[1]]
-    (table,) = tmp_path.rglob("metrics.csv")
+    (table,) = tmp_path.glob("lightning_logs/*/metrics.csv")
+    shown = json.loads((tmp_path / "report" / "results.json").read_text())["retrieval_in_run"]
+    assert [row["mass"] for row in shown] == [row["mass"] for row in rows[0]]
     with table.open(encoding="utf-8") as file:
         logged = list(csv.DictReader(file))
     masses = [float(row["retrieval/mass"]) for row in logged if row["retrieval/mass"]]

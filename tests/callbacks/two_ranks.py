@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_fot.callbacks import RetrievalRecall, RetrievalSpeed
+from lightning_fot.callbacks import RetrievalRecall, RetrievalSpeed, RunReport
 from tests.callbacks.runs import Rows, module, trainer
 
 
@@ -24,9 +24,12 @@ def main(folder: Path) -> None:
     """Fits with validations and with measurements in training."""
     warnings.filterwarnings("ignore")
     recall = RetrievalRecall(tokens=32, queries=8, every_n_steps=1, max_share=None)
-    run = trainer(folder, [recall, RetrievalSpeed(tokens=32, repeats=1)], strategy="ddp", devices=2, max_steps=4)
+    report = RunReport(folder / "report")
+    callbacks = [recall, RetrievalSpeed(tokens=32, repeats=1), report]
+    run = trainer(folder, callbacks, strategy="ddp", devices=2, max_steps=4)
     run.fit(module(trainable="all"), DataLoader(RankRows(4), batch_size=None), DataLoader(RankRows(4), batch_size=None))
     kept = [{"recall": row["recall"], "mass": row["mass"], "layer": row["layer"]} for row in recall.rows]
+    assert (report.written is None) == (run.global_rank > 0)
     (folder / f"rows{run.global_rank}.json").write_text(json.dumps(kept))
 
 

@@ -93,7 +93,8 @@ def without_times(result: Any) -> Any:
     """Results but for what depends on the clock."""
     if isinstance(result, dict):
         # Indexes are built beside the reading: how many times depends on which is faster.
-        clock = ("_s", "qps", "search_ms_p50", "search_ms_p95", "search_ms_p99", "search_ms", "rebuilds")
+        clock = ("_s", "qps", "search_ms_p50", "search_ms_p95", "search_ms_p99", "search_ms", "rebuilds",
+                 "seconds", "ms_p50", "limit_ms", "limit_by", "limit_amount", "limit_rate", "of_limit")  # fmt: skip
         return {key: without_times(value) for key, value in result.items() if not key.endswith(clock)}
     return [without_times(item) for item in result] if isinstance(result, list) else result
 

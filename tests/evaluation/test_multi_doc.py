@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,8 @@ from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.multi_doc import own_share
-from lightning_fot.evaluation.plan import select_distractors
+from lightning_fot.evaluation.multi_doc import measure_distraction, own_share
+from lightning_fot.evaluation.plan import INGEST_COST, select_distractors
 from lightning_fot.evaluation.rows import summarise
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 from lightning_fot.report.tables import multi_doc
@@ -100,6 +101,94 @@ def test_a_memory_with_a_capacity_tells_no_share(lm):
     assert [row["own_share"] for row in rows] == [None] * 3
     assert all(row["value"] > 1 for row in rows)
     assert multi_doc({"multi_doc": rows}) is not None
+
+
+class Killed(Exception):
+    """What ends an evaluation in the middle."""
+
+
+@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_killed_after_any_document_it_goes_on_behind_it(lm, tmp_path, after, with_folder):
+    documents = _documents(5, 200)
+    others = torch.as_tensor(select_distractors(documents, documents[:2], CONFIG))
+    texts = [(d.name, torch.as_tensor(d.ids[:128]), torch.as_tensor(d.ids[128:177])) for d in documents[:2]]
+    folder = tmp_path / "memory" if with_folder else None
+
+    def measure(**kw):
+        units = []
+        rows = measure_distraction(lm, "exact", texts, others, [0, 100, 200], units.append, folder=folder, **kw)
+        return [{key: value for key, value in row.items() if key != "target_s"} for row in rows], sum(units)
+
+    whole, all_of_it = measure()
+    kept = []
+
+    def keep(rows):
+        kept[:] = json.loads(json.dumps(rows))
+        if len(rows) == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure(keep=keep)
+    assert len(kept) == after
+    rows, units = measure(done=kept)
+    assert rows == whole
+    # The others as far as they had been read: not again where they were kept. Two documents stand behind each amount.
+    done = (0, 0, 0, 100, 100, 200)[after] * INGEST_COST if with_folder else 0.0
+    # What is scored takes several calls; so does what is read.
+    a_row = 128 * INGEST_COST + 48
+    assert units == pytest.approx(all_of_it - after * a_row - done)
+    assert folder is None or not folder.exists()
+
+
+def test_a_memory_of_other_weights_or_a_damaged_one_is_read_again(lm, tmp_path):
+    documents = _documents(5, 200)
+    others = torch.as_tensor(select_distractors(documents, documents[:2], CONFIG))
+    texts = [(d.name, torch.as_tensor(d.ids[:128]), torch.as_tensor(d.ids[128:177])) for d in documents[:2]]
+
+    def losses(folder, done=()):
+        return [
+            row["blocks"] for row in measure_distraction(lm, "exact", texts, others, [0, 100], folder=folder, done=done)
+        ]
+
+    whole = losses(None)
+    folder = tmp_path / "memory"
+    lm.ingest(torch.full((1, 100), 7), memory=lm.new_memory()).save(folder)
+    (folder / "memory.json").write_text("{}")
+    assert losses(folder) == whole
+    # Of another amount than any that is asked for.
+    lm.ingest(torch.full((1, 64), 7), memory=lm.new_memory()).save(folder)
+    assert losses(folder) == whole
+
+
+def test_an_evaluation_killed_within_the_phase_goes_on_in_it(lm, tmp_path):
+    documents = _documents(5, 200)
+    others = select_distractors(documents, documents[:2], CONFIG)
+    tokenizer = load_tokenizer("tiny-random-llama")
+    kept, seen = {}, []
+
+    def keep(name, record):
+        kept[name] = json.loads(json.dumps(record))
+        seen.append(name)
+        if seen.count("multi-doc: exact (so far)") == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate(lm, tokenizer, documents[:2], CONFIG, distractors=others, on_result=keep, scratch=tmp_path / "scratch")
+    assert len(kept["multi-doc: exact (so far)"]) == 3
+    assert (tmp_path / "scratch").is_dir()
+    before = list(seen)
+    again = evaluate(
+        lm, tokenizer, documents[:2], CONFIG, distractors=others, on_result=keep, done=dict(kept),
+        scratch=tmp_path / "scratch",
+    )  # fmt: skip
+    assert seen[len(before) :] == ["multi-doc: exact (so far)"] * 3 + ["multi-doc: exact"]
+    whole = evaluate(lm, tokenizer, documents[:2], CONFIG, distractors=others)
+    for ours, theirs in zip(again["multi_doc"], whole["multi_doc"], strict=True):
+        assert {key: ours[key] for key in ("nll", "own_share", "distractor_tokens")} == {
+            key: theirs[key] for key in ("nll", "own_share", "distractor_tokens")
+        }
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_passkeys_are_counted_by_depth():

@@ -33,11 +33,23 @@ def _task(context: int, memory: str, correct: int) -> dict[str, Any]:
 def _search(layer: int, retriever: str, args: dict[str, Any], recall: float, qps: float) -> dict[str, Any]:
     ms = 1e3 * 4608 / qps
     return {
-        "layer": layer, "memory_tokens": 32768, "k": 32, "retriever": retriever, "args": args, "recall": recall,
+        "layer": layer, "memory_tokens": 32768, "k": 32, "batch": 1536, "retriever": retriever,
+        "args": args, "recall": recall,
         "mass_recall": 1 - (1 - recall) * 0.6, "mass": 0.62 * (1 - (1 - recall) * 0.6), "search_ms_p50": ms,
         "search_ms_p95": ms * 1.12, "qps": qps, "add_s": 0.0 if retriever == "exact" else 3.412,
         "build_s": 0.0 if retriever == "exact" else 2.187, "bytes": 0 if retriever == "exact" else 40_108_032,
     }  # fmt: skip
+
+
+def _split(step: str, task: str, memory: str, context: int, tokens: int, *parts: float, **more: Any) -> dict[str, Any]:
+    names = ("model_s", "search_s", "insert_s", "build_s")
+    return {"step": step, "task": task, "context_tokens": context, "memory": memory, "tokens": tokens,
+            "seconds": sum(parts), **dict(zip(names, parts, strict=True)), "beside_s": 0.0, **more}  # fmt: skip
+
+
+def _bound(measured_ms: float, ms: float, by: str, rate: float) -> dict[str, Any]:
+    return {"limit_ms": ms, "limit_by": by, "limit_amount": int(ms * rate / 1e3), "limit_rate": rate,
+            "of_limit": ms / measured_ms}  # fmt: skip
 
 
 FULL: dict[str, Any] = {
@@ -84,7 +96,23 @@ FULL: dict[str, Any] = {
         )
         for ef, recall, qps in zip(EF_SEARCH, recalls, speeds, strict=True)
     ],
-    "exact": [_search(10, "exact", {}, 1.0, 6_950), _search(20, "exact", {}, 1.0, 6_870)],
+    "exact": [
+        {**_search(layer, "exact", {}, 1.0, qps), **_bound(1e3 * 4608 / qps, 200.0, "products", 9e10)}
+        for layer, qps in ((10, 6_950), (20, 6_870))
+    ],
+    "time_split": [
+        _split("scoring", "perplexity", "none", 0, 2048, 2.048, 0, 0, 0),
+        _split("reading", "perplexity", "hnsw", 4096, 8192, 9, 9, 9, 9),
+        _split("reading", "perplexity", "hnsw", 8192, 16384, 8.192, 2.048, 0.1, 4.0, beside_s=1.6384),
+        _split("scoring", "perplexity", "hnsw", 8192, 2048, 2.048, 0.4096, 0.01, 0),
+        _split("reading", "perplexity", "exact", 8192, 16384, 8.192, 4.096, 0.1, 0),
+        _split("scoring", "perplexity", "exact", 8192, 2048, 2.048, 0.8192, 0.01, 0),
+        _split("decoding", "decoding", "exact", 8192, 12, 0.48, 0.12, 0, 0),
+    ],
+    "decoding": [
+        {"memory": "none", "memory_tokens": 0, "ms_p50": 38.0, **_bound(38.0, 19.0, "bandwidth", 2.5e10)},
+        {"memory": "exact", "memory_tokens": 8192, "ms_p50": 50.0, **_bound(50.0, 20.0, "bandwidth", 2.5e10)},
+    ],
     "seconds": {"model_s": 212.4, "search_s": 61.8, "insert_s": 9.2, "build_s": 14.1},
     "something_new": {"ignored": True},
 }  # fmt: skip

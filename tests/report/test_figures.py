@@ -19,21 +19,22 @@ def test_write_report_lists_what_it_wrote(results: dict[str, Any], run_dir: Path
 
     before = dict(mpl.rcParams)
     written = write_report(results, run_dir)
-    assert [path.name for path in written] == ["report.html", "recall_vs_speed.png", "perplexity_vs_context.png"]
-    assert all(path.read_bytes().startswith(PNG) for path in written[1:])
+    pictures = ["recall_vs_speed.png", "perplexity_vs_context.png", "time_split.png"]
+    assert [path.name for path in written] == ["report.html", "time_split.csv", *pictures]
+    assert all(path.read_bytes().startswith(PNG) for path in written[2:])
     assert not list(run_dir.glob(".*part"))
     assert dict(mpl.rcParams) == before
 
 
 def test_figures_without_data_are_not_written(results: dict[str, Any], run_dir: Path) -> None:
-    results |= {"retrieval": [], "exact": []}
+    results |= {"retrieval": [], "exact": [], "time_split": []}
     assert [path.name for path in write_report(results, run_dir)] == ["report.html", "perplexity_vs_context.png"]
 
 
 def test_exact_run_and_unused_index_can_be_drawn(results: dict[str, Any], run_dir: Path) -> None:
     results["retrieval"] = [dict(row) for row in results["exact"]]
     results["config"]["model"]["memory"]["retriever"] = "exact"
-    assert len(write_report(results, run_dir)) == 3
+    assert len(write_report(results, run_dir)) == 5
     data = curves.recall_speed(results)
     assert data is not None
     assert [len(series.points) for series in data.series] == [1, 1]
@@ -131,4 +132,4 @@ def test_not_a_number_in_results_is_missing(results: dict[str, Any], run_dir: Pa
     results["perplexity"][3]["value"] = float("nan")
     results["retrieval"][0]["qps"] = float("inf")
     (run_dir / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    assert len(write_report(load_results(run_dir), run_dir)) == 3
+    assert len(write_report(load_results(run_dir), run_dir)) == 5

@@ -113,7 +113,7 @@ def test_numbers_are_those_of_the_results(source: str, results: dict[str, Any]) 
 def test_full_table_can_be_sorted_and_downloaded(source: str, results: dict[str, Any]) -> None:
     reader = Reader(source)
     assert any(tag == "table" and attributes.get("class") == "sortable" for tag, attributes in reader.tags)
-    link = next(attributes for tag, attributes in reader.tags if tag == "a" and "download" in attributes)
+    link = next(attributes for _, attributes in reader.tags if attributes.get("download") == "retrieval.csv")
     kind, data = (link["href"] or "").split(",", 1)
     assert kind == "data:text/csv;charset=utf-8"
     records = list(csv.DictReader(io.StringIO(unquote(data))))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_fot.evaluation.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
 from lightning_fot.evaluation.retrieval import index_used, live_quality, sample_rows
+from lightning_fot.evaluation.split import Stopwatch
 from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe
 from lightning_fot.evaluation.tasks.reading import read
 from lightning_fot.evaluation.tasks.registry import make_tasks
@@ -50,11 +51,13 @@ class Answer:
 
 
 @torch.no_grad()
-def ask(lm: MemoryLM, probe: Probe, memory: Memory | None) -> list[Answer]:
-    """Each answer of a probe beside a memory, which stays as it is."""
+def ask(lm: MemoryLM, probe: Probe, memory: Memory | None, watch: Stopwatch | None = None) -> list[Answer]:
+    """Each answer of a probe beside a memory, which stays as it is; ``watch`` takes what the memory did meanwhile."""
     first, last = probe.answers[0][0], probe.answers[-1][1]
     ids = torch.from_numpy(probe.ids.astype(np.int64)).to(lm.device)
-    logits, _ = read_logits(lm, ids[: last - 1], memory, keep=last - first)
+    logits, after = read_logits(lm, ids[: last - 1], memory, keep=last - first)
+    if watch is not None and memory is not None:
+        watch.count(after)
     losses = token_losses(logits, ids[first:last])
     right = (logits.argmax(-1) == ids[first:last]).cpu()
     if probe.choices:
@@ -125,27 +128,32 @@ class TaskRunner:
 
     def _measure(self, episode: Episode, kind: str, spec: Any) -> Row:
         row: Row = {"index_used": None}
+        reading, asking = Stopwatch(self._lm.device), Stopwatch(self._lm.device)
         memory = None
         if kind == NONE:
             self.release()
         else:
             began = time.perf_counter()
-            memory, row["read_tokens"] = self._memory(episode.context, kind, spec)
+            memory, row["read_tokens"] = self._memory(episode.context, kind, spec, reading)
             row["read_s"] = time.perf_counter() - began
             row |= {"bytes": memory.nbytes, "index_used": index_used(memory)}
         answers: list[Answer] = []
-        began = time.perf_counter()
-        for probe in episode.probes:
-            answers += ask(self._lm, probe, memory)
-            self._advance(len(probe.ids) * LOCAL_COST)
-        row["ask_s"] = time.perf_counter() - began
+        with asking.running():
+            for probe in episode.probes:
+                answers += ask(self._lm, probe, memory, asking)
+                self._advance(len(probe.ids) * LOCAL_COST)
+        row["ask_s"] = asking.split.seconds
+        row["splits"] = {
+            "reading": {"tokens": row.get("read_tokens", 0), **reading.split.as_dict()},
+            "asking": {"tokens": sum(len(probe.ids) for probe in episode.probes), **asking.split.as_dict()},
+        }
         for field in ("right", "tokens", "nats"):
             row[field] = [getattr(answer, field) for answer in answers]
         if memory is not None and kind != EXACT and row["index_used"]:
             row |= self._quality(episode.probes, memory)
         return row
 
-    def _memory(self, context: Ids, kind: str, spec: Any) -> tuple[Memory, int]:
+    def _memory(self, context: Ids, kind: str, spec: Any, watch: Stopwatch) -> tuple[Memory, int]:
         """A memory that holds the context, its index built, and the tokens that had to be read for it."""
         config = self._lm.config
         # A text is cut where windows are, and only where they share nothing.
@@ -159,18 +167,19 @@ class TaskRunner:
             # Let go of first: two memories may be too much.
             self._kept = None
         memory = self._lm.new_memory(1, spec) if self._kept is None else self._kept[2]
-        self._read(context[done:whole], memory)
+        self._read(context[done:whole], memory, watch)
         self._kept = (kind, context[:whole], memory)
         if whole < len(context):
             memory = memory.snapshot()
-            self._read(context[whole:], memory)
+            self._read(context[whole:], memory, watch)
         return memory, len(context) - done
 
-    def _read(self, ids: Ids, memory: Memory) -> None:
+    def _read(self, ids: Ids, memory: Memory, watch: Stopwatch) -> None:
         if len(ids):
             new = torch.from_numpy(ids.astype(np.int64))
-            read(self._lm, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
-            memory.flush()
+            with watch.running(memory):
+                read(self._lm, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
+                memory.flush()
 
     def _quality(self, probes: Sequence[Probe], memory: Memory) -> Row:
         """Recall of the searches of the first probe, and the softmax mass they found; mean over layers."""
