@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_fot import __version__
 from lightning_fot.errors import SettingError
 from lightning_fot.lm_eval_scoring import answer_apart, by_context, new_tokens, plain_tokens, score_continuations
-from lightning_fot.lm_eval_settings import MODEL_NAME, model_settings
+from lightning_fot.lm_eval_settings import MODEL_NAME, batch_count, model_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -66,8 +66,7 @@ class MemoryHarness(HFLM):
         **settings: Any,
     ) -> None:
         del max_batch_size
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise SettingError("batch_size", batch_size, "must be a whole number of at least 1", "Try 1.")
+        count = batch_count(batch_size)
         own = {name: settings.pop(name) for name in _OF_THE_HARNESS if name in settings}
         self.settings: dict[str, Any] = {}
         if pretrained is None or isinstance(pretrained, str):
@@ -87,7 +86,7 @@ class MemoryHarness(HFLM):
             self.lm.model,
             backend="causal",
             tokenizer=tokenizer,
-            batch_size=int(batch_size),
+            batch_size=count,
             max_length=max_length or _UNLIMITED,
             **own,
         )

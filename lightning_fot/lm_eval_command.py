@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.lm_eval_settings import MODEL_NAME, model_settings
+from lightning_fot.lm_eval_settings import MODEL_NAME, batch_count, model_settings
 from lightning_fot.pretrained import load_tokenizer
 
 INSTALL = "pip install 'lightning-fot[lm-eval]'"
@@ -52,6 +52,7 @@ def lm_eval(words: Sequence[str], program: str) -> int:
         return 0
     if not any(word.partition("=")[0] in ("--tasks", "-t") for word in rest):
         raise SettingError("tasks", None, "are not given", f"Write: {program} --config hnsw --tasks niah_single_1")
+    batch_count(_last(rest, "--batch_size", "-b") or 1)
     settings = model_settings(own)
     if find_spec("lm_eval") is None:
         raise MissingLibraryError("lm_eval", INSTALL, "lm-eval")
@@ -100,6 +101,16 @@ def split(words: Sequence[str], program: str) -> tuple[dict[str, Any], list[str]
             value = pending.pop(0)
         own["config" if name == "-c" else name.removeprefix("--")] = value
     return own, rest
+
+
+def _last(words: Sequence[str], *names: str) -> str | None:
+    """Value of an option, the last one given; None where it is not, or has none."""
+    found = None
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else (words[place + 1] if place + 1 < len(words) else None)
+    return found
 
 
 @contextmanager

@@ -30,3 +30,25 @@ def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
             raise SettingError(name, value, "is not known", f"{close_match(name, _NAMES)}Use {', '.join(_NAMES)}.*.")
         words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return settings_of(read_request("lm-eval", words))
+
+
+def batch_count(value: int | str) -> int:
+    """The harness's ``batch_size``.
+
+    Raises:
+        SettingError: It is no number. ``auto`` tries batches of the longest prompt until memory runs out: prompts have
+            no longest length here, and the memory of each grows with it.
+
+    Example:
+        >>> batch_count("4")
+        4
+    """
+    text = str(value).strip()
+    if text.partition(":")[0] == "auto":
+        raise SettingError(
+            "batch_size", value, "tries batches until memory runs out, and prompts of any length leave no such batch",
+            "Give a number: 8 is good for short requests on a CPU, 1 for long prompts.",
+        )  # fmt: skip
+    if not text.isdigit() or int(text) < 1:
+        raise SettingError("batch_size", value, "must be a whole number of at least 1", "Try 1.")
+    return int(text)

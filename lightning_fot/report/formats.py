@@ -103,6 +103,19 @@ def brief(seconds: float | None) -> str:
     )
 
 
+def long(seconds: float | None) -> str:
+    """A time that may be of days.
+
+    Example:
+        >>> long(90.0), long(7200.0), long(3e6)
+        ('90 s', '2.0 h', '35 days')
+    """
+    if seconds is None or seconds < 600:
+        return brief(seconds)
+    hours = seconds / 3600
+    return f"{significant(hours, 2)} h" if hours < 48 else f"{significant(hours / 24, 2)} days"
+
+
 def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     """95 % interval of a rate after so few trials (Wilson 1927).
 

@@ -42,7 +42,8 @@ def brief_tables(results: read.Row) -> list[Table]:
             if table is not None:
                 title = f"{largest:,.0f} keys a head, {batch} queries at once, k={k}: exact search and the Pareto front"
                 found.append(_narrow(table, title))
-    return [*found, *(table for table in (trials(results), runs(results)) if table is not None)]
+    others = (brief_costs(results), trials(results), runs(results))
+    return [*found, *(table for table in others if table is not None)]
 
 
 def _layer(row: read.Row) -> str:
@@ -174,16 +175,18 @@ def costs(results: read.Row) -> Table | None:
     for row in listed:
         search, build = (read.section(row, name) for name in ("search_ms_p50", "build_s"))
         label = f"{row.get('retriever')} {row.get('setting') or ''}".strip()
-        cells: list[Cell] = [Cell(str(row.get("layer")), row.get("layer")), Cell(label, label)]
-        batch, exponent, error = (
-            read.number(row, "batch"),
-            read.number(search, "exponent"),
-            read.number(search, "error"),
-        )
-        cells += [
+        batch = read.number(row, "batch")
+        laws = [read.number(search, name) for name in ("exponent", "error", "held_out")]
+        recalls = row.get("recall")
+        ends = [recalls[0], recalls[-1]] if isinstance(recalls, list) and recalls else [None, None]
+        cells: list[Cell] = [
+            Cell(str(row.get("layer")), row.get("layer")),
+            Cell(label, label),
             Cell(formats.tokens(batch), batch),
-            Cell(formats.fixed(exponent), exponent),
-            Cell(formats.times(error), error),
+            Cell(f"{formats.percent(ends[0])} → {formats.percent(ends[1])}", ends[1]),
+            Cell(formats.fixed(laws[0]), laws[0]),
+            Cell(formats.times(laws[1]), laws[1]),
+            Cell(formats.times(laws[2]), laws[2]),
         ]
         for at in sizes:
             far = read.number(read.section(search, "at"), at)
@@ -191,16 +194,47 @@ def costs(results: read.Row) -> Table | None:
             built = read.number(read.section(build, "at"), at)
             cells += [
                 Cell(formats.brief(None if far is None else far / 1e3), far),
-                Cell(formats.brief(built), built),
+                Cell(formats.long(built), built),
                 Cell(formats.size(None if memory is None else memory * 1e9), memory),
             ]
         body.append(tuple(cells))
-    heads = [f"{name} at {formats.tokens(float(at))}" for at in sizes for name in ("search", "build", "RAM")]
-    beyond = read.number(listed[0], "beyond")
+    short = {"100000000": "100M", "1000000000": "1G"}
+    heads = [f"{name}, {short.get(at, at)}" for at in sizes for name in ("search", "build", "RAM")]
+    beyond = max((read.number(row, "beyond") or 0.0 for row in listed), default=None)
     note = (
-        "Power laws through the sizes measured. Exponent and error are those of a search: error is the largest factor "
-        "by which a measured time lies off its line. RAM is of the index with float32 keys and values, all heads of a "
-        f"layer. The nearest size shown lies {formats.significant(beyond, 2)} times beyond what was measured: a guess."
+        "Power laws through the sizes measured, in keys a head. Exponent, error and held out are those of a search: "
+        "error is the largest factor by which a measured time lies off its line; held out is what the sizes below the "
+        "largest say of it, over what was measured. Recall: at the smallest and at the largest size, with the same "
+        "setting. RAM is of the index with float32 keys and values, all heads of a layer. "
+        f"{_machine(results)}The nearest size shown lies {formats.significant(beyond, 2)} times beyond what was "
+        "measured: a guess, and where memory would not suffice, no more than that."
     )
-    columns = ("layer", "retriever", "batch", "exponent", "error", *heads)
+    columns = ("layer", "retriever", "batch", "recall", "exponent", "error", "held out", *heads)
     return Table("What more keys would cost", columns, tuple(body), words=2, note=note)
+
+
+def _machine(results: read.Row) -> str:
+    """On what was measured, in a sentence."""
+    found = read.section(results, "environment")
+    if not found.get("processor"):
+        return ""
+    threads = read.number(found, "threads")
+    return f"Measured on {found['processor']}" + (f", {formats.tokens(threads)} threads. " if threads else ". ")
+
+
+def brief_costs(results: read.Row) -> Table | None:
+    """Of the cost model what a terminal has room for: the settings of the time split, one query, the largest size."""
+    table = costs(results)
+    if table is None:
+        return None
+    batches = [row[2].raw for row in table.rows]
+    chosen = {str(row.get("memory")) for row in read.rows(results, "time_split") if row.get("task") == "index"}
+    rows = [row for row in table.rows if row[2].raw == min(batches) and (not chosen or row[1].raw in chosen)]
+    kept = [place for place, name in enumerate(table.columns) if name not in ("batch", "exponent", "error")]
+    kept = [place for place in kept if not table.columns[place].endswith("100M")]
+    return replace(
+        table,
+        title=f"{table.title}, {formats.tokens(min(batches))} queries at once",
+        columns=tuple(table.columns[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in rows),
+    )

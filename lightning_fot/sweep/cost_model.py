@@ -1,4 +1,8 @@
-"""What more keys would cost: power laws through measured sizes, with their error, and what they say of larger ones."""
+"""What more keys would cost: power laws through measured sizes, with their error, and what they say of larger ones.
+
+A law is also fitted without the largest size and asked for it: how far off it is there tells more than how well it
+fits what it has seen.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +39,24 @@ def fit_power(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, f
 def cost_model(rows: Iterable[Mapping[str, Any]], sizes: Sequence[int] = FAR) -> list[dict[str, Any]]:
     """For each retriever, setting, layer and batch that was measured at three sizes or more: its power laws.
 
+    Sizes below which a retriever searched exactly say nothing of its index: they do not count.
+
     Args:
         rows: Measured rows, with ``memory_tokens``, ``banks`` and ``dim`` among their fields.
         sizes: Keys a head to speak of.
 
     Returns:
-        Rows with ``retriever``, ``layer``, ``batch``, ``k``, ``setting``, ``measured`` (sizes), and for each of
-        search_ms_p50, build_s and bytes ``exponent``, ``error`` (the largest factor off the line) and ``at`` (size →
-        value). ``gigabytes`` at a size are those of the index and of float32 keys and values beside it. An
-        extrapolation over more than a factor of ten is a guess: the rows say over how much it goes (``beyond``).
+        Rows with ``retriever``, ``layer``, ``batch``, ``k``, ``setting``, ``measured`` (sizes), ``recall`` (of each,
+        since the same setting finds less of more keys), and for each of search_ms_p50, build_s and bytes ``exponent``,
+        ``error`` (the largest factor off the line), ``held_out`` (what a law without the largest size says of it, over
+        what was measured there; None for three sizes) and ``at`` (size → value). ``gigabytes`` at a size are those of
+        the index and of float32 keys and values beside it. An extrapolation over more than a factor of ten is a guess:
+        the rows say over how much it goes (``beyond``).
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
+        if row.get("index_used") is False:
+            continue
         query = json.dumps(row.get("query") or {}, sort_keys=True)
         name = (str(row["retriever"]), str(row.get("build", "")), query, str(row["layer"]), str(row["batch"]))
         groups.setdefault((*name, str(row["k"])), []).append(row)
@@ -63,7 +73,7 @@ def cost_model(rows: Iterable[Mapping[str, Any]], sizes: Sequence[int] = FAR) ->
                 continue
             a, b, error = fit_power(*zip(*points, strict=True))
             at = {str(size): a * size**b for size in sizes}
-            laws[field] = {"exponent": b, "error": error, "at": at}
+            laws[field] = {"exponent": b, "error": error, "held_out": _held_out(points), "at": at}
         if "bytes" in laws:
             pairs = 8 * first["banks"] * first["dim"]
             laws["gigabytes"] = {str(size): (laws["bytes"]["at"][str(size)] + size * pairs) / 1e9 for size in sizes}
@@ -75,11 +85,21 @@ def cost_model(rows: Iterable[Mapping[str, Any]], sizes: Sequence[int] = FAR) ->
                 "batch": first["batch"],
                 "k": first["k"],
                 "measured": measured,
+                "recall": [by_size[size].get("recall") for size in measured],
                 "beyond": sizes[0] / measured[-1],
                 **laws,
             }
         )
     return found
+
+
+def _held_out(points: Sequence[tuple[float, float]]) -> float | None:
+    """The law of all sizes but the largest, at the largest, over what was measured there."""
+    *seen, (size, value) = points
+    if len(seen) < _LEAST_SIZES:
+        return None
+    a, b, _ = fit_power(*zip(*seen, strict=True))
+    return float(a * size**b / value)
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:

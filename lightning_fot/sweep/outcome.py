@@ -106,7 +106,7 @@ class Outcome:
         return bool(row["batch"] == max(self.config.batch) and row["k"] == self.config.top_k[0])
 
     def write(self) -> dict[str, Any]:
-        """Writes ``results.json``, ``cells.csv``, ``runs.csv``, ``trials.csv``, the page and the figure."""
+        """Writes ``results.json``, the page, the figures, and ``cells.csv`` and the like: the rows of each part."""
         from lightning_fot.report import write_report
 
         results = self.results()
@@ -114,6 +114,8 @@ class Outcome:
         for name in ("cells", "runs"):
             if results["sweep"][name]:
                 write_text(self.folder.path / f"{name}.csv", rows_as_csv(results["sweep"][name]))
+        if results["sweep"]["cost_model"]:
+            write_text(self.folder.path / "cost_model.csv", rows_as_csv(results["sweep"]["cost_model"]))
         if self.search is not None and self.search["trials"]:
             write_text(self.folder.path / "trials.csv", rows_as_csv(self.search["trials"]))
         if results["sweep"]["cells"] or results["sweep"]["runs"]:
@@ -133,7 +135,7 @@ class Outcome:
         for label, problem in self.failures.items():
             console.print(f"failed: {label}: {problem}", markup=False, highlight=False, soft_wrap=True)
         written = ("report.html", "recall_vs_speed.png", "time_split.png", "cells.csv", "runs.csv", "trials.csv",
-                   "time_split.csv", "results.json")  # fmt: skip
+                   "cost_model.csv", "time_split.csv", "results.json")  # fmt: skip
         files = [name for name in written if (self.folder.path / name).is_file()]
         listed = ", ".join(files)
         console.print(f"Results: {self.folder.path}  ({listed})", markup=False, highlight=False, soft_wrap=True)

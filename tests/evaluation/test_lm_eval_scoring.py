@@ -110,6 +110,9 @@ def test_the_command_line_is_parted():
         (["--tasks", "x", "--config", "smoke", "--model.trainable=all"], "model.trainable='all': is not known"),
         (["--tasks", "x", "--config", "smoke", "--config"], "has no value"),
         (["--tasks", "x", "--config", "nowhere.yaml"], "no such file"),
+        (["--tasks", "x", "--config", "smoke", "--batch_size", "auto"], "batch_size='auto': tries batches until"),
+        (["--tasks", "x", "--config", "smoke", "--batch_size=auto:4"], "Give a number"),
+        (["--tasks", "x", "--config", "smoke", "-b", "0"], "batch_size='0': must be a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_told_before_the_harness_is_loaded(words, message, capsys):

@@ -21,6 +21,7 @@ import yaml
 from lightning_fot.bench import load_qk
 from lightning_fot.cli import main
 from lightning_fot.errors import SettingError
+from lightning_fot.report.sweep import brief_tables, costs
 from lightning_fot.request import SHIPPED, find_config, read_request
 from lightning_fot.sweep.cost_model import cost_model, fit_power
 from lightning_fot.sweep.folder import SweepFolder
@@ -249,7 +250,53 @@ def test_power_laws_are_found_and_say_how_far_off_they_are():
     assert 1.0 < found["search_ms_p50"]["error"] < 1.5
     assert "build_s" not in found
     assert found["beyond"] == 10
+    assert found["search_ms_p50"]["held_out"] is None
     assert cost_model(rows[:2]) == []
+
+
+def _row(size, ms, **more):
+    return {"retriever": "hnsw", "build": "M=8", "query": {"ef_search": 9}, "layer": 1, "batch": 1, "k": 4, "banks": 2,
+            "dim": 8, "memory_tokens": size, "search_ms_p50": ms, "build_s": 1.0, "bytes": 32 * size,
+            "recall": 1 - size / 1e6, **more}  # fmt: skip
+
+
+def test_the_largest_size_is_held_out_to_tell_how_far_a_law_reaches():
+    rows = [_row(size, 1e-3 * size**0.5) for size in (1000, 10_000, 100_000)] + [_row(1_000_000, 2.0)]
+    (found,) = cost_model(rows)
+    # The law of the other three says 1 ms, half of what was measured.
+    assert found["search_ms_p50"]["held_out"] == pytest.approx(0.5)
+    assert found["build_s"]["held_out"] == pytest.approx(1.0)
+    assert found["recall"] == pytest.approx([0.999, 0.99, 0.9, 0.0])
+
+
+def test_sizes_at_which_no_index_answered_are_no_part_of_its_law():
+    rows = [_row(100, 50.0, index_used=False, build_s=0.0)]
+    rows += [_row(size, 1e-3 * size**0.5, index_used=True) for size in (1000, 10_000, 100_000)]
+    (found,) = cost_model(rows)
+    assert found["measured"] == [1000, 10_000, 100_000]
+    assert found["search_ms_p50"]["exponent"] == pytest.approx(0.5)
+    assert cost_model(rows[:3]) == []
+    # Exact search answers at every size, and is no index that was left out.
+    exact = [_row(size, 1e-6 * size, retriever="exact", index_used=True) for size in (10, 100, 1000)]
+    assert cost_model(exact)[0]["measured"] == [10, 100, 1000]
+
+
+def test_the_cost_model_is_shown_with_its_machine_and_its_error():
+    rows = [_row(size, 1e-3 * size**0.5) for size in (1000, 10_000, 100_000)] + [_row(1_000_000, 2.0)]
+    results = {"environment": {"processor": "A chip", "threads": 2}, "sweep": {"cost_model": cost_model(rows)}}
+    table = costs(results)
+    assert "Measured on A chip, 2 threads." in table.note
+    assert "100 times beyond" in table.note
+    (row,) = table.rows
+    shown = dict(zip(table.columns, (cell.text for cell in row), strict=True))
+    assert shown["held out"] == "0.50×"
+    assert shown["recall"] == "99.9% → 0%"
+    laws = cost_model(rows)[0]
+    assert dict(zip(table.columns, (cell.raw for cell in row), strict=True))["search, 1G"] == pytest.approx(
+        laws["search_ms_p50"]["at"]["1000000000"]
+    )
+    (brief,) = brief_tables(results)
+    assert brief.rows[0][-1].text == shown["RAM, 1G"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (SHIPPED / "sweeps").glob("*.yaml")))
