@@ -14,9 +14,11 @@ from lightning_fot.combinations import check_training
 from lightning_fot.config import CrossbatchConfig, LoraSettings, MemoryConfig, RopeSettings
 from lightning_fot.distributed import RowGather, shard
 from lightning_fot.errors import SettingError
+from lightning_fot.gradients import not_finite
 from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
 from lightning_fot.parameters import add_lora, attention_names, block_names, parameter_groups, trained_layers
+from lightning_fot.scheduling import advance_waiting, scheduler_settings
 
 Batch = dict[str, Tensor]
 # Documents that an error message names.
@@ -181,7 +183,7 @@ class FocusedTransformer(L.LightningModule):
             loss = loss * gather.weight(count)
         # Reduced: schedulers that wait for it must decide alike on all ranks.
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/tokens", float(count))
+        self.log("train/tokens", count.float(), sync_dist=True, reduce_fx="sum")
         return loss
 
     def _no_loss(self) -> Tensor:
@@ -198,15 +200,15 @@ class FocusedTransformer(L.LightningModule):
         """
         if self.trainer.precision == "16-mixed":
             return
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):
-                raise SettingError(
-                    "train/gradients",
-                    name,
-                    f"has a gradient that is not finite in optimiser step {self.global_step}"
-                    f"{self._read_now(self.trainer.accumulate_grad_batches)}",
-                    "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
-                )
+        name = not_finite(self.named_parameters())
+        if name is not None:
+            raise SettingError(
+                "train/gradients",
+                name,
+                f"has a gradient that is not finite in optimiser step {self.global_step}"
+                f"{self._read_now(self.trainer.accumulate_grad_batches)}",
+                "Lower the learning rate or set trainer.gradient_clip_val; the last checkpoint is from before it.",
+            )
 
     def _read_now(self, batches: int = 1) -> str:
         """Which documents the batch has, or the batches of a step; nothing where the data does not say."""
@@ -256,6 +258,14 @@ class FocusedTransformer(L.LightningModule):
         """Lets go of its memory, and logs what was found."""
         self._validated = None
         self._log_scores("val")
+
+    def on_validation_end(self) -> None:
+        """Advances a scheduler that waits for a metric.
+
+        Raises:
+            SettingError: The metric is not logged.
+        """
+        advance_waiting(self)
 
     def on_test_epoch_end(self) -> None:
         """As :meth:`on_validation_epoch_end`."""
@@ -321,19 +331,7 @@ class FocusedTransformer(L.LightningModule):
         optimizer = self.optimizer(parameter_groups(self, self.weight_decay_on))
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        how: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitor = getattr(scheduler, "monitor", None)
-            if monitor is None:
-                raise SettingError(
-                    "model.lr_scheduler",
-                    type(scheduler).__name__,
-                    "does not say which metric it waits for",
-                    "Use lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss.",
-                )
-            how |= {"interval": "epoch" if str(monitor).startswith("val/") else "step", "monitor": monitor}
-        return {"optimizer": optimizer, "lr_scheduler": how}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler_settings(self.lr_scheduler(optimizer))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves frozen weights out: they are the backbone's."""

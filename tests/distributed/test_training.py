@@ -48,6 +48,8 @@ def test_two_ranks_learn_what_one_process_does(tmp_path):
         assert metrics[f"{kind}-2"]["val/ppl"] == pytest.approx(math.exp(metrics[f"{kind}-2"]["val/loss"]), rel=1e-5)
     for kind in ("packed-across", "paper-across", "single"):
         assert metrics[f"{kind}-1"]["train/loss"] == pytest.approx(metrics[f"{kind}-2"]["train/loss"], rel=1e-5)
+        # Counted over ranks: the second one has fewer.
+        assert metrics[f"{kind}-1"]["train/tokens"] == metrics[f"{kind}-2"]["train/tokens"]
     for layout in ("packed", "paper"):
         # FSDP2: each rank holds half of every parameter.
         _equal(weights[f"{layout}-across-2"], weights[f"{layout}-sharded-2"])

@@ -141,6 +141,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(tmp_
         assert torch.equal(value, before[name]), name
 
 
+def test_only_the_guilty_gradient_is_named_and_large_ones_are_finite(tmp_path):
+    made = module(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    layers = made.backbone.model.layers
+    # Its sum, and its square, are beyond what fp32 holds.
+    layers[1].mlp.down_proj.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e38))
+    trainer(tmp_path, max_steps=1).fit(made, loader(batches(1)))
+    layers[3].mlp.down_proj.weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(2), torch.inf))
+    with pytest.raises(SettingError, match=r"train/gradients='backbone.model.layers.3.mlp.down_proj.weight'"):
+        trainer(tmp_path, max_steps=1).fit(made, loader(batches(1)))
+
+
 def test_a_batch_without_targets_changes_nothing(tmp_path):
     without = {"input_ids": batches(1)[0]["input_ids"], "targets": torch.full((4, 16), -100)}
     made = module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
@@ -218,6 +229,54 @@ def test_a_scheduler_waits_for_the_validation_loss(tmp_path):
     nameless = module(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
     with pytest.raises(SettingError, match="which metric"):
         nameless.configure_optimizers()
+
+
+class Score(L.Callback):
+    """Logs a metric of its own at each validation."""
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("custom/score", torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val/accuracy", "custom/score"])
+def test_a_scheduler_that_waits_is_advanced_after_each_validation_of_an_epoch(tmp_path, monitor):
+    made = module(
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
+        # No value is ever better than the first.
+        lr_scheduler=lambda optimizer: ReduceLROnPlateau(
+            optimizer, monitor=monitor, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
+        ),
+    )
+    run = trainer(tmp_path, max_steps=6, val_check_interval=2, num_sanity_val_steps=1, callbacks=[Score()])
+    run.fit(made, loader(batches(8)), loader(batches(1)))
+    # Three validations: the first is the best.
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**2)
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
+
+
+def test_a_metric_that_no_validation_logs_is_named(tmp_path):
+    made = module(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/bleu"))
+    with pytest.raises(SettingError, match=r"lr_scheduler.*val/bleu.*val/loss"):
+        trainer(tmp_path, val_check_interval=1).fit(made, loader(batches(3)), loader(batches(1)))
+
+
+def test_clipping_accumulated_packs_is_clipping_their_mean_gradient(tmp_path):
+    """The mean, its norm and the step by hand, in fp64."""
+    parts, limit, rate = batches(3), 0.05, 0.5
+    made = module(optimizer=lambda params: torch.optim.SGD(params, lr=rate))
+    made.eval()
+    each = [gradients(made, part) for part in parts]
+    mean = {name: sum(found[name].double() for found in each) / len(parts) for name in each[0]}
+    norm = float(sum(part.square().sum() for part in mean.values())) ** 0.5
+    assert norm > 2 * limit
+    before = {name: part.detach().double() for name, part in made.named_parameters() if name in mean}
+    made.zero_grad()
+    run = trainer(tmp_path, max_steps=1, accumulate_grad_batches=3, gradient_clip_val=limit)
+    run.fit(made, loader(parts))
+    for name, part in made.named_parameters():
+        if name in mean:
+            moved = (part.detach().double() - before[name]) / -rate
+            torch.testing.assert_close(moved, mean[name] * (limit / norm), atol=2e-7, rtol=1e-3)
 
 
 def test_multi_doc_validation_keeps_the_memory_of_texts_before(tmp_path):
