@@ -56,7 +56,7 @@ def _group(group: time_tables.Group) -> str:
             f'<i class="{COLORS[name]}" style="flex: {value / bar.total:.4f}"></i>' for name, value in bar.parts.items()
         )
         rows.append(
-            f'<dt>{escape(bar.name)}</dt><dd><span class="split" style="width: {75 * bar.total / longest:.1f}%" '
+            f'<dt>{escape(bar.name)}</dt><dd><span class="split" style="width: {100 * bar.total / longest:.1f}%" '
             f'tabindex="0" role="img" aria-label="{escape(tip)}" data-tip="{escape(tip)}">{pieces}</span>'
             f"<span>{escape(formats.significant(bar.total, 2))} ms</span></dd>"
         )

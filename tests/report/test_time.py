@@ -38,7 +38,7 @@ def test_the_page_draws_them_to_scale_and_shows_the_numbers(results: dict[str, A
     rows = [(bar, group) for group in time_tables.groups(results) for bar in group.bars]
     assert len(widths) == len(rows) == 6
     for width, (bar, group) in zip(widths, rows, strict=True):
-        assert width == pytest.approx(75 * bar.total / max(other.total for other in group.bars), abs=0.06)
+        assert width == pytest.approx(100 * bar.total / max(other.total for other in group.bars), abs=0.06)
     # In a flow that wraps to any width: no bar has a size in pixels.
     assert not re.search(r'class="split" style="[^"]*px', source)
     tips = [a["data-tip"] or "" for _, a in reader.tags if "data-tip" in a]
@@ -80,12 +80,12 @@ def test_rows_may_lack_a_field(results: dict[str, Any], run_dir: Path, field: st
         del row[field]
     for row in results["decoding"]:
         row.pop("memory"), row.pop("limit_by")
-    write_report(results, run_dir)
+    Reader(page(results, run_dir))
 
 
 @pytest.mark.parametrize("broken", [None, {}, "text", [{}], [3], [{"tokens": float("nan"), "seconds": 1}]])
 def test_odd_parts_do_not_stop_the_report(results: dict[str, Any], run_dir: Path, broken: Any) -> None:
-    write_report(results | {"time_split": broken, "decoding": broken}, run_dir)
+    Reader(page(results | {"time_split": broken, "decoding": broken}, run_dir))
 
 
 def test_runs_are_compared(results: dict[str, Any]) -> None:
