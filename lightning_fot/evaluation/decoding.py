@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lightning_fot.cache import MemoryCache
 from lightning_fot.evaluation.limits import decoding_limit
+from lightning_fot.evaluation.plan import EXACT
 from lightning_fot.evaluation.split import Stopwatch
 from lightning_fot.evaluation.timing import synchronise
 from lightning_fot.generation import forward_cached, read_cached, while_generating
+from lightning_fot.retrievers.registry import create_retriever
 
 if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
 STEPS = 12
 # The first ones still allocate.
 _WARM = 2
+
+
+def searched_exactly(memory: Memory) -> Memory:
+    """A copy of a memory that searches the same pairs exactly; none of them is copied."""
+    copy = memory.snapshot()
+    for layer in copy.layers.values():
+        if layer.unpacked:
+            # What was dropped is known to the other retriever alone.
+            layer.pack()
+        layer.retriever = create_retriever(EXACT, layer.key_store.dim, layer.key_store.banks)
+        layer.retriever.use_store(layer.key_store)
+    return copy
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.decoding import measure_decoding
+from lightning_fot.evaluation.decoding import measure_decoding, searched_exactly
 from lightning_fot.evaluation.multi_doc import measure_distraction
 from lightning_fot.evaluation.passkey import (
     answer_is_found,
@@ -299,20 +299,16 @@ class _Evaluation:
             self._perplexity(longest, self.lm.config.retriever, 0)
         assert self.capture is not None
         rows = measure_capture(self.capture, spec, self.config, lambda share: self._advance(share * phase.cost))
-        rows += self._decoding(phase, spec)
+        rows += self._decoding(phase)
         if phase.memory == self.label:
             rows += [{"in_run": True, **row} for row in quality_in_run(self.capture, self.label, self.config)]
         return rows
 
-    def _decoding(self, phase: Phase, spec: Any) -> Record:
+    def _decoding(self, phase: Phase) -> Record:
         """Tokens one by one beside the captured pairs; the configured retriever's phase measures without them too."""
         assert self.capture is not None
         assert self.capture.memory is not None
-        held = self.capture.memory
-        if phase.memory != self.label:
-            pairs = {number: (layer.keys, layer.values) for number, layer in held.layers.items()}
-            held = self.lm.new_memory(1, spec)
-            held.append(pairs)
+        held = self.capture.memory if phase.memory == self.label else searched_exactly(self.capture.memory)
         ids = self._ids(0, self.longest, self.longest + self.config.target_tokens)
         asked = {phase.memory: held} if phase.memory != self.label else {NONE: None, phase.memory: held}
         found = {kind: measure_decoding(self.lm, memory, ids) for kind, memory in asked.items()}

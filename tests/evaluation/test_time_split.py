@@ -10,7 +10,7 @@ import torch
 
 from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
 from lightning_fot.evaluation import limits
-from lightning_fot.evaluation.decoding import STEPS, measure_decoding
+from lightning_fot.evaluation.decoding import STEPS, measure_decoding, searched_exactly
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.split import PARTS, Split, Stopwatch, spent, split_rows
 from lightning_fot.pretrained import load_backbone, load_tokenizer
@@ -41,10 +41,10 @@ def _ids(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_every_step_of_every_memory_kind_is_divided_and_the_parts_are_the_whole(lm):
     config = EvaluationConfig(
-        context_tokens=[128, 256], target_tokens=70, documents=2, passkey_tokens=[], retrieval_queries=8,
-        retrieval_repeats=1, needles={"tokens": [600], "keys": 1, "asked": 1, "samples": 2},
+        context_tokens=[128, 256], target_tokens=70, documents=1, passkey_tokens=[], retrieval_queries=8,
+        retrieval_repeats=1, needles={"tokens": [600], "keys": 1, "asked": 1, "samples": 1},
     )  # fmt: skip
-    documents = [SimpleNamespace(name=f"d{n}", ids=_ids(400, n).numpy()) for n in range(2)]
+    documents = [SimpleNamespace(name="d", ids=_ids(400).numpy())]
     results = evaluate(lm, load_tokenizer("tiny-random-llama"), documents, config)
     rows = {(row["task"], row["step"], row["memory"], row["context_tokens"]): row for row in results["time_split"]}
     assert set(rows) == {
@@ -62,7 +62,7 @@ def test_every_step_of_every_memory_kind_is_divided_and_the_parts_are_the_whole(
         assert (row["search_s"] > 0) == (kind != "none")
         assert (row["insert_s"] > 0) == (kind != "none" and step != "decoding")
         if step == "reading" and size < 600:
-            assert row["tokens"] == 2 * size
+            assert row["tokens"] == size
     assert {key for key, row in rows.items() if row["build_s"]} <= {key for key in rows if key[2] == "hnsw"}
     assert rows["perplexity", "reading", "hnsw", 256]["build_s"] > 0
     # What reading took is what the speeds are made of.
@@ -148,6 +148,33 @@ def test_decoding_leaves_the_memory_and_reads_as_generate_does(lm):
     assert row["splits"]["decoding"]["tokens"] == STEPS
     assert row["splits"]["decoding"]["seconds"] >= STEPS * 0.5 * row["ms_p50"] / 1e3
     assert measure_decoding(lm, memory, _ids(WINDOW // 4 + 2)) is None
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_the_same_pairs_are_searched_exactly_without_a_copy(capacity):
+    config = MemoryConfig(
+        memory_layers=[1, 3],
+        window=WINDOW,
+        top_k=8,
+        capacity=capacity,
+        retriever={"name": "hnsw", "min_index_size": 90},
+    )
+    with attach_memory(load_backbone("tiny-random-llama"), config) as lm:
+        memory = lm.ingest(_ids(200)[None], memory=lm.new_memory())
+        memory.flush()
+        exact = searched_exactly(memory)
+        queries = torch.randn(1, memory.layers[1].kv_heads, 5, 16, generator=torch.Generator().manual_seed(0))
+        queries = queries[..., :1].expand(-1, -1, -1, memory.layers[1].key_store.dim).contiguous()
+        for number, layer in exact.layers.items():
+            assert layer.retriever.exact
+            keys = memory.layers[number].keys
+            assert torch.equal(layer.keys, keys)
+            best = (queries @ keys.transpose(2, 3)).topk(8).values.sum(-1)
+            found = layer.gather(layer.search(queries, 8)).keys
+            assert torch.allclose((queries[..., None, :] * found).sum((-1, -2)), best, rtol=1e-4)
+            if capacity is None:
+                assert layer.keys.data_ptr() == keys.data_ptr()
+        assert not memory.layers[1].retriever.exact
 
 
 def test_the_machine_is_measured_once():
