@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_fot.cache import MemoryCache
 from lightning_fot.errors import SettingError
 from lightning_fot.generation import forward_cached, read_cached, while_generating
-from lightning_fot.inputs import IGNORED
+from lightning_fot.inputs import IGNORED, check_has_memory
 
 if TYPE_CHECKING:
     from lightning_fot.config import MemoryConfig
@@ -44,7 +44,7 @@ class Score:
 
 def plain_tokens(config: MemoryConfig) -> int:
     """Tokens up to which an attached model with an empty memory is its plain backbone; 0 where it never is."""
-    if config.positions != "first" or config.integration != "softmax":
+    if config.positions != "first" or config.integration != "softmax" or config.segments:
         return 0
     # Farther local distances would be clamped.
     return min(config.window, getattr(config, "max_distance", None) or config.window)
@@ -117,8 +117,9 @@ def score_continuations(
         One for each continuation.
 
     Raises:
-        SettingError: The context, or a continuation, is empty.
+        SettingError: The context, or a continuation, is empty; or the model has dilated attention and no memory.
     """
+    check_has_memory(lm.config, "scoring what goes on from a context")
     if not context or not all(continuations):
         raise SettingError("request", "", "has no token to score or to go on from", "Give at least one of each.")
     cache = _after(lm, context)

@@ -13,12 +13,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from lightning_fot import CrossbatchConfig, EvaluationConfig, FocusedTransformer, MemoryConfig, attach_memory
+from lightning_fot import (
+    CrossbatchConfig,
+    EvaluationConfig,
+    FocusedTransformer,
+    MemoryConfig,
+    attach_memory,
+    attach_pretrained,
+)
 from lightning_fot.config import RopeSettings
 from lightning_fot.dilated import dilated_attention, first_needed
 from lightning_fot.dilated_pass import dilated_logits
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
+from lightning_fot.lm_eval_scoring import plain_tokens, score_continuations
 from lightning_fot.parsing import parse
 from lightning_fot.preflight import check_settings
 from lightning_fot.pretrained import load_tokenizer
@@ -283,6 +291,7 @@ def test_what_needs_a_memory_is_refused() -> None:
             lambda: lm.ingest(ids, lm.new_memory()),
             lambda: lm.generate(ids, max_new_tokens=2),
             lambda: lm(ids, memory=filled),
+            lambda: score_continuations(lm, [1, 2], [[3]]),
         ):
             with pytest.raises(SettingError, match="in place of a memory"):
                 use()
@@ -292,6 +301,20 @@ def test_what_needs_a_memory_is_refused() -> None:
         with pytest.raises(SettingError, match="readings="):
             EvaluationConfig(readings=readings).check_readings(memory)
     EvaluationConfig(readings=["dilated", "full_context"]).check_readings(_dilated())
+
+
+def test_no_text_is_known_to_be_read_as_by_the_plain_backbone() -> None:
+    """A pair that several patterns have counts several times, however short the text."""
+    assert plain_tokens(_dilated()) == 0
+
+
+def test_a_saved_model_opens_with_its_patterns(tmp_path) -> None:
+    ids = tokens(1, LENGTH)
+    with attach_memory(tiny_llama(), _dilated()) as lm, torch.no_grad():
+        expected = lm(ids).logits
+        lm.save_pretrained(tmp_path / "model")
+    with attach_pretrained(str(tmp_path / "model")) as lm, torch.no_grad():
+        assert torch.equal(lm(ids).logits, expected)
 
 
 def test_backbones_that_cannot_are_named() -> None:
