@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Rows are coded a chunk at a time, and looked at a group at a time: one scale, one bound, one largest product each.
-CHUNK = 2048
+CHUNK = 1024
 GROUP = 32
 _APART = CHUNK // GROUP  # rows between two of a group, so that the largest product of many groups is found at once
+_SHIFT = _APART.bit_length() - 1  # _APART is a power of two
+_INSIDE = np.arange(0, CHUNK, _APART)
 _LEVELS = 127
 _LARGEST = 1e30
 _TINY = 1e-30
+_LEAST, _SMALLEST = np.float32(_TINY), np.float32(2**-100)
+_USUAL = (1e-6, 1e6)  # queries whose largest coordinate lies between are taken as they are
+_EXPONENT = np.int32(0x7F800000)  # the bits of a float32 that make a power of two
 
 Floats = NDArray[np.float32]
 
@@ -35,15 +40,14 @@ class Coded:
     Args:
         codes: (n, D) int8, n a multiple of ``CHUNK``.
         scales: (n / GROUP,) float32.
-        lost: (n / GROUP,) float32, the largest norm of what is lost in each group, rounding included.
-        norms: (n / GROUP,) float32, the largest norm of ``scale · code`` in each group.
+        errors: (2, n / GROUP) float32, in each group the largest norm of what is lost, rounding included, and the
+            largest norm of ``scale · code``.
         centre: (D,) float32.
     """
 
     codes: Tensor
     scales: Floats
-    lost: Floats
-    norms: Floats
+    errors: Floats
     centre: Tensor
 
     @property
@@ -54,69 +58,77 @@ class Coded:
     def first(self, size: int) -> Coded:
         """The same of the first ``size`` rows, a multiple of ``CHUNK``; nothing is copied."""
         groups = size // GROUP
-        return Coded(self.codes[:size], self.scales[:groups], self.lost[:groups], self.norms[:groups], self.centre)
+        return Coded(self.codes[:size], self.scales[:groups], self.errors[:, :groups], self.centre)
 
 
 @dataclass(frozen=True)
 class CodedQueries:
-    """Queries as :class:`Coded` is multiplied with: ``rotation @ unit = step · code + what is left``.
+    """Queries as :class:`Coded` is multiplied with: ``rotation @ unit = step · (code + what is left)``.
 
     Args:
         units: (q, D) float32, the queries divided by ``sizes``.
-        sizes: (q, 1) float32, powers of two: dividing by them rounds nothing, and no norm overflows afterwards.
+        sizes: (q, 1) float32, powers of two: dividing by them rounds nothing, and no norm overflows afterwards. None
+            where all are 1.
         codes: (q, D) int8.
-        steps: (q, 1) float32.
-        lengths: (q, 1) float32, norms of the units.
-        left: (q, 1) float32, norms of what is left.
+        norms: (q, 2) float32, norms of the units and of what is left, in steps.
     """
 
     units: Tensor
-    sizes: Tensor
-    codes: Tensor
-    steps: Floats
-    lengths: Floats
-    left: Floats
+    sizes: Floats | None
+    codes: NDArray[np.int8]
+    norms: Floats
 
     @classmethod
     def of(cls, queries: Tensor) -> CodedQueries:
         """Of queries (q, D) float32 on the CPU."""
-        exponents = torch.frexp(queries.abs().amax(1, keepdim=True)).exponent
-        sizes = torch.exp2(exponents.float().clamp_(-100, 127))
-        units = queries / sizes
-        turned: Floats = (units @ rotation(queries.shape[1])).numpy()
-        steps = np.maximum(np.abs(turned).max(1, keepdims=True), np.float32(_TINY)) / np.float32(_LEVELS)
-        codes = np.rint(turned / steps)
-        left = _norms(turned - steps * codes)
-        return cls(units, sizes, torch.from_numpy(codes.astype(np.int8)), steps, _norms(turned), left)
+        # numpy takes a fraction of the microseconds that torch needs for a call.
+        turned: Floats = (queries @ rotation(queries.shape[1])).numpy()
+        tops, sizes = np.abs(turned).max(1, keepdims=True), None
+        if not all(_USUAL[0] < top < _USUAL[1] for top in tops[:, 0].tolist()):
+            sizes = _powers_of_two(queries.numpy())
+            queries = torch.from_numpy(queries.numpy() / sizes)
+            turned = (queries @ rotation(queries.shape[1])).numpy()
+            tops = np.maximum(np.abs(turned).max(1, keepdims=True), _LEAST)
+        turned *= _LEVELS / tops
+        codes = np.rint(turned)
+        norms = np.empty((len(turned), 2), dtype=np.float32)
+        np.einsum("qd,qd->q", turned, turned, out=norms[:, 0])
+        turned -= codes
+        np.einsum("qd,qd->q", turned, turned, out=norms[:, 1])
+        np.sqrt(norms, out=norms)
+        return cls(queries, sizes, codes.astype(np.int8), np.maximum(norms, _LEAST, out=norms))
 
-    def slack(self, coded: Coded) -> Floats:
-        """What the score with a key of each group (q, n / GROUP) may differ by from the product of the codes."""
-        slack: Floats = self.lengths * coded.lost + self.left * coded.norms
-        return slack
+    def bounds(self, products: NDArray[np.int32], coded: Coded) -> tuple[Floats, Floats]:
+        """What the score of a key with these products, less the query's with the centre, is at least and at most.
+
+        No bound is NaN: of the norms none is 0, and of the errors only those of what is lost may be infinite.
+
+        Args:
+            products: (q, n / GROUP) of the codes, one for each group.
+            coded: Of n rows.
+
+        Returns:
+            Lowest and highest scores (q, n / GROUP), in steps.
+        """
+        middle = products.astype(np.float32)
+        middle *= coded.scales
+        slack = self.norms[:, :1] * coded.errors[0]
+        slack += self.norms[:, 1:] * coded.errors[1]
+        return middle - slack, np.add(middle, slack, out=middle)
 
 
-def _norms(vectors: Floats) -> Floats:
-    norms: Floats = np.sqrt(np.einsum("qd,qd->q", vectors, vectors))[:, None]
-    return np.maximum(norms, np.float32(_TINY))
-
-
-def upper_bounds(products: NDArray[np.int32], factors: Floats, slack: Floats) -> Floats:
-    """The largest score, less the query's with the centre, that is possible where the products of the codes are these.
-
-    Args:
-        products: Integers of any shape.
-        factors: Steps times scales, of a shape to multiply products with.
-        slack: :meth:`CodedQueries.slack`, of the same shape.
-    """
-    bounds = np.multiply(products, factors, dtype=np.float32)
-    bounds += slack
-    return bounds
+def _powers_of_two(queries: Floats) -> Floats:
+    tops = np.abs(queries).max(1, keepdims=True)
+    powers: Floats = np.maximum((tops.view(np.int32) & _EXPONENT).view(np.float32), _SMALLEST)
+    return powers
 
 
 def members(groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows (..., GROUP) of groups (...)."""
-    firsts = groups // _APART * CHUNK + groups % _APART
-    rows: NDArray[np.int64] = firsts[..., None] + np.arange(0, CHUNK, _APART)
+    # The chunk's first row, and the place within its first _APART rows.
+    firsts = (groups >> _SHIFT) * (CHUNK - _APART)
+    firsts += groups
+    rows: NDArray[np.int64] = firsts[..., None] + _INSIDE
     return rows
 
 
@@ -144,6 +156,7 @@ class CodeBook:
         self._lock = Lock()
         self._size = 0
         self._coded: Coded | None = None
+        self._latest: Coded | None = None
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +168,7 @@ class CodeBook:
         """Rows from ``size`` on are about to change."""
         with self._lock:
             self._size = min(self._size, size // CHUNK * CHUNK)
+            self._latest = None
 
     def upto(self, keys: Tensor) -> Coded | None:
         """Codes of the whole chunks of keys (n, D) floating, on the CPU; None where there is not one."""
@@ -162,10 +176,12 @@ class CodeBook:
         if not size:
             return None
         with self._lock:
-            if self._size < size:
-                self._extend(keys[:size])
-            assert self._coded is not None
-            return self._coded.first(size)
+            if self._latest is None or self._latest.size != size:
+                if self._size < size:
+                    self._extend(keys[:size])
+                assert self._coded is not None
+                self._latest = self._coded.first(size)
+            return self._latest
 
     def _extend(self, keys: Tensor) -> None:
         size, old = len(keys), self._coded
@@ -182,15 +198,14 @@ class CodeBook:
 
 
 def _room(size: int, centre: Tensor) -> Coded:
-    scales, lost, norms = np.empty((3, size // GROUP), dtype=np.float32)
-    return Coded(torch.empty(size, len(centre), dtype=torch.int8), scales, lost, norms, centre)
+    numbers = np.empty((3, size // GROUP), dtype=np.float32)
+    return Coded(torch.empty(size, len(centre), dtype=torch.int8), numbers[0], numbers[1:], centre)
 
 
 def _write(target: Coded, start: int, source: Coded) -> None:
     target.codes[start : start + source.size] = source.codes
     groups = slice(start // GROUP, (start + source.size) // GROUP)
-    for name in ("scales", "lost", "norms"):
-        getattr(target, name)[groups] = getattr(source, name)
+    target.scales[groups], target.errors[:, groups] = source.scales, source.errors
 
 
 def _code(keys: Tensor, centre: Tensor) -> Coded:
@@ -209,5 +224,5 @@ def _code(keys: Tensor, centre: Tensor) -> Coded:
     # Keys too large for this arithmetic: a bound that is never met, so that they are always scored exactly.
     wild = ~(sizes < _LARGEST) | ~(lost < _LARGEST)
     codes = codes.masked_fill(wild[:, None], 0).to(torch.int8).view(CHUNK, dim)
-    scales, norms = scales.masked_fill(wild, 0), norms.masked_fill(wild, 0)
-    return Coded(codes, scales.numpy(), lost.masked_fill(wild, float("inf")).numpy(), norms.numpy(), centre)
+    errors = torch.stack((lost.masked_fill(wild, float("inf")), norms.masked_fill(wild, 0)))
+    return Coded(codes, scales.masked_fill(wild, 0).numpy(), errors.numpy(), centre)

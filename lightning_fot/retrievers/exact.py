@@ -44,22 +44,19 @@ class ExactRetriever(Retriever):
         removed = self._removed.mask(bank)
         found: list[tuple[Tensor, Tensor]] = []
         plain: list[Block] = []
-        for block, book in zip(self._store.scan(bank), self._store.codes(bank), strict=True):
+        for block, book in self._store.scan_coded(bank):
             size = len(block.keys)
             coded = book.upto(block.keys) if book is not None and size >= _ENOUGH_ROWS and fits(size, k) else None
             if coded is None:
                 plain.append(block)
                 continue
             mask = None if removed is None else removed[block.start :]
-            rows, scores, unproved = best_of_coded(queries, coded, block.keys, k, mask)
-            if unproved:
-                some = topk_blocks(queries[unproved], [Block(0, block.keys[: coded.size])], k, mask)
-                rows[unproved], scores[unproved] = some
-            found.append(
-                (rows + block.start if mask is None else torch.where(rows < 0, rows, rows + block.start), scores)
-            )
-            if coded.size < size:
-                plain.append(Block(block.start + coded.size, block.keys[coded.size :]))
+            rows, scores, unanswered = best_of_coded(queries, coded, block.keys, k, mask)
+            if unanswered:
+                rows[unanswered], scores[unanswered] = topk_blocks(queries[unanswered], [Block(0, block.keys)], k, mask)
+            if block.start:
+                rows = rows + block.start if mask is None else torch.where(rows < 0, rows, rows + block.start)
+            found.append((rows, scores))
         if plain or not found:
             found.append(topk_blocks(queries, plain, k, removed))
         if len(found) == 1:

@@ -5,6 +5,7 @@ The result is exact, not likely so: every key that is not scored in float32 has 
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -12,24 +13,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_fot.retrievers.codes import GROUP, Coded, CodedQueries, Floats, largest, members, upper_bounds
-from lightning_fot.retrievers.scan import rescore
+from lightning_fot.retrievers.codes import GROUP, Coded, CodedQueries, Floats, largest, members
 
-# Of all keys at most this share is scored in float32: more, and reading all of them in order is faster.
-_MOST = 1 / 16
+# At most this many rows for each one that is wanted are scored in float32 (of recorded keys 5, in the median): beyond
+# that a scan of all is faster.
+_MOST = 64
 _LOWEST = -(2**31) + 1
+# Products of 4 to 7 rows take three times as long as those of 8.
+_SLOW = range(4, 8)
+
+# Room for more products than this (32 MB) is not kept.
+_MOST_KEPT = 1 << 23
 
 Rows = NDArray[np.int64]
 
 
-def candidates(k: int) -> int:
-    """Keys scored in float32 at first. For k = 32, 42 to 59 suffice in the median on recorded keys, 106 always."""
-    return 2 * k + 64
+class _Kept(threading.local):
+    """Room for products that each thread keeps from one call to the next.
+
+    The operating system clears fresh memory page by page: for half a megabyte that takes a third as long as the search
+    of a hundred thousand keys.
+    """
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, 0, dtype=torch.int32)
+
+    def room(self, count: int, size: int) -> Tensor:
+        """(count, size) int32 of arbitrary numbers, this thread's until it asks again."""
+        if self._kept.shape == (count, size):
+            return self._kept
+        room = torch.empty(count, size, dtype=torch.int32)
+        if count * size <= _MOST_KEPT:
+            self._kept = room
+        return room
+
+
+_kept = _Kept()
 
 
 def fits(rows: int, k: int) -> bool:
     """Whether so many coded rows are enough to leave some out."""
-    return rows >= 2 * GROUP * (candidates(k) + 1)
+    return rows >= 4 * GROUP * k
 
 
 @lru_cache(maxsize=8)
@@ -46,76 +70,88 @@ def products_are_exact(dim: int) -> bool:
 def best_of_coded(
     queries: Tensor, coded: Coded, keys: Tensor, k: int, removed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Exact neighbours of a few queries among the coded rows.
+    """Exact neighbours of a few queries.
+
+    Each of the k groups with the largest lower bounds holds a key whose score is at least the k-th of these bounds: a
+    row whose upper bound is below that is not among the best. The others are scored in float32.
 
     Args:
         queries: (q, D) float32 on the CPU.
-        coded: So many rows that :func:`fits`.
-        keys: (n, D) that were coded, any floating dtype, and perhaps some behind them.
+        coded: The first of the keys, so many that they :func:`fits`.
+        keys: (n, D), any floating dtype: those that were coded, and perhaps some behind them, which are all scored.
         k: Rows wanted.
         removed: (m,) bool: rows that do not count; those from m on do.
 
     Returns:
-        Rows (q, k) int64, -1 where too few count; scores (q, k) float32, best first; and the numbers of the queries for
-        which nothing is proved, since too many keys are alike: those are to be scanned.
+        Rows (q, k) int64, -1 where too few count; scores (q, k) float32, best first; and the numbers of the queries
+        that are not answered, since too many keys are alike: those are to be scanned.
     """
     asked = CodedQueries.of(queries)
-    units, factors, slack = asked.units, asked.steps * coded.scales, asked.slack(coded)
-    products = torch._int_mm(asked.codes, coded.codes.T)
-    if removed is not None:
-        products.index_fill_(1, removed[: coded.size].nonzero()[:, 0], _LOWEST)
-    flat, bounds = products.numpy(), upper_bounds(largest(products), factors, slack)
-    count = candidates(k)
-    groups, others = _top(bounds, count)
+    products = _products(asked.codes, coded)
+    gone = None if removed is None else removed.cpu().numpy()
+    if gone is not None:
+        products.index_fill_(1, torch.from_numpy(np.flatnonzero(gone[: coded.size])), _LOWEST)
+    tops = largest(products)
+    lowest, highest = asked.bounds(tops, coded)
+    if gone is not None:
+        lowest[tops == _LOWEST] = -np.inf
 
-    rows = members(groups)
-    each = np.arange(len(units))[:, None]
-    inside = upper_bounds(
-        flat[each[:, :, None], rows], factors[each, groups][..., None], slack[each, groups][..., None]
-    )
-    places, rest = _top(inside.reshape(len(units), -1), count)
-    found, scores = _exact(units, keys, np.take_along_axis(rows.reshape(len(units), -1), places, axis=1), k, removed)
-
-    # In the terms of the bounds: the score of the last one found, which no other key may exceed.
-    with np.errstate(invalid="ignore"):
-        last = scores[:, -1:].numpy() - (units @ coded.centre).numpy()[:, None]
-    unproved = []
-    for number in np.flatnonzero(~((others <= last) & (rest <= last))).tolist():
-        one = slice(number, number + 1)
-        more = _reaching(flat[number], bounds[number], factors[number], slack[number], last[number], k)
-        if more is None:
-            unproved.append(number)
-        else:
-            found[one], scores[one] = _exact(units[one], keys, more[None], k, removed)
-    return found, scores * asked.sizes, unproved
-
-
-def _top(values: Floats, count: int) -> tuple[Rows, Floats]:
-    """Columns of the ``count`` largest of each row, in no order, and the largest of the others (q, 1)."""
-    edge = values.shape[1] - count
-    order = np.argpartition(values, edge - 1, axis=1)
-    return order[:, edge:], np.take_along_axis(values, order[:, edge - 1 : edge], axis=1)
+    rows, scores = np.empty((len(tops), k), dtype=np.int64), np.empty((len(tops), k), dtype=np.float32)
+    flat, others, behind = products.numpy(), np.arange(coded.size, len(keys)), keys[coded.size :].float()
+    unanswered = []
+    for number, unit in enumerate(asked.units):
+        reaching = _reaching(flat[number], lowest[number], highest[number], coded, k)
+        if reaching is None:
+            unanswered.append(number)
+            continue
+        found = _scores(keys, reaching, unit)
+        if len(others):
+            found = np.concatenate((found, torch.mv(behind, unit).numpy()))
+            reaching = np.concatenate((reaching, others))
+        if gone is not None:
+            inside = reaching < len(gone)
+            inside[inside] = gone[reaching[inside]]
+            found[inside] = -np.inf
+        best = (-found).argsort()[:k]
+        reaching.take(best, out=rows[number])
+        found.take(best, out=scores[number])
+    if asked.sizes is not None:
+        scores *= asked.sizes
+    if gone is not None:
+        rows[scores == -np.inf] = -1
+    return torch.from_numpy(rows), torch.from_numpy(scores), unanswered
 
 
-def _exact(queries: Tensor, keys: Tensor, rows: Rows, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best of rows (q, C): rows and scores, -1 and -inf where too few count."""
-    chosen = torch.from_numpy(rows)
-    scores = rescore(queries, keys, chosen)
-    if removed is not None:
-        gone = (chosen < len(removed)) & removed[chosen.clamp_max(len(removed) - 1)]
-        scores.masked_fill_(gone, float("-inf"))
-    scores, picked = scores.topk(k, dim=1)
-    return chosen.gather(1, picked).masked_fill_(scores == float("-inf"), -1), scores
+def _products(codes: NDArray[np.int8], coded: Coded) -> Tensor:
+    """(q, n) int32, valid until the next call."""
+    count = len(codes)
+    if count in _SLOW:
+        codes = np.concatenate((codes, np.zeros((_SLOW.stop - count, codes.shape[1]), dtype=np.int8)))
+    room = _kept.room(len(codes), coded.size)
+    return torch._int_mm(torch.from_numpy(codes), coded.codes.T, out=room)[:count]
 
 
-def _reaching(
-    products: NDArray[np.int32], bounds: Floats, factors: Floats, slack: Floats, last: Floats, k: int
-) -> Rows | None:
-    """Rows (C,) of which the score may reach ``last`` (1,); None where they are too many to be worth it."""
-    # Not "at least": what is no number must count.
-    groups = np.flatnonzero(~(bounds < last))
-    if len(groups) * GROUP > 4 * _MOST * len(products):
+def _reaching(products: NDArray[np.int32], lowest: Floats, highest: Floats, coded: Coded, k: int) -> Rows | None:
+    """Rows (C,) that may be among the k best; None where they are too many to be worth it."""
+    least = np.partition(lowest, len(lowest) - k)[len(lowest) - k]
+    groups = (highest >= least).nonzero()[0]
+    if len(groups) > _MOST * k:
         return None
     rows = members(groups)
-    reach = rows[~(upper_bounds(products[rows], factors[groups, None], slack[groups, None]) < last)]
-    return reach if k <= len(reach) <= _MOST * len(products) else None
+    # Halves, since a sum of the two bounds could overflow.
+    slack = 0.5 * highest.take(groups) - 0.5 * lowest.take(groups)
+    bounds = products.take(rows).astype(np.float32)
+    bounds *= coded.scales.take(groups)[:, None]
+    reaching: Rows = rows[bounds >= (least - slack)[:, None]]
+    return reaching if k <= len(reaching) <= _MOST * k else None
+
+
+def _scores(keys: Tensor, rows: Rows, query: Tensor) -> Floats:
+    """Exact scores (C,) of rows of keys (n, D)."""
+    if keys.dtype == torch.float32:
+        vectors = torch.from_numpy(keys.numpy().take(rows, axis=0))
+    else:
+        vectors = keys.index_select(0, torch.from_numpy(rows)).float()
+    # Products by torch throughout: the threads that numpy's library wakes keep spinning on the core that torch's need.
+    scores: Floats = torch.mv(vectors, query).numpy()
+    return scores

@@ -156,22 +156,25 @@ class KeyStore:
     def scan(self, bank: int, start: int = 0) -> Iterator[Block]:
         """Pieces of a bank from row ``start`` on, to be scored: one for each segment."""
         for first, (data, scales) in self._raw_blocks(bank, start, None, max(1, self._lengths[bank])):
-            if scales is None or self.quantiser is None:
-                yield Block(first, data)
-            else:
-                yield Block(first, data, scales, self.quantiser.spread[bank], self.quantiser.centre[bank])
+            yield self._block(bank, first, data, scales)
 
-    def codes(self, bank: int) -> list[CodeBook | None]:
-        """For each piece of :meth:`scan` the book that codes it in eight bits, empty until somebody asks it to.
+    def scan_coded(self, bank: int) -> Iterator[tuple[Block, CodeBook | None]]:
+        """As :meth:`scan`, each piece with the book that codes it in eight bits, empty until somebody asks it to.
 
         None where keys are kept small on purpose: in eight bits already, or in a file.
         """
-        books = []
+        plain = self.dtype != torch.int8 and self.folder is None and self.device.type == "cpu"
         for number, part in enumerate(self._parts):
-            if part.starts[bank] < self._ends(number)[bank]:
-                plain = self.dtype != torch.int8 and self.folder is None and self.device.type == "cpu"
-                books.append(part.segment.book(part.banks[bank]) if plain else None)
-        return books
+            first, place = part.starts[bank], part.banks[bank]
+            count = self._ends(number)[bank] - first
+            if count > 0:
+                block = self._block(bank, first, *part.segment.rows(place, 0, count))
+                yield block, part.segment.book(place) if plain else None
+
+    def _block(self, bank: int, first: int, data: Tensor, scales: Tensor | None) -> Block:
+        if scales is None or self.quantiser is None:
+            return Block(first, data)
+        return Block(first, data, scales, self.quantiser.spread[bank], self.quantiser.centre[bank])
 
     @property
     def code_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.retrievers import KeyStore, create_retriever
-from lightning_fot.retrievers.codes import CodeBook, CodedQueries, largest, members, rotation, upper_bounds
+from lightning_fot.retrievers.codes import CodeBook, Coded, CodedQueries, largest, members, rotation
 from lightning_fot.retrievers.exact import ExactRetriever
 
 N, DIM, K = 9_500, 16, 8
@@ -112,9 +112,17 @@ def test_misleading_keys(kind: str, dtype: torch.dtype) -> None:
             assert_best(retriever.search(part[None], K)[0], part, store.bank(0), K)
 
 
+def bounds_of(asked: CodedQueries, coded: Coded) -> tuple[Tensor, Tensor]:
+    """Lowest and highest scores (q, n / GROUP) float64, less the query's with the centre."""
+    products = torch.from_numpy(asked.codes).int() @ coded.codes.int().T
+    steps = (asked.units @ rotation(DIM)).abs().amax(1, keepdim=True).clamp_min(1e-30).double() / 127
+    lowest, highest = asked.bounds(largest(products), coded)
+    return torch.from_numpy(lowest) * steps, torch.from_numpy(highest) * steps
+
+
 @pytest.mark.parametrize("kind", KEYS)
 def test_bounds_hold(kind: str) -> None:
-    """No score is above its bound, and the codes are worth their bytes where keys are like those of a model."""
+    """No score is above its bound, the best of a group reaches the lower one, and codes are worth their bytes."""
     keys = KEYS[kind]()
     coded = CodeBook().upto(keys)
     assert coded is not None
@@ -122,30 +130,30 @@ def test_bounds_hold(kind: str) -> None:
     for name, make in QUERIES.items():
         queries = make(keys)
         asked = CodedQueries.of(queries)
-        assert torch.equal(asked.units * asked.sizes, queries)
-        products = asked.codes.int() @ coded.codes.int().T
-        bounds = upper_bounds(largest(products), asked.steps * coded.scales, asked.slack(coded))
+        assert torch.equal(asked.units * (1 if asked.sizes is None else torch.from_numpy(asked.sizes)), queries)
+        lowest, highest = bounds_of(asked, coded)
         scores = asked.units.double() @ (keys.double() - coded.centre.double()).T
         rows = torch.from_numpy(members(np.arange(len(coded.scales))))
         assert rows.flatten().sort().values.equal(torch.arange(coded.size))
-        highest = scores[:, rows].amax(2)
-        assert bool((torch.from_numpy(bounds) >= highest).all())
+        best = scores[:, rows].amax(2)
+        assert bool((lowest <= best).all())
+        assert bool((best <= highest).all())
         if kind == name == "random":
-            assert bool((torch.from_numpy(bounds) - highest <= 0.25 * scores.std(dim=1, keepdim=True)).all())
+            assert bool((highest - lowest <= 0.5 * scores.std(dim=1, keepdim=True)).all())
 
 
 def test_bounds_hold_for_the_worst_key() -> None:
     """A key that points where the query lost most reaches its bound."""
     query, keys = random(1, DIM), random(4096, DIM, seed=2)
     asked = CodedQueries.of(query)
-    worst = asked.units @ rotation(DIM) - torch.from_numpy(asked.steps) * asked.codes
+    turned = asked.units @ rotation(DIM)
+    worst = turned - turned.abs().max() / 127 * torch.from_numpy(asked.codes)
     keys[5] = 500 * (worst / worst.norm() @ rotation(DIM).T)[0]
     coded = CodeBook().upto(keys)
     assert coded is not None
-    products = largest(asked.codes.int() @ coded.codes.int().T)
-    bound = upper_bounds(products, asked.steps * coded.scales, asked.slack(coded))[0, 5]
+    bound = float(bounds_of(asked, coded)[1][0, 5])
     score = float(asked.units[0].double() @ (keys[5] - coded.centre).double())
-    lost = float(asked.lengths[0, 0] * coded.lost[5])
+    lost = float(query.norm() * coded.errors[0, 5])
     assert score <= bound < score + 2.5 * lost
 
 
