@@ -8,6 +8,7 @@ than its segment, no distance is larger than the longest one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -130,13 +131,16 @@ def dilated_logits(lm: MemoryLM, input_ids: Tensor) -> Tensor:
     return logits.reshape(texts, length, -1)
 
 
-def read_dilated(lm: MemoryLM, input_ids: Tensor, keep: int) -> Iterator[tuple[int, Tensor | None]]:
+def read_dilated(
+    lm: MemoryLM, input_ids: Tensor, keep: int, ends_full: bool = False
+) -> Iterator[tuple[int, Tensor | None]]:
     """Reads texts window by window; memory layers keep keys and values of their longest segment in progress.
 
     Args:
         lm: The attached model.
         input_ids: (N, T) int64; what stands at the end of a shorter text changes nothing before it.
         keep: Tokens at the end whose logits are wanted.
+        ends_full: Let the first window be the shorter one, where windows do not divide the text, and not the last.
 
     Yields:
         Tokens of each text read, and logits (N, n, vocabulary) of the next tokens of the end, or None.
@@ -144,9 +148,10 @@ def read_dilated(lm: MemoryLM, input_ids: Tensor, keep: int) -> Iterator[tuple[i
     patterns = patterns_of(lm.config)
     earlier: Pairs = {}
     length, window = input_ids.shape[1], lm.config.window
-    for start in range(0, length, window):
-        part = input_ids[:, start : start + window]
-        stop = start + part.shape[1]
+    rest = length % window if ends_full else 0
+    starts = [0, *range(rest or window, length, window)]
+    for start, stop in pairwise([*starts, length]):
+        part = input_ids[:, start:stop]
         wanted = max(0, stop - max(start, length - keep))
         stop_layer = None if wanted else lm.memory_layers[-1]
         current = DilatedPass(patterns, part.shape[1], 1, len(part), lm.device, start, earlier, stop_layer)

@@ -47,7 +47,8 @@ def read_whole(
     if reading == "full_context":
         parts = _one_window(lm, ids, keep)
     else:
-        parts = read_dilated(lm, ids[None], keep) if reading == "dilated" else _local_windows(lm, ids, keep)
+        # The last window is full, as that of a text read without its context is.
+        parts = read_dilated(lm, ids[None], keep, True) if reading == "dilated" else _local_windows(lm, ids, keep)
     for tokens, logits in parts:
         advance(tokens)
         if logits is not None:

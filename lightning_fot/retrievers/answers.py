@@ -11,6 +11,10 @@ from torch import Tensor
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+
+# So many rows set apart are sorted with the others; of more, the best are chosen first.
+_FEW_APART = 512
 
 
 def checked_rows(answer: Any, queries: int, k: int, size: int) -> tuple[Rows, str | None]:
@@ -48,38 +52,34 @@ def stacked(parts: list[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
-def among(rows: Tensor, apart: Tensor) -> Tensor:
-    """Which of ``rows`` (any shape) are in ``apart`` (h,), sorted and not empty; bool."""
-    places = torch.searchsorted(apart, rows).clamp_max_(len(apart) - 1)
-    return apart[places] == rows
-
-
-def merged_few(queries: Floats, keys: Floats, rows: Rows, apart: Rows, apart_keys: Floats, k: int) -> Rows:
+def merged_few(
+    queries: Floats, keys: Floats, rows: Rows, hidden: Flags, apart: Rows, apart_keys: Floats, k: int
+) -> Rows:
     """Rows (q, k) of an index merged with rows set apart, by exact scores: for a few queries, where calls cost most.
 
     Args:
         queries: (q, D).
         keys: (n, D) of the bank.
         rows: (q, k) from the index, -1 where there is none.
-        apart: (h,) sorted, at least one.
+        hidden: (n,), True for rows set apart.
+        apart: (h,) the same rows, at least one.
         apart_keys: (h, D).
         k: Rows wanted; fewer than n.
     """
-    scores = np.matmul(keys[rows], queries[:, :, None])[:, :, 0]
-    places = np.searchsorted(apart, rows)
-    np.minimum(places, len(apart) - 1, out=places)
-    out = (apart[places] == rows) | (rows < 0)
+    count = len(rows)
+    scores = np.matmul(keys.take(rows, axis=0), queries[:, :, None])[:, :, 0]
+    others = queries @ apart_keys.T
+    theirs = apart[None] if count == 1 else np.broadcast_to(apart, (count, len(apart)))
+    if len(apart) > max(k, _FEW_APART):
+        picked = np.argpartition(others, len(apart) - k, axis=1)[:, -k:]
+        others, theirs = np.take_along_axis(others, picked, axis=1), apart[picked]
+    out = hidden.take(rows) | (rows < 0)
     if out.any():
         rows = np.where(out, -1, rows)
         scores[out] = -np.inf
-    others = queries @ apart_keys.T
-    if len(apart) > k:
-        picked = np.argpartition(others, len(apart) - k, axis=1)[:, -k:]
-        others = np.take_along_axis(others, picked, axis=1)
-        candidates = np.concatenate((rows, apart[picked]), axis=1)
-    else:
-        candidates = np.concatenate((rows, np.broadcast_to(apart, (len(rows), len(apart)))), axis=1)
     every = np.concatenate((scores, others), axis=1)
-    best = np.argsort(-every, axis=1)[:, :k]
-    found: Rows = np.take_along_axis(candidates, best, axis=1)
+    best = (-every).argsort(axis=1)[:, :k]
+    if count > 1:
+        best += np.arange(0, every.size, every.shape[1])[:, None]
+    found: Rows = np.concatenate((rows, theirs), axis=1).ravel().take(best)
     return found

@@ -8,7 +8,6 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Self
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.answers import stacked
-from lightning_fot.retrievers.checks import checked_banks
+from lightning_fot.retrievers.checks import all_finite, checked_banks
 from lightning_fot.retrievers.removed import Removed
 from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
 from lightning_fot.retrievers.settings import SETTING, TransformSpec, check_value, resolve_transform
@@ -217,8 +216,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if not queries.is_floating_point():
             raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
-        # One pass in place of three, but the sum of finite numbers may overflow.
-        if not isfinite(float(checked.sum())) and not bool(torch.isfinite(checked).all()):
+        if not all_finite(checked):
             raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
         return checked
 

@@ -55,6 +55,7 @@ class Built:
         apart: (h,) int64, sorted: rows that the index holds but is not asked for, hubs and outliers, scored exactly in
             every search.
         apart_keys: (h, D) float32.
+        hidden: (n,) bool, n at least ``size``: True for rows in ``apart``. Replaced when rows come, never changed.
         broken: An extension failed half-way: the index cannot be used.
         owners: Retrievers that answer with it.
         gate: Keeps searches and extensions apart.
@@ -70,11 +71,15 @@ class Built:
     broken: bool = False
     owners: WeakSet[object] = field(default_factory=WeakSet)
     gate: Gate = field(default_factory=Gate)
+    hidden: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden = _flags(self.size, self.apart)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the index, as far as it tells, and of the keys set apart."""
-        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4
+        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes
 
     def still_fits(self, length: int) -> bool:
         """Whether what was learned at training (cells, mean, radius) suits a bank of ``length`` keys."""
@@ -90,6 +95,8 @@ class Built:
         done = self.size
         moved, apart, apart_keys = _prepare(store.rows(bank, done, length).cpu(), self.transform, self.hubs)
         vectors, first, step = moved.numpy(), done, _FIRST_STEP
+        # From ``done`` on anew: an extension that ended early may have left flags there.
+        self.hidden = np.concatenate((self.hidden[:done], _flags(length - done, apart)))
         while done < length:
             job.check()
             end = min(length, done + step)
@@ -107,6 +114,12 @@ class Built:
                 self.size = done = end
                 share = _STEP_SECONDS / max(1e-6, perf_counter() - began)
             step = int(min(_MOST_A_STEP, max(_LEAST_A_STEP, step * min(4.0, share))))
+
+
+def _flags(size: int, rows: Tensor) -> NDArray[np.bool_]:
+    flags = np.zeros(size, dtype=np.bool_)
+    flags[rows.numpy()] = True
+    return flags
 
 
 def build(

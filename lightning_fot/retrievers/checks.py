@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
+
+_FEW_NUMBERS = 4096
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number of a float32 tensor is NaN or infinite."""
+    # One pass in place of three, but the sum of finite numbers, or of their squares, may overflow.
+    if values.numel() <= _FEW_NUMBERS and values.device.type == "cpu":
+        few = values.numpy()
+        if isfinite(np.vdot(few, few)):
+            return True
+    elif isfinite(float(values.sum())):
+        return True
+    return bool(torch.isfinite(values).all())
 
 
 def checked_counts(keys: Tensor, lengths: Tensor | Sequence[int] | None, banks: int, dim: int) -> list[int]:

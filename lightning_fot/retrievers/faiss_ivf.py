@@ -68,7 +68,8 @@ class _IVFIndex:
         self._seed = owner.seed
         self._l2 = owner.transform.l2_augment
         self._index: Any = None
-        self._centres: Any = None
+        self._cells: Any = None
+        self._chooser: Any = None
         self._build_threads = owner.threads_for(1 << 30)
         self.nprobe = owner.nprobe
         self.threads = 1
@@ -83,33 +84,33 @@ class _IVFIndex:
         with _threads(self._faiss, self._build_threads):
             if self._index is None:
                 self._index = self._train(keys)
+            # Keys lie in L2 cells, but the cells that promise most are those of largest inner product.
+            self._index.quantizer = self._cells
             self._index.add(keys)
+            if not self._l2:
+                self._index.quantizer = self._chooser
 
     def _train(self, keys: NDArray[np.float32]) -> Any:
         faiss = self._faiss
         wanted = self._nlist or 2 ** round(math.log2(6 * math.sqrt(len(keys))))
         nlist = max(1, min(wanted, len(keys) // _KEYS_A_CELL))
         metric = faiss.METRIC_L2 if self._l2 else faiss.METRIC_INNER_PRODUCT
-        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(self._dim), self._dim, nlist, metric)
+        self._cells = faiss.IndexFlatL2(self._dim)
+        index = faiss.IndexIVFFlat(self._cells, self._dim, nlist, metric)
         index.cp.spherical = False
         index.cp.seed = self._seed + 1
         index.cp.niter = _ROUNDS
         index.cp.max_points_per_centroid = _TRAINED_A_CELL
         index.train(keys)
-        self._centres = faiss.IndexFlatIP(self._dim)
-        self._centres.add(index.quantizer.reconstruct_n(0, nlist))
+        self._chooser = faiss.IndexFlatIP(self._dim)
+        self._chooser.add(self._cells.reconstruct_n(0, nlist))
         return index
 
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         nlist = self._index.nlist
         self._index.nprobe = min(nlist, self.nprobe or min(_MOST_PROBES, max(8, nlist // 16)))
         with _threads(self._faiss, self.threads):
-            if self._l2:
-                _, rows = self._index.search(queries, k)
-            else:
-                # Keys lie in L2 cells, but the cells that promise most are those of largest inner product.
-                scores, cells = self._centres.search(queries, self._index.nprobe)
-                _, rows = self._index.search_preassigned(queries, k, cells, scores)
+            _, rows = self._index.search(queries, k)
         return np.asarray(rows, dtype=np.int64)
 
 
@@ -117,8 +118,10 @@ class _IVFIndex:
 def _threads(faiss: Any, count: int) -> Iterator[None]:
     """Set faiss's OpenMP threads and put them back: torch shares the number."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    if before != count:
+        faiss.omp_set_num_threads(count)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        if before != count:
+            faiss.omp_set_num_threads(before)

@@ -93,7 +93,7 @@ class _HNSWIndex:
             self._index.set_ef(ef)
             try:
                 labels, _ = self._index.knn_query(queries, k=k, num_threads=self.threads)
-                return np.asarray(labels).astype(np.int64)
+                return np.asarray(labels).view(np.int64)
             except RuntimeError:
                 # hnswlib refuses the whole batch when one query reaches fewer than k keys: look further.
                 if ef >= self._size:

@@ -10,11 +10,12 @@ from threading import Lock
 from time import perf_counter
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.retrievers.answers import Rows, among, checked_rows, merged_few, stacked
+from lightning_fot.retrievers.answers import Rows, checked_rows, merged_few, stacked
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.building import StoppedError, in_background, submit
 from lightning_fot.retrievers.built import BuildJob, Built
@@ -288,7 +289,7 @@ class PerBankRetriever(Retriever):
             return self._scan(bank, queries, k)
         built.gate.enter()
         try:
-            size, apart, apart_keys = built.size, built.apart, built.apart_keys
+            size, apart, apart_keys, hidden = built.size, built.apart, built.apart_keys, built.hidden
             answer = self._ask(built, queries, k)
         finally:
             built.gate.leave()
@@ -298,18 +299,20 @@ class PerBankRetriever(Retriever):
         if not tail and not len(apart):
             return torch.from_numpy(answer).to(queries.device)
         self._stats.rows_scanned += len(queries) * (tail + len(apart) + k)
-        if not tail and len(queries) <= _SMALL_BATCH and (keys := self._store.flat(bank)) is not None:
+        keys = self._store.flat(bank)
+        if not tail and len(queries) <= _SMALL_BATCH and keys is not None:
             return torch.from_numpy(
-                merged_few(queries.numpy(), keys.numpy(), answer, apart.numpy(), apart_keys.numpy(), k)
+                merged_few(queries.numpy(), keys.numpy(), answer, hidden, apart.numpy(), apart_keys.numpy(), k)
             )
-        rows = torch.from_numpy(answer).to(queries.device)
         found = []
         if len(apart):
-            apart = apart.to(queries.device)
-            rows = rows.masked_fill(among(rows, apart), -1)
+            # -1 stays -1, whatever the last flag says.
+            answer = np.where(hidden.take(answer), -1, answer)
             # All of them: choosing among the few takes longer than carrying them along.
+            apart = apart.to(queries.device)
             found.append((apart.expand(len(queries), -1), queries @ apart_keys.to(queries.device).T))
-        found.append((rows, rescore(queries, partial(self._store.take, bank), rows)))
+        rows = torch.from_numpy(answer).to(queries.device)
+        found.append((rows, rescore(queries, partial(self._store.take, bank) if keys is None else keys, rows)))
         if tail:
             found.append(topk_blocks(queries, self._store.scan(bank, size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]

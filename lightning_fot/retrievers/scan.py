@@ -216,7 +216,8 @@ def rescore(queries: Tensor, keys: Tensor | Callable[[Tensor], Tensor], rows: Te
     """
     if rows.numel() == 0:
         return queries.new_zeros(rows.shape)
-    step = max(1, _SCORE_BUDGET // (rows.shape[1] * queries.shape[1]))
+    # What is gathered stays in the cache until it is multiplied.
+    step = max(1, _GATHERED // (rows.shape[1] * queries.shape[1]))
     scores = []
     for first in range(0, rows.shape[0], step):
         part = rows[first : first + step].clamp_min(0)
@@ -247,4 +248,6 @@ def best_of(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def pad_rows(rows: Tensor, k: int) -> Tensor:
     """Exactly k columns: missing ones are -1."""
     missing = k - rows.shape[1]
-    return rows[:, :k] if missing <= 0 else torch.nn.functional.pad(rows, (0, missing), value=-1)
+    if missing == 0:
+        return rows
+    return rows[:, :k] if missing < 0 else torch.nn.functional.pad(rows, (0, missing), value=-1)

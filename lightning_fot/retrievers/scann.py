@@ -102,6 +102,9 @@ class _ScannIndex:
         rows, distances = search(
             queries, final_num_neighbors=k, pre_reorder_num_neighbors=reorder, leaves_to_search=leaves
         )
+        if rows.shape[1] == k and not np.isnan(distances).any():
+            answer: NDArray[np.int64] = rows.astype(np.int64)
+            return answer
         found = np.full((len(queries), k), -1, dtype=np.int64)
         width = min(k, rows.shape[1])
         # Missing neighbours come as row 0 with a score of NaN.

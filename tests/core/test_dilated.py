@@ -147,8 +147,20 @@ def test_a_model_is_the_oracle_in_training_and_in_reading(kv_heads: int) -> None
             expected = pair_logits(model, ids[row].tolist(), rotary_score(plain_frequencies(model)), counts)
             for found in (trained[row], called.logits[row], _read(lm, ids[row], LENGTH)):
                 assert float((found - expected).abs().max()) < 2e-4
-        # A text may end within a window, and logits of the end alone may be asked for.
-        assert float((_read(lm, ids[1, :41], 5) - expected[36:41]).abs().max()) < 2e-4
+        # A call may end within a window.
+        assert float((lm(ids[1:, :41]).logits[0] - expected[:41]).abs().max()) < 2e-4
+
+
+def test_the_last_window_of_a_reading_is_full() -> None:
+    """So that an answer behind a prompt has local context; 41 = 9 + 16 + 16."""
+    model, ids = tiny_llama(), tokens(1, 41)[0]
+    windows = (torch.arange(41) + 7) // WINDOW
+    local = causal(41).masked_fill(windows[:, None] != windows, -torch.inf)
+    counts = {0: local, 1: _log_counts(41), 2: local, 3: _log_counts(41)}
+    expected = pair_logits(model, ids.tolist(), rotary_score(plain_frequencies(model)), counts)
+    with attach_memory(model, _dilated()) as lm:
+        for keep in (41, 20, 5):
+            assert float((_read(lm, ids, keep) - expected[-keep:]).abs().max()) < 2e-4
 
 
 @pytest.mark.parametrize("positions", ["first", "none"])

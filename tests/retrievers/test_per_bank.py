@@ -11,7 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_fot.retrievers import PerBankRetriever
+from lightning_fot.errors import SettingError
+from lightning_fot.retrievers import KeyStore, PerBankRetriever, create_retriever
+from lightning_fot.retrievers.building import Job, StoppedError
+from lightning_fot.retrievers.built import build
+from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.testing import real_qk
 
 
@@ -194,3 +198,43 @@ def test_hubs_are_set_apart_on_keys_with_sinks() -> None:
     assert len(sinks) > 0
     assert set(sinks.tolist()) <= set(built.apart.tolist())
     assert len(built.apart) <= 6144 // 64
+
+
+def test_an_extension_broken_off_leaves_no_row_hidden_that_is_not_scored() -> None:
+    """Which rows are set apart depends on those they come with: flags of rows that were not taken in must go."""
+    keys, queries = real_qk()["L20h1"]["keys"][0], real_qk()["L20h1"]["queries"][0]
+    store = KeyStore(keys.shape[1])
+    store.append(keys[None])
+    built = build(lambda dim: Brute(), store, 0, 3000, queries, TransformSpec(center=True))
+
+    class Stopping(Job):
+        """Ends the work when it has asked twice whether to go on."""
+
+        asked = 0
+
+        def check(self) -> None:
+            self.asked += 1
+            if self.asked > 2:
+                raise StoppedError
+
+    with pytest.raises(StoppedError):
+        built.extend(store, 0, 5000, Stopping(print))
+    assert 3000 < built.size < 5000
+    job = Job(lambda job: built.extend(store, 0, len(keys), job))
+    job.wanted_by.add(store)
+    job.run()
+    assert job.error is None
+    assert np.flatnonzero(built.hidden).tolist() == sorted(built.apart.tolist())
+    assert built.size == len(keys)
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_queries_that_are_not_finite_are_refused_and_huge_ones_are_not(count: int) -> None:
+    retriever = create_retriever("exact", dim=16)
+    for value in (1e30, 3e38, -3e38):
+        retriever.observe(torch.full((1, count, 16), value))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        queries = torch.zeros(1, count, 16)
+        queries[0, -1, 3] = value
+        with pytest.raises(SettingError, match="not finite"):
+            retriever.search(queries, 3)
