@@ -8,6 +8,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side (pyproject.toml): more threads would only get in their way.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
