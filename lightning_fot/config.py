@@ -256,6 +256,8 @@ class EvaluationConfig:
             the backbone, full attention in every layer; ``previous_window``: every layer sees ``model.memory.overlap``
             tokens of the window before (Transformer-XL); ``dilated``: memory layers see the text by the patterns of
             ``model.memory.segments`` (LongNet).
+        exact_tokens: Up to so many tokens in memory the retriever has exact search at its side, whose time to read a
+            text grows with the square of its length; None for all. What retrieval finds is compared with it anyway.
         dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves a task
             out, here and below (docs/tasks.md).
         distraction: Whose keys the attention goes to when the memory holds several documents.
@@ -281,6 +283,7 @@ class EvaluationConfig:
     readings: list[Literal["memory", "full_context", "previous_window", "dilated"]] = field(
         default_factory=lambda: ["memory"]
     )
+    exact_tokens: int | None = None
     dictionary: task_settings.DictionaryTask | None = None
     distraction: task_settings.DistractionTask | None = None
     needles: task_settings.NeedlesTask | None = None
@@ -295,6 +298,8 @@ class EvaluationConfig:
             setattr(self, kind.name, task_settings.read_task(kind, getattr(self, kind.name)))
         check_at_least(prefix, self, 1, "target_tokens", "documents", "retrieval_queries", "retrieval_repeats")
         check_at_least(prefix, self, 0, "passkey_samples")
+        if self.exact_tokens is not None:
+            check_at_least(prefix, self, 0, "exact_tokens")
         for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -39,6 +39,7 @@ from lightning_fot.evaluation.plan import (
     WHOLE,
     HasIds,
     Phase,
+    beside_exact,
     phases,
     retriever_label,
     select_documents,
@@ -334,14 +335,18 @@ class _Evaluation:
 
     def _passkey(self, phase: Phase, spec: Any) -> Record:
         local = self.lm.config.last_context_length or self.lm.config.window
-        split = [split_prompt(example, local) for _, example in self.examples]
+        left_out = phase.memory == EXACT != self.label
+        examples = [
+            (length, example) for length, example in self.examples if not left_out or beside_exact(self.config, length)
+        ]
+        split = [split_prompt(example, local) for _, example in examples]
         if phase.memory == NONE:
             memories: Any = ((place, None) for place in range(len(split)))
         else:
             memories = shared_memories(self.lm, [prefix for prefix, _ in split], spec, self._ingested)
         rows = []
         for place, memory in memories:
-            length, example = self.examples[place]
+            length, example = examples[place]
             if memory is not None:
                 memory.flush()
             # The answer is a part of the local tokens, all but its last one; it says nothing of where the key was told.

@@ -114,6 +114,10 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     label = retriever_label(retriever)
     kinds = [label] if label == EXACT else [label, EXACT]
     kinds = kinds if "memory" in config.readings else []
+
+    def compared(tokens: int) -> list[str]:
+        return [kind for kind in kinds if kind == label or beside_exact(config, tokens)]
+
     whole = [reading for reading in WHOLE if reading in config.readings]
     count = config.documents if documents is None else min(documents, config.documents)
     contexts = sorted(set(config.context_tokens))
@@ -121,7 +125,7 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     if contexts:
         listed.append(Phase("perplexity: no memory", "perplexity", NONE, 0, float(count * config.target_tokens)))
     for context in contexts:
-        for kind in kinds:
+        for kind in compared(context):
             cost = count * (context * INGEST_COST + config.target_tokens)
             cost = 0.0 if kind != label and context < index_size(retriever) else cost
             listed.append(Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost))
@@ -138,17 +142,17 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         # The other documents are read once, the longest context and the target behind each amount of them.
         others, amounts = max(config.distractor_tokens), 1 + len(set(config.distractor_tokens))
         cost = others * INGEST_COST + amounts * count * (contexts[-1] * INGEST_COST + config.target_tokens)
-        for kind in kinds:
+        for kind in compared(others + contexts[-1]):
             known = kind != label and others + contexts[-1] < index_size(retriever)
             listed.append(Phase(f"multi-doc: {kind}", "multi_doc", kind, contexts[-1], 0.0 if known else cost))
     if config.passkey_tokens and config.passkey_samples:
         lengths = sorted(set(config.passkey_tokens))
-        local = config.passkey_samples * sum(min(length, window) for length in lengths) * LOCAL_COST
-        stored = config.passkey_samples * sum(max(length - window, 0) for length in lengths) * INGEST_COST
-        listed.append(Phase("passkey: no memory", "passkey", NONE, 0, local))
-        for kind in kinds:
-            known = kind != label and lengths[-1] < index_size(retriever)
-            listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, 0.0 if known else local + stored))
+        listed.append(Phase("passkey: no memory", "passkey", NONE, 0, _passkey_cost(config, lengths, window, 0.0)))
+        for kind in compared(lengths[0]):
+            read = lengths if kind == label else [length for length in lengths if beside_exact(config, length)]
+            known = kind != label and read[-1] < index_size(retriever)
+            cost = 0.0 if known else _passkey_cost(config, read, window, INGEST_COST)
+            listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, cost))
         for reading in whole:
             cost = config.passkey_samples * sum(whole_cost(reading, length) for length in lengths)
             listed.append(Phase(f"passkey: {WHOLE[reading]}", "passkey", reading, 0, cost))
@@ -156,6 +160,8 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     for task in config.tasks:
         for kind in (NONE, *kinds) if task.without_memory else kinds:
             for length in task.lengths:
+                if kind not in (NONE, *compared(length)):
+                    continue
                 known = kind == EXACT != label and length < index_size(retriever)
                 asked = task.tokens_to_ask(length) * LOCAL_COST
                 cost = asked if kind == NONE else asked + task.tokens_to_read(length) * INGEST_COST
@@ -163,6 +169,16 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
                 name = f"{task.name}: {shown}, {length} tokens"
                 listed.append(Phase(name, task.name, kind, length, 0.0 if known else cost))
     return listed
+
+
+def beside_exact(config: EvaluationConfig, tokens: int) -> bool:
+    """Whether exact search is measured, beside another retriever, with so many tokens in memory."""
+    return config.exact_tokens is None or tokens <= config.exact_tokens
+
+
+def _passkey_cost(config: EvaluationConfig, lengths: Sequence[int], window: int, ingest_cost: float) -> float:
+    local = sum(min(length, window) for length in lengths) * LOCAL_COST
+    return config.passkey_samples * (local + sum(max(length - window, 0) for length in lengths) * ingest_cost)
 
 
 def whole_cost(reading: str, tokens: int) -> float:

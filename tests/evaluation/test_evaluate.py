@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -166,6 +167,20 @@ def test_it_goes_on_where_it_stopped(
         assert without_times(again[name]) == without_times(records[name])
         assert json.dumps(summarise({**done, **again}, CONFIG, lm.config.retriever))
     assert summarise(records, CONFIG, lm.config.retriever) == whole
+
+
+def test_beyond_exact_tokens_the_retriever_is_alone(
+    lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    config = dataclasses.replace(CONFIG, passkey_tokens=[256, 384], exact_tokens=256)
+    progress = Progress()
+    result = evaluate(lm, tokenizer, documents, config, progress)
+    lengths = {"none": [256, 384], "exact": [256], "hnsw": [256, 384]}
+    for kind, wanted in lengths.items():
+        assert [row["context_tokens"] for row in result["tasks"] if row["memory"] == kind] == wanted
+        assert {row["context_tokens"] for row in result["passkey_depths"] if row["memory"] == kind} == set(wanted)
+    planned = dict(plan(config, lm.config.retriever, WINDOW))
+    assert progress.units["passkey: exact"] == pytest.approx(planned["passkey: exact"], rel=0.05)
 
 
 def test_below_the_size_of_an_index_exact_is_the_same_and_says_so(

@@ -62,6 +62,24 @@ def test_what_an_index_cannot_serve_is_not_computed_twice() -> None:
     assert free == ["perplexity: exact, 1024 tokens", "passkey: exact"]
 
 
+def test_exact_search_is_left_out_beyond_its_limit() -> None:
+    settings = {"context_tokens": [1024, 4096], "passkey_tokens": [1024, 4096], "needles": {"tokens": [1024, 4096]}}
+    limited = phases(EvaluationConfig(**settings, exact_tokens=1024), "hnsw", 512)
+    whole = phases(EvaluationConfig(**settings), "hnsw", 512)
+    missing = {phase.name for phase in whole} - {phase.name for phase in limited}
+    assert missing == {"perplexity: exact, 4096 tokens", "needles: exact, 4096 tokens"}
+    costs = [{phase.name: phase.cost for phase in listed} for listed in (limited, whole)]
+    assert costs[0]["passkey: hnsw"] == costs[1]["passkey: hnsw"]
+    never = phases(EvaluationConfig(**settings, distractor_tokens=[1024], exact_tokens=0), "hnsw", 512)
+    assert [phase.section for phase in never if phase.memory == "exact"] == ["retrieval"]
+    # Where exact search is what is measured, it is.
+    assert phases(EvaluationConfig(**settings, exact_tokens=0), "exact", 512) == phases(
+        EvaluationConfig(**settings), "exact", 512
+    )
+    with pytest.raises(SettingError, match=r"evaluation\.exact_tokens"):
+        EvaluationConfig(exact_tokens=-1)
+
+
 def test_the_default_plan_fits_four_minutes() -> None:
     # Two slow cores pass about 290 tokens a second.
     assert sum(cost for _, cost in plan(EvaluationConfig(), {"name": "hnsw", "min_index_size": 1})) / 290 < 260
