@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.permissions import follow_umask
 
 if TYPE_CHECKING:
     from lightning_fot.config import LoraSettings
@@ -122,6 +123,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         for name, part in get_peft_model_state_dict(model).items()
     }
     save_file(found, str(path / _ADAPTER_FILE), metadata={"format": "pt"})
+    follow_umask(path / _ADAPTER_FILE)
     config.save_pretrained(str(path))
 
 

@@ -20,6 +20,7 @@ import torch
 
 from lightning_fot.documents import TokenLog
 from lightning_fot.errors import SettingError
+from lightning_fot.permissions import follow_umask
 from lightning_fot.retrievers.quantiser import Quantiser
 from lightning_fot.tensor_files import Entry, write_tensors
 
@@ -276,6 +277,7 @@ def _write(target: Path, kind: str, entries: list[Entry]) -> dict[str, Any]:
             stream.flush()
             os.fsync(stream.fileno())
         name = f"{kind}-{digest[:16]}.safetensors"
+        follow_umask(temporary)
         os.replace(temporary, target / name)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -297,4 +299,5 @@ def _replace_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    follow_umask(temporary)
     os.replace(temporary, path)

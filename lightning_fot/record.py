@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.retrieval import attention_scale
+from lightning_fot.permissions import follow_umask
 
 if TYPE_CHECKING:
     from lightning_fot.lm import MemoryLM
@@ -235,9 +236,7 @@ class Recording:
             handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
             os.close(handle)
             save_file(tensors, part, self.metadata(model, text))
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(part, 0o666 & ~umask)
+            follow_umask(part)
             os.replace(part, path)
         except OSError as error:
             raise SettingError("record", str(path), f"cannot be written ({error})", "Choose another file.") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import SettingError
+from lightning_fot.permissions import follow_umask
 from lightning_fot.ranks import rank, shared_folder
 from lightning_fot.request import Request
 
@@ -29,10 +30,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # mkstemp makes files for the owner alone; results are as public as any file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        follow_umask(name)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

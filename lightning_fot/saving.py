@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_fot.delta import SETTINGS_FILE as DELTA_FILE
 from lightning_fot.errors import SettingError
 from lightning_fot.longllama import FORMAT, GATES_FILE, SETTINGS_FILE, longllama_keys
+from lightning_fot.permissions import follow_umask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,13 +138,12 @@ def _write(lm: MemoryLM, folder: Path, settings: dict[str, Any], tokenizer: PreT
 
 
 def _publish(folder: Path) -> None:
-    for path in filter(Path.is_file, folder.rglob("*")):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    # mkdtemp makes folders for the owner alone; a model is as public as any folder.
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
+    # mkdtemp and safetensors write for the owner alone; a model is as public as any folder.
+    follow_umask(folder, *files)
 
 
 def _write_json(file: Path, content: Any) -> None:

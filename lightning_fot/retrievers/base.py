@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
+from lightning_fot.permissions import follow_umask
 from lightning_fot.retrievers.answers import stacked
 from lightning_fot.retrievers.checks import all_finite, checked_banks
 from lightning_fot.retrievers.removed import Removed
@@ -337,6 +338,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         save_file(self._tensors_to_save(), path / "keys.safetensors")
+        follow_umask(path / "keys.safetensors")
         (path / "retriever.json").write_text(json.dumps({"schema": 1, "dim": self.dim, "banks": self.banks}))
 
     def load(self, folder: str | Path) -> None:
