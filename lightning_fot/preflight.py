@@ -201,11 +201,11 @@ def _check_backbone(name: str, memory: MemoryConfig) -> None:
 
 
 def _check_paths(request: Request) -> None:
-    from lightning_fot.data.kinds import check_alone, check_sources
+    from lightning_fot.data.kinds import check_sources, check_taken, read_sources
     from lightning_fot.data.readers import check_paths
 
     if request.get("data.sources") is not None:
-        check_alone(request.get("data"))
+        check_taken(request.get("data"), read_sources(request.get("data.sources")))
         check_sources(request.get("data.sources"), request.get("data.text_field", "text"))
     for key in ("data.paths", "data.heldout"):
         paths = request.get(key)

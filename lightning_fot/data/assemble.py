@@ -10,6 +10,7 @@ from lightning_fot.data.dictionary import DictionarySource
 from lightning_fot.data.finite import InstructionsSource, TextSource
 from lightning_fot.data.hub import HuggingFaceSource
 from lightning_fot.data.kinds import (
+    FOR_TEXT,
     DictionarySettings,
     FiniteSettings,
     HuggingFaceSettings,
@@ -93,7 +94,11 @@ def exhausted(sources: Sequence[MixtureSource], problem: str) -> SettingError:
 def _filled(settings: SourceSettings, defaults: dict[str, Any]) -> SourceSettings:
     """The settings with the data module's own where they leave something open."""
     taken = {
-        name: value for name, value in defaults.items() if name in settings.names() and getattr(settings, name) is None
+        name: value
+        for name, value in defaults.items()
+        if name in settings.names()
+        and getattr(settings, name) is None
+        and (name not in FOR_TEXT or isinstance(settings, TextSettings))
     }
     if isinstance(settings, InstructionsSettings):
         taken.pop("min_tokens", None)  # conversations are short; a window is no measure for them

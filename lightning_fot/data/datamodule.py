@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fot.data.documents import Document
 from lightning_fot.data.feeds import Feed, MixtureFeed, PathsFeed
-from lightning_fot.data.kinds import ALONE, check_alone, read_sources
+from lightning_fot.data.kinds import FOR_TEXT, check_taken, read_sources
 from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
 from lightning_fot.data.rows import BatchSequence, RowPlan
 from lightning_fot.data.selection import SelectionSettings
@@ -55,7 +55,8 @@ class CrossbatchDataModule(pl.LightningDataModule):
         text_field: Key of the text in .jsonl objects.
         seed: Of the held-out draw and of the order of documents; epoch e is shuffled with seed + e.
         cache_dir: Folder for encoded text; null means lightning_fot/tokens in the user's cache folder.
-        sources: A mixture, in place of paths, such as [{kind: text, paths: [books/], weight: 3}, {kind: passkey}].
+        sources: A mixture, such as [{kind: text, paths: [books/], weight: 3}, {kind: passkey}]; its sources of kind
+            text take paths, heldout and the like from above, where they have none of their own.
             Kinds: text, huggingface, dictionary, passkey, instructions (see lightning_fot.data.kinds for their keys).
             It has no end, but for sources with passes: the trainer's max_steps ends the training.
 
@@ -142,8 +143,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
             )
         if self.sources is None:
             return
-        read_sources(self.sources)
-        check_alone({name: getattr(self, name) for name in ALONE})
+        check_taken({name: getattr(self, name) for name in FOR_TEXT}, read_sources(self.sources))
 
     @property
     def tokenizer_object(self) -> Any:
@@ -252,7 +252,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
                     read_sources(self.sources),
                     {
                         name: getattr(self, name)
-                        for name in ("min_tokens", "max_document_tokens", "heldout_fraction", "text_field")
+                        for name in ("min_tokens", "max_document_tokens", "heldout_fraction", "text_field", *FOR_TEXT)
                     },
                     encoder,
                     self.seed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
@@ -19,8 +19,8 @@ from lightning_fot.errors import MissingLibraryError, SettingError
 # <k>, <v> and <q>; a key and a value have four symbols each.
 MARKERS = 3
 RECORD_TOKENS = 10
-# Settings of the data module that belong into a source of kind text where there is a mixture.
-ALONE = ("paths", "heldout", "max_documents", "max_tokens")
+# Settings of the data module that sources of kind text take, where they have none of their own.
+FOR_TEXT = ("paths", "heldout", "max_documents", "max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,10 @@ class FiniteSettings(SourceSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(FiniteSettings):
-    """``kind: text``: files and folders, read as ``data.paths`` are; each key as the data module's of that name.
+    """``kind: text``: files and folders; each key as the data module's of that name, which None takes.
 
     Args:
-        paths: Files and folders; None takes the standard library's sources.
+        paths: Files and folders; where the data module has none either, the standard library's sources.
         heldout: Files and folders of held-out documents; None takes them out of paths.
         max_documents: Documents used at most.
         max_document_tokens: Tokens after which a document is cut.
@@ -319,22 +319,24 @@ def check_sources(sources: object, text_field: str = "text", setting: str = "dat
             raise missing_datasets(source)
 
 
-def check_alone(settings: Mapping[str, object]) -> None:
-    """Refuse settings of ``data`` that a mixture leaves no place for.
+def check_taken(settings: Mapping[str, object], sources: Sequence[SourceSettings]) -> None:
+    """Refuse settings of ``data`` that no source of a mixture takes.
 
     Args:
         settings: Those of the data module, by name.
+        sources: Of the mixture.
 
     Raises:
-        SettingError: One of ``ALONE`` is set.
+        SettingError: One of ``FOR_TEXT`` is set, and each source of kind text has its own, or there is none.
     """
-    for name in ALONE:
-        if settings.get(name) is not None:
+    texts = [source for source in sources if isinstance(source, TextSettings)]
+    for name in FOR_TEXT:
+        if settings.get(name) is not None and all(getattr(source, name) is not None for source in texts):
             raise SettingError(
                 f"data.{name}",
                 settings[name],
-                "cannot stand beside data.sources",
-                f"Put it into a source: {{kind: text, {name}: …}}; or set data.sources=null.",
+                f"is taken by no source: {'each has its own' if texts else 'none is of kind text'}",
+                "Add {kind: text} to data.sources; or set data.sources=null.",
             )
 
 

@@ -173,11 +173,24 @@ def test_an_empty_or_too_short_source_is_named(books: Path, tmp_path: Path) -> N
         make(tmp_path, text(books, max_document_tokens=4)).setup("fit")
 
 
+def test_texts_without_paths_of_their_own_are_the_modules(books: Path, tmp_path: Path) -> None:
+    """So that ``--data.paths`` puts a user's documents into a shipped mixture."""
+    given = make(tmp_path, {"kind": "text"}, TASKS[0], paths=[str(books)], max_documents=3)
+    written = make(tmp_path, text(books, max_documents=3), TASKS[0])
+    own = make(tmp_path, text(books), TASKS[0], max_documents=3)
+    for step in range(5):
+        assert equal(given.train_batch(step), written.train_batch(step))
+        assert equal(own.train_batch(step), written.train_batch(step))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"paths": ["books/"]}, r"data\.paths=\['books/'\]: cannot stand beside data\.sources"),
-        ({"max_tokens": 100}, r"data\.max_tokens=100: cannot stand beside"),
+        ({"paths": ["books/"]}, r"data\.paths=\['books/'\]: is taken by no source: none is of kind text"),
+        (
+            {"max_tokens": 100, "sources": [{"kind": "text", "max_tokens": 50}]},
+            r"data\.max_tokens=100: is taken by no source: each has its own",
+        ),
         ({"sources": [{"kind": "book"}]}, r"data\.sources\[0\]\.kind='book': is not known"),
     ],
 )
