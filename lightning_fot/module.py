@@ -91,7 +91,7 @@ class FocusedTransformer(L.LightningModule):
         self.gates: nn.ParameterDict | None = None
         self._lm: MemoryLM | None = None
         # Marks that the metric of a schedule has passed.
-        self._stage = 0
+        self._stage, self._stage_since = 0, 0
         # Checkpoints hold what is trained; the rest comes from the backbone. on_load_checkpoint checks completeness.
         self.strict_loading = False
 
@@ -241,9 +241,12 @@ class FocusedTransformer(L.LightningModule):
         if schedule is None:
             return None
         if schedule.kind == "metric" and self._stage < len(schedule.at):
-            stage = schedule.stage(self._stage, self.trainer.callback_metrics)
+            held = self.global_step - self._stage_since
+            stage = schedule.stage(self._stage, self.trainer.callback_metrics, held)
             # A metric that is not reduced may differ between ranks.
-            self._stage = self.trainer.strategy.broadcast(stage)
+            stage = self.trainer.strategy.broadcast(stage)
+            if stage != self._stage:
+                self._stage, self._stage_since = stage, self.global_step
         count = schedule.count(self.global_step, self._stage)
         self.log("train/shown_contexts", float(count))
         return count
@@ -345,8 +348,10 @@ class FocusedTransformer(L.LightningModule):
         schedule = self.crossbatch_config.schedule
         if schedule is not None:
             # The metric itself is not saved: what it says for the next step is.
-            stage = schedule.stage(self._stage, self.trainer.callback_metrics)
-            checkpoint["lightning_fot_schedule"] = {"stage": stage}
+            held = self.global_step - self._stage_since
+            stage = schedule.stage(self._stage, self.trainer.callback_metrics, held)
+            since = self._stage_since if stage == self._stage else self.global_step
+            checkpoint["lightning_fot_schedule"] = {"stage": stage, "since": since}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, or one that lacks trained weights.
@@ -371,7 +376,8 @@ class FocusedTransformer(L.LightningModule):
         if made_with != now or missing:
             what = f"was made with {made_with}, this run has {now}" if made_with != now else f"lacks {missing[:3]}"
             raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
-        self._stage = checkpoint.get("lightning_fot_schedule", {}).get("stage", 0)
+        schedule = checkpoint.get("lightning_fot_schedule", {})
+        self._stage, self._stage_since = schedule.get("stage", 0), schedule.get("since", 0)
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class ScheduleConfig:
         at: ``step``: optimiser steps, rising, one fewer than values. ``metric``: as many marks.
         metric: ``metric``: name under which it is logged, such as ``val/ppl``. The one of rank 0 counts.
         passes: ``metric``: ``above`` or ``below`` the mark.
+        hold: ``metric``: optimiser steps that each value lasts at least, so that one high value does not pass several
+            marks at once; 0 for none.
         seed: ``draw``: other draws.
 
     Raises:
@@ -46,6 +48,7 @@ class ScheduleConfig:
     at: list[float] = field(default_factory=list)
     metric: str | None = None
     passes: Literal["above", "below"] = "above"
+    hold: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,8 +69,13 @@ class ScheduleConfig:
         if (self.metric is None) == (self.kind == "metric"):
             problem = "is what kind metric watches" if self.kind == "metric" else f"has no use with kind {self.kind}"
             raise self._wrong("metric", problem, "Name one with kind metric, and only then.")
-        if not _whole(self.seed):
-            raise self._wrong("seed", "must be a whole number of at least 0", "Correct it.")
+        for name in ("hold", "seed"):
+            if not _whole(getattr(self, name)):
+                raise self._wrong(name, "must be a whole number of at least 0", "Correct it.")
+        if self.hold and self.kind != "metric":
+            raise self._wrong(
+                "hold", f"has no use with kind {self.kind}", "Leave it out; with kind step, space the steps."
+            )
 
     def _wrong(self, name: str, problem: str, fix: str) -> SettingError:
         return SettingError(f"{_KEY}.{name}", getattr(self, name), problem, fix)
@@ -89,12 +97,13 @@ class ScheduleConfig:
             return self.values[int.from_bytes(digest, "big") % len(self.values)]
         return self.values[0]
 
-    def stage(self, stage: int, metrics: Mapping[str, Any]) -> int:
+    def stage(self, stage: int, metrics: Mapping[str, Any], held: float = math.inf) -> int:
         """Marks passed, given those passed before and the values logged last.
 
         Args:
             stage: Marks passed before.
             metrics: Logged values by name.
+            held: Optimiser steps since the last mark was passed, or since the start.
 
         Raises:
             SettingError: Validation has been logged, and the metric is not part of it.
@@ -109,11 +118,15 @@ class ScheduleConfig:
                 raise self._wrong("metric", "is not logged", f"Logged in validation: {', '.join(logged)}.")
             return stage
         value = float(metrics[str(self.metric)])
+        if held < self.hold:
+            return stage
         while stage < len(self.at) and not math.isnan(value):
             mark = self.at[stage]
             if not (value > mark if self.passes == "above" else value < mark):
                 break
             stage += 1
+            if self.hold:
+                break
         return stage
 
 

@@ -55,6 +55,20 @@ def test_stages_rise_when_the_metric_passes_the_mark_and_never_fall():
     assert [below.stage(0, {"val/ppl": value}) for value in (10.0, 9.9)] == [0, 1]
 
 
+def test_held_values_pass_one_mark_at_a_time():
+    schedule = ScheduleConfig("metric", [1, 2, 4, 8], at=[0.98] * 3, metric="val/accuracy", hold=40)
+    stage, since, counts = 0, 0, []
+    for step in range(200):
+        passed = schedule.stage(stage, {"val/accuracy": 0.99 if step >= 50 else 0.5}, step - since)
+        stage, since = passed, step if passed != stage else since
+        counts.append(schedule.count(step, stage))
+    assert counts == [1] * 50 + [2] * 40 + [4] * 40 + [8] * 70
+    with pytest.raises(SettingError, match="hold=5: has no use with kind step"):
+        ScheduleConfig("step", [1, 2], at=[5], hold=5)
+    with pytest.raises(SettingError, match="hold=-1"):
+        ScheduleConfig("metric", [1, 2], at=[5], metric="val/ppl", hold=-1)
+
+
 def test_a_metric_that_validation_does_not_log_is_named():
     schedule = ScheduleConfig("metric", [1, 2], at=[0.9], metric="val/acuracy")
     with pytest.raises(SettingError, match=r"val/acuracy.*not logged.*val/accuracy"):
