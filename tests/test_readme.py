@@ -36,7 +36,9 @@ def test_other_commands_name_configurations_that_exist():
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    first, *others = blocks("python")
+    shipped, first, *others = blocks("python")
+    exec(compile(shipped, "README.md", "exec"), {})
+    assert "The secret code of the ship is 31415" in capsys.readouterr().out
     # The same code on a model that loads at once.
     smaller = first.replace("smollm2-135m", "tiny-random-llama").replace("[10, 20]", "[1, 3]")
     assert smaller != first
