@@ -210,7 +210,9 @@ def _retrieval(results: read.Row) -> Finding | None:
     ratio = math.exp(sum(ratios) / len(ratios)) if ratios else None
     sentence, verdict = _speed(ratio)
     value = formats.percent(recall)
-    if ratio is not None:
+    if ratio is not None and 0.95 < ratio < 1.05:
+        value += ", as fast as exact"
+    elif ratio is not None:
         value += f" at {formats.times(ratio)} speed" if ratio >= 1 else f", {formats.times(1 / ratio)} slower"
     return Finding(topic, value, f"{text}.{sentence}", caveat.strip(), verdict)
 

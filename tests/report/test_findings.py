@@ -85,6 +85,14 @@ def test_the_configured_mark_wins_over_the_settings(results: dict[str, Any]) -> 
     assert "ef_search=128" in of(results, "Recall@32").text
 
 
+@pytest.mark.parametrize("share", [0.97, 1.03])
+def test_an_index_as_fast_as_exact_search_is_called_so(results: dict[str, Any], share: float) -> None:
+    for row in results["retrieval"]:
+        exact = next(other for other in results["exact"] if other["layer"] == row["layer"])
+        row["search_ms_p50"], row["qps"] = exact["search_ms_p50"] / share, exact["qps"] * share
+    assert of(results, "Recall@32").value == "95.1%, as fast as exact"
+
+
 def test_a_slower_index_is_called_slower(results: dict[str, Any]) -> None:
     for row in results["exact"]:
         row["qps"] *= 10
