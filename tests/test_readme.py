@@ -50,4 +50,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
 def test_links_lead_somewhere(link):
-    assert (Path(__file__).parent.parent / link).exists()
+    page, _, heading = link.partition("#")
+    assert (Path(__file__).parent.parent / page).exists()
+    if heading:
+        text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+        assert heading in [line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"]

@@ -189,6 +189,8 @@ class PerBankRetriever(Retriever):
             built.owners.discard(self)
         if job is not None and not any(other is job for other in self._jobs):
             job.release(self)
+            if job.built is not None and not any(other is job.built for other in self._built):
+                job.built.owners.discard(self)
 
     def _refresh(self, flush: bool = False) -> None:
         """Take finished work into use; have the indexes built or extended whose exact tail has grown too long."""
@@ -267,7 +269,8 @@ class PerBankRetriever(Retriever):
                 self._stats.built(job.seconds, anew=job.extends is None)
             if job.built is not None:
                 self._drop(bank)
-                job.built.owners.add(self)
+                # Forks that have yet to take it too: what is added to this one must not get into theirs.
+                job.built.owners.update((self, *job.wanted_by))
                 self._built[bank] = job.built
         elif isinstance(error, (MissingLibraryError, SettingError)):
             raise error

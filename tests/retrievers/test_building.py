@@ -212,6 +212,31 @@ def test_forks_share_a_build_under_way() -> None:
     assert (retriever.stats().rebuilds, twin.stats().rebuilds) == (1, 0)
 
 
+@pytest.mark.parametrize("more", [0, 40])
+def test_what_one_fork_added_since_is_not_in_the_shared_build_of_the_other(more: int) -> None:
+    """The first to take a build that both wait for must not extend it: the second takes it later."""
+    retriever, keys = building()
+    twin, mine, theirs = retriever.fork(), numbers(40, 1), numbers(more, 2)
+    Held.door.set()
+    retriever.add(mine)
+    retriever.flush()
+    twin.add(theirs)
+    check(twin, torch.cat((keys, theirs), 1))
+    check(retriever, torch.cat((keys, mine), 1))
+
+
+def test_a_build_that_a_fork_no_longer_waits_for_is_extended_in_place() -> None:
+    retriever, keys = building()
+    twin, gone = retriever.fork(), retriever.fork()
+    Held.door.set()
+    twin.reset()
+    del gone
+    retriever.add(numbers(40, 1))
+    retriever.flush()
+    check(retriever, torch.cat((keys, numbers(40, 1)), 1))
+    assert retriever.stats().rebuilds == 1
+
+
 def test_a_retriever_that_builds_pickles_and_saves(tmp_path: Any) -> None:
     retriever, keys = building()
     copy = pickle.loads(pickle.dumps(retriever))
