@@ -92,6 +92,7 @@ class FocusedTransformer(L.LightningModule):
         self._lm: MemoryLM | None = None
         # Marks that the metric of a schedule has passed.
         self._stage, self._stage_since = 0, 0
+        self._earlier_metrics: dict[str, float] = {}
         # Checkpoints hold what is trained; the rest comes from the backbone. on_load_checkpoint checks completeness.
         self.strict_loading = False
 
@@ -241,8 +242,7 @@ class FocusedTransformer(L.LightningModule):
         if schedule is None:
             return None
         if schedule.kind == "metric" and self._stage < len(schedule.at):
-            held = self.global_step - self._stage_since
-            stage = schedule.stage(self._stage, self.trainer.callback_metrics, held)
+            stage = schedule.stage(self._stage, self._metrics(), self.global_step - self._stage_since)
             # A metric that is not reduced may differ between ranks.
             stage = self.trainer.strategy.broadcast(stage)
             if stage != self._stage:
@@ -250,6 +250,10 @@ class FocusedTransformer(L.LightningModule):
         count = schedule.count(self.global_step, self._stage)
         self.log("train/shown_contexts", float(count))
         return count
+
+    def _metrics(self) -> dict[str, Any]:
+        """Logged values, and those of before a resumption that have not been logged again."""
+        return {**self._earlier_metrics, **self.trainer.callback_metrics}
 
     def on_validation_epoch_start(self) -> None:
         """Validation begins with an empty memory."""
@@ -347,11 +351,13 @@ class FocusedTransformer(L.LightningModule):
             checkpoint["lightning_fot"]["rope"] = asdict(self.rope)
         schedule = self.crossbatch_config.schedule
         if schedule is not None:
-            # The metric itself is not saved: what it says for the next step is.
-            held = self.global_step - self._stage_since
-            stage = schedule.stage(self._stage, self.trainer.callback_metrics, held)
-            since = self._stage_since if stage == self._stage else self.global_step
-            checkpoint["lightning_fot_schedule"] = {"stage": stage, "since": since}
+            # The metric too: it may be what the next step passes a mark by.
+            metrics = {name: float(value) for name, value in self._metrics().items() if name == schedule.metric}
+            checkpoint["lightning_fot_schedule"] = {
+                "stage": self._stage,
+                "since": self._stage_since,
+                "metrics": metrics,
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, or one that lacks trained weights.
@@ -378,6 +384,7 @@ class FocusedTransformer(L.LightningModule):
             raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
         schedule = checkpoint.get("lightning_fot_schedule", {})
         self._stage, self._stage_since = schedule.get("stage", 0), schedule.get("since", 0)
+        self._earlier_metrics = schedule.get("metrics", {})
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

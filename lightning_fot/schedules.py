@@ -117,16 +117,14 @@ class ScheduleConfig:
             if space == "val/" and logged:
                 raise self._wrong("metric", "is not logged", f"Logged in validation: {', '.join(logged)}.")
             return stage
-        value = float(metrics[str(self.metric)])
         if held < self.hold:
             return stage
-        while stage < len(self.at) and not math.isnan(value):
+        value, last = float(metrics[str(self.metric)]), stage + 1 if self.hold else len(self.at)
+        while stage < last and not math.isnan(value):
             mark = self.at[stage]
             if not (value > mark if self.passes == "above" else value < mark):
                 break
             stage += 1
-            if self.hold:
-                break
         return stage
 
 

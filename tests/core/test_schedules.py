@@ -192,6 +192,18 @@ class TestTraining:
         run(tmp_path, schedule, 6, second, ckpt=tmp_path / "half.ckpt")
         assert first.shown + second.shown == straight.shown
 
+    @pytest.mark.parametrize("half", [3, 4, 5, 6, 7])
+    def test_a_held_value_lasts_as_long_when_a_training_is_resumed_within(self, tmp_path, half):
+        """The metric that a mark waits with is kept: the next validation may come after its time."""
+        schedule = ScheduleConfig("metric", [1, 2, 3], at=[0.1, 0.1], metric="val/progress", hold=3)
+        straight = Watch()
+        run(tmp_path, schedule, 9, straight)
+        assert straight.shown == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+        first, second = Watch(), Watch()
+        run(tmp_path, schedule, half, first).save_checkpoint(tmp_path / "half.ckpt")
+        run(tmp_path, schedule, 9, second, ckpt=tmp_path / "half.ckpt", val_check_interval=20)
+        assert first.shown + second.shown == straight.shown
+
     def test_draws_go_on_after_resuming_and_accumulated_batches_share_one(self, tmp_path):
         schedule = ScheduleConfig("draw", [0, 1, 2, 3], seed=1)
         settings = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "val_check_interval": None}
