@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,7 +40,7 @@ from lightning_fot.evaluation.plan import (
     WHOLE,
     HasIds,
     Phase,
-    beside_exact,
+    is_measured,
     phases,
     retriever_label,
     select_documents,
@@ -206,6 +207,10 @@ class _Evaluation:
             if (other.section, other.context_tokens, other.memory) == (phase.section, phase.context_tokens, self.label)
         )
         record = self.records[twin.name]
+        if phase.section == "passkey":
+            # One phase of all lengths, and exact search need not be measured at each.
+            measured = partial(is_measured, self.config, EXACT, self.label)
+            record = [row for row in record if measured(row["context_tokens"])]
         if any(row["index_used"] is not False for row in record):
             return None
         return [{**row, "index_used": None, "same_as": self.label} for row in record]
@@ -335,9 +340,10 @@ class _Evaluation:
 
     def _passkey(self, phase: Phase, spec: Any) -> Record:
         local = self.lm.config.last_context_length or self.lm.config.window
-        left_out = phase.memory == EXACT != self.label
         examples = [
-            (length, example) for length, example in self.examples if not left_out or beside_exact(self.config, length)
+            (length, example)
+            for length, example in self.examples
+            if is_measured(self.config, phase.memory, self.label, length)
         ]
         split = [split_prompt(example, local) for _, example in examples]
         if phase.memory == NONE:

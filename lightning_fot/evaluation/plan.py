@@ -116,7 +116,7 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     kinds = kinds if "memory" in config.readings else []
 
     def compared(tokens: int) -> list[str]:
-        return [kind for kind in kinds if kind == label or beside_exact(config, tokens)]
+        return [kind for kind in kinds if is_measured(config, kind, label, tokens)]
 
     whole = [reading for reading in WHOLE if reading in config.readings]
     count = config.documents if documents is None else min(documents, config.documents)
@@ -149,7 +149,7 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
         lengths = sorted(set(config.passkey_tokens))
         listed.append(Phase("passkey: no memory", "passkey", NONE, 0, _passkey_cost(config, lengths, window, 0.0)))
         for kind in compared(lengths[0]):
-            read = lengths if kind == label else [length for length in lengths if beside_exact(config, length)]
+            read = [length for length in lengths if is_measured(config, kind, label, length)]
             known = kind != label and read[-1] < index_size(retriever)
             cost = 0.0 if known else _passkey_cost(config, read, window, INGEST_COST)
             listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, cost))
@@ -160,7 +160,7 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     for task in config.tasks:
         for kind in (NONE, *kinds) if task.without_memory else kinds:
             for length in task.lengths:
-                if kind not in (NONE, *compared(length)):
+                if not is_measured(config, kind, label, length):
                     continue
                 known = kind == EXACT != label and length < index_size(retriever)
                 asked = task.tokens_to_ask(length) * LOCAL_COST
@@ -171,9 +171,16 @@ def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int
     return listed
 
 
-def beside_exact(config: EvaluationConfig, tokens: int) -> bool:
-    """Whether exact search is measured, beside another retriever, with so many tokens in memory."""
-    return config.exact_tokens is None or tokens <= config.exact_tokens
+def is_measured(config: EvaluationConfig, kind: str, label: str, tokens: int) -> bool:
+    """Whether a kind is measured with so many tokens in memory: exact search beside another retriever may not be.
+
+    Args:
+        config: What to measure.
+        kind: As :attr:`Phase.memory`.
+        label: The configured retriever's.
+        tokens: In memory, or in a prompt.
+    """
+    return kind != EXACT or kind == label or config.exact_tokens is None or tokens <= config.exact_tokens
 
 
 def _passkey_cost(config: EvaluationConfig, lengths: Sequence[int], window: int, ingest_cost: float) -> float:

@@ -183,6 +183,19 @@ def test_beyond_exact_tokens_the_retriever_is_alone(
     assert progress.units["passkey: exact"] == pytest.approx(planned["passkey: exact"], rel=0.05)
 
 
+def test_the_lengths_that_exact_search_answers_may_need_no_index(
+    attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    """Then they are the retriever's own, as planned, though it has an index at the others."""
+    config = dataclasses.replace(CONFIG, context_tokens=[], passkey_tokens=[256, 640], exact_tokens=256)
+    lm, progress = attach({"name": "hnsw", "min_index_size": 300, "num_threads": 1}), Progress()
+    rows = evaluate(lm, tokenizer, documents, config, progress)["tasks"]
+    assert [row.get("index_used") for row in rows if row["memory"] == "hnsw"] == [False, True]
+    assert [(row["context_tokens"], row["same_as"]) for row in rows if row["memory"] == "exact"] == [(256, "hnsw")]
+    assert dict(plan(config, lm.config.retriever, WINDOW))["passkey: exact"] == 0
+    assert not progress.units.get("passkey: exact")
+
+
 def test_below_the_size_of_an_index_exact_is_the_same_and_says_so(
     attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:
