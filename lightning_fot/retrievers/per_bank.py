@@ -185,12 +185,15 @@ class PerBankRetriever(Retriever):
         """Forgets what is built, and is being built, of a bank."""
         built, job = self._built[bank], self._jobs[bank]
         self._built[bank] = self._jobs[bank] = None
-        if built is not None and not any(other is built for other in self._built):
-            built.owners.discard(self)
+        self._disown(built)
         if job is not None and not any(other is job for other in self._jobs):
             job.release(self)
-            if job.built is not None and not any(other is job.built for other in self._built):
-                job.built.owners.discard(self)
+            self._disown(job.built)
+
+    def _disown(self, built: Built | None) -> None:
+        """Stops answering with an index, unless another bank does."""
+        if built is not None and not any(other is built for other in self._built):
+            built.owners.discard(self)
 
     def _refresh(self, flush: bool = False) -> None:
         """Take finished work into use; have the indexes built or extended whose exact tail has grown too long."""
