@@ -45,6 +45,9 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         build: ``"background"``: indexes are built and extended beside the caller, in one thread for the whole process,
             and keys that no index covers yet are scanned. ``"blocking"``: the search that finds too many of them builds
             and waits, so that what is found never depends on the time.
+        duplicate_distance: Where a bank repeats itself, keys at most so far apart are indexed once (squared distance
+            after the transform, as a share of the keys' median squared norm there). 0 keeps them all; None is what
+            suits the backend (``default_duplicate_distance``): graphs need it, cells do not.
 
     Raises:
         SettingError: An argument is out of its range.
@@ -53,6 +56,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
     exact: ClassVar[bool] = False
     query_args: ClassVar[tuple[str, ...]] = ()
     default_transform: ClassVar[TransformSpec] = TransformSpec()
+    default_duplicate_distance: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -64,12 +68,14 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         transform: str | dict[str, Any] = "auto",
         min_index_size: int = 16384,
         build: str = "background",
+        duplicate_distance: float | None = None,
     ) -> None:
         for name, value in (("dim", dim), ("banks", banks)):
             check_value(name, value, name)
         for name, value in (("seed", seed), ("num_threads", num_threads), ("min_index_size", min_index_size)):
             check_value(name, value)
         check_value("build", build)
+        check_value("duplicate_distance", duplicate_distance)
         self.dim = dim
         self.banks = banks
         self.seed = seed
@@ -77,6 +83,9 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self.transform = resolve_transform(transform, self.default_transform)
         self.min_index_size = min_index_size
         self.build = build
+        self.duplicate_distance = (
+            self.default_duplicate_distance if duplicate_distance is None else float(duplicate_distance)
+        )
         self._store = KeyStore(dim, banks)
         self._owns_store = True
         self._removed = Removed(banks)

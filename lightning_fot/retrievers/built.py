@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_fot.retrievers.answers import Rows, checked_rows
 from lightning_fot.retrievers.building import Gate, Job, StoppedError
+from lightning_fot.retrievers.duplicates import Groups, find_duplicates
 from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
@@ -55,6 +57,8 @@ class Built:
         apart: (h,) int64, sorted: rows that the index holds but is not asked for, hubs and outliers, scored exactly in
             every search.
         apart_keys: (h, D) float32.
+        groups: Rows that are nearly the same, of which the index holds one; None where it holds them all. An index of
+            groups is not extended but built anew.
         hidden: (n,) bool, n at least ``size``: True for rows in ``apart``. Replaced when rows come, never changed.
         broken: An extension failed half-way: the index cannot be used.
         owners: Retrievers that answer with it.
@@ -68,6 +72,7 @@ class Built:
     trained_at: int
     apart: Tensor
     apart_keys: Tensor
+    groups: Groups | None = None
     broken: bool = False
     owners: WeakSet[object] = field(default_factory=WeakSet)
     gate: Gate = field(default_factory=Gate)
@@ -79,11 +84,33 @@ class Built:
     @property
     def nbytes(self) -> int:
         """Bytes of the index, as far as it tells, and of the keys set apart."""
-        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes
+        groups = self.groups.nbytes if self.groups else 0
+        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes + groups
+
+    @property
+    def entries(self) -> int:
+        """Vectors that the index holds."""
+        return len(self.groups.first) if self.groups else self.size
+
+    def ask(self, queries: Tensor, k: int) -> tuple[Rows, str | None]:
+        """Ask the index, which knows at least k entries.
+
+        Args:
+            queries: (q, D) float32 on the CPU, not transformed.
+            k: Neighbours wanted.
+
+        Returns:
+            Rows (q, k), with groups up to (q, 8 k), -1 where there are fewer, and why they cannot be used; None when
+            they can.
+        """
+        rows, problem = checked_rows(
+            self.index.search(self.transform.queries(queries), k), len(queries), k, self.entries
+        )
+        return (rows if problem or self.groups is None else self.groups.rows(rows, k)), problem
 
     def still_fits(self, length: int) -> bool:
         """Whether what was learned at training (cells, mean, radius) suits a bank of ``length`` keys."""
-        return length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
+        return self.groups is None and length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
 
     def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
         """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
@@ -123,7 +150,14 @@ def _flags(size: int, rows: Tensor) -> NDArray[np.bool_]:
 
 
 def build(
-    new_index: Callable[[int], Index], store: KeyStore, bank: int, length: int, past: Tensor, spec: TransformSpec
+    new_index: Callable[[int], Index],
+    store: KeyStore,
+    bank: int,
+    length: int,
+    past: Tensor,
+    spec: TransformSpec,
+    duplicate_distance: float = 0.0,
+    smallest: int = 1,
 ) -> Built:
     """An index over the first ``length`` rows of a bank.
 
@@ -134,14 +168,20 @@ def build(
         length: Rows to cover.
         past: (m, D) past queries of the bank, to learn from.
         spec: Maps to put before the index.
+        duplicate_distance: As a retriever's.
+        smallest: Vectors that the index needs at least: fewer groups are not indexed as such.
     """
     keys = store.rows(bank, 0, length).cpu()
     transform = fit_transform(keys, past, spec)
     hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
     moved, apart, apart_keys = _prepare(keys, transform, hubs)
+    spread = float(moved[:, : keys.shape[1]].square().sum(dim=1).median())
+    groups = find_duplicates(moved, duplicate_distance * spread)
+    if groups is not None and len(groups.first) < smallest:
+        groups = None
     index = new_index(transform.dim)
-    index.add(moved.numpy())
-    return Built(index, transform, hubs, length, length, apart, apart_keys)
+    index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
+    return Built(index, transform, hubs, length, length, apart, apart_keys, groups)
 
 
 def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,4 +238,13 @@ def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
     owner: Any = next(iter(job.wanted_by), None)
     if owner is None:
         raise StoppedError
-    job.built = build(owner.new_index, store, bank, job.length, past, owner.transform)
+    job.built = build(
+        owner.new_index,
+        store,
+        bank,
+        job.length,
+        past,
+        owner.transform,
+        owner.duplicate_distance,
+        owner.smallest_index,
+    )

@@ -19,8 +19,9 @@ class HNSWRetriever(PerBankRetriever):
     """A navigable graph for each bank: the fewest keys visited at high recall, the slowest to build.
 
     Keys are centred, mapped by past queries (p = 1/4) and L2-augmented by default; a graph on raw inner products finds
-    next to nothing, since the keys of a head share a large mean. A graph built by several threads differs from run to
-    run; ``num_threads=1`` makes it repeatable.
+    next to nothing, since the keys of a head share a large mean. Where text repeats itself, keys that are nearly the
+    same are linked in once. A graph built by several threads differs from run to run; ``num_threads=1`` makes it
+    repeatable.
 
     Args:
         dim: Head size D.
@@ -37,6 +38,7 @@ class HNSWRetriever(PerBankRetriever):
 
     query_args: ClassVar[tuple[str, ...]] = ("ef_search",)
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.25, l2_augment=True)
+    default_duplicate_distance: ClassVar[float] = 0.002
 
     def __init__(
         self, dim: int, banks: int = 1, *, M: int = 16, ef_construction: int = 200, ef_search: int = 128, **kwargs: Any

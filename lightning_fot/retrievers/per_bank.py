@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.retrievers.answers import Rows, checked_rows, merged_few, stacked
+from lightning_fot.retrievers.answers import Rows, merged_few, stacked
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.building import StoppedError, in_background, submit
 from lightning_fot.retrievers.built import BuildJob, Built
@@ -29,6 +29,7 @@ from lightning_fot.retrievers.store import KeyStore
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05
 _SHARE_TO_REBUILD = 0.5
+_SHARE_TO_REGROUP = 0.25
 _SMALL_BATCH = 16
 
 
@@ -41,8 +42,9 @@ class PerBankRetriever(Retriever):
     implements :meth:`new_index` and names in ``query_args`` what can change without a rebuild.
 
     Class attributes for subclasses: ``incremental`` (whether ``Index.add`` may be called again after a search),
-    ``smallest_index`` (keys an index needs at least), ``default_transform``. The default transform ends in L2
-    augmentation: its keys have one norm, so an inner-product index and an L2 index both rank rightly.
+    ``smallest_index`` (keys an index needs at least), ``default_transform``, ``default_duplicate_distance`` (above 0
+    for graphs, which lose keys among duplicates). The default transform ends in L2 augmentation: its keys have one
+    norm, so an inner-product index and an L2 index both rank rightly.
 
     Args:
         dim: Head size D.
@@ -216,6 +218,8 @@ class PerBankRetriever(Retriever):
             return
         in_place = self.incremental and not self._shares(built)
         share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
+        if built.groups is not None:
+            share = _SHARE_TO_REGROUP  # what repeats itself is built quickly
         if flush or tail > max(self._min_tail, share * built.size):
             self._begin(bank, length, built if in_place and built.still_fits(length) else None, flush)
 
@@ -290,7 +294,7 @@ class PerBankRetriever(Retriever):
     def _search_bank(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Rows (q, at most k) of one bank: index, exact tail and rows set apart merged."""
         built = self._built[bank]
-        if built is None or not len(queries) or 2 * k >= built.size:
+        if built is None or not len(queries) or 2 * k >= built.entries:
             # Asking an index for most of what it has is a scan with detours.
             return self._scan(bank, queries, k)
         built.gate.enter()
@@ -302,11 +306,11 @@ class PerBankRetriever(Retriever):
         if answer is None:
             return self._scan(bank, queries, k)
         tail = self._store.lengths_list[bank] - size
-        if not tail and not len(apart):
+        if not tail and not len(apart) and built.groups is None:
             return torch.from_numpy(answer).to(queries.device)
-        self._stats.rows_scanned += len(queries) * (tail + len(apart) + k)
+        self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
         keys = self._store.flat(bank)
-        if not tail and len(queries) <= _SMALL_BATCH and keys is not None:
+        if not tail and len(apart) and len(queries) <= _SMALL_BATCH and keys is not None:
             return torch.from_numpy(
                 merged_few(queries.numpy(), keys.numpy(), answer, hidden, apart.numpy(), apart_keys.numpy(), k)
             )
@@ -324,7 +328,7 @@ class PerBankRetriever(Retriever):
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
     def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:
-        """Checked rows (q, k) from the index, or None where it failed."""
+        """Checked rows (q, at least k) from the index, or None where it failed."""
         index: Any = built.index
         for name in self.query_args:
             if hasattr(index, name):
@@ -332,8 +336,7 @@ class PerBankRetriever(Retriever):
         if hasattr(index, "threads"):
             index.threads = self.threads_for(len(queries))
         try:
-            answer = index.search(built.transform.queries(queries.cpu()), k)
-            rows, problem = checked_rows(answer, len(queries), k, built.size)
+            rows, problem = built.ask(queries.cpu(), k)
         except (MissingLibraryError, SettingError):
             raise
         except Exception as error:

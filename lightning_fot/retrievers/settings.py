@@ -10,7 +10,7 @@ from lightning_fot.errors import SettingError
 
 SETTING = "model.memory.retriever"
 
-COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size", "build")
+COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size", "build", "duplicate_distance")
 BUILD_WAYS = ("background", "blocking")
 
 # Name -> (smallest, largest or None, None allowed). None means "sized by the backend".
@@ -93,6 +93,11 @@ def check_value(name: str, value: Any, setting: str | None = None) -> None:
     if name == "build":
         if value not in BUILD_WAYS:
             raise SettingError(f"{SETTING}.build", value, "is not known", f"Use {' or '.join(BUILD_WAYS)}.")
+        return
+    if name == "duplicate_distance":
+        good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
+        if not good:
+            raise SettingError(f"{SETTING}.{name}", value, "must lie between 0 and 1", "0 turns it off; try 0.002.")
         return
     if name not in _BOUNDS:
         return

@@ -18,6 +18,7 @@ BANKS, DIM, MOST = 2, 8, 90
 COUNTS = st.lists(st.integers(0, MOST), min_size=BANKS, max_size=BANKS)
 OPERATION = st.one_of(
     st.tuples(st.just("add"), COUNTS),
+    st.tuples(st.just("repeat"), COUNTS),
     st.tuples(st.just("remove"), st.floats(0.01, 0.9)),
     st.tuples(st.just("reset"), st.lists(st.integers(0, BANKS - 1), unique=True)),
     st.tuples(st.just("truncate"), st.floats(0, 1)),
@@ -55,8 +56,10 @@ class Model:
 
     def do(self, name: str, value: Any, generator: torch.Generator) -> Model | None:
         """One operation; the fork, where there is one."""
-        if name == "add":
+        if name in ("add", "repeat"):
             keys = torch.randn(BANKS, MOST, DIM, generator=generator)
+            if name == "repeat":
+                keys = keys[:, torch.arange(MOST) % 9]
             if self.store is not None:
                 self.store.append(keys, value)
             self.retriever.add(keys, value)
