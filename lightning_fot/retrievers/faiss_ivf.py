@@ -42,6 +42,7 @@ class FaissIVFRetriever(PerBankRetriever):
     query_args: ClassVar[tuple[str, ...]] = ("nprobe",)
     smallest_index: ClassVar[int] = _KEYS_A_CELL
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.5)
+    default_duplicate_distance: ClassVar[float] = 0.0
 
     def __init__(
         self, dim: int, banks: int = 1, *, nlist: int | None = None, nprobe: int | None = None, **kwargs: Any

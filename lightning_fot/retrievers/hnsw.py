@@ -38,7 +38,6 @@ class HNSWRetriever(PerBankRetriever):
 
     query_args: ClassVar[tuple[str, ...]] = ("ef_search",)
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.25, l2_augment=True)
-    default_duplicate_distance: ClassVar[float] = 0.002
 
     def __init__(
         self, dim: int, banks: int = 1, *, M: int = 16, ef_construction: int = 200, ef_search: int = 128, **kwargs: Any

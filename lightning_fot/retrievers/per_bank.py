@@ -42,9 +42,9 @@ class PerBankRetriever(Retriever):
     implements :meth:`new_index` and names in ``query_args`` what can change without a rebuild.
 
     Class attributes for subclasses: ``incremental`` (whether ``Index.add`` may be called again after a search),
-    ``smallest_index`` (keys an index needs at least), ``default_transform``, ``default_duplicate_distance`` (above 0
-    for graphs, which lose keys among duplicates). The default transform ends in L2 augmentation: its keys have one
-    norm, so an inner-product index and an L2 index both rank rightly.
+    ``smallest_index`` (keys an index needs at least), ``default_transform``, ``default_duplicate_distance`` (0 for
+    indexes that lose nothing among duplicates, as cells). The default transform ends in L2 augmentation: its keys have
+    one norm, so an inner-product index and an L2 index both rank rightly.
 
     Args:
         dim: Head size D.
@@ -55,6 +55,7 @@ class PerBankRetriever(Retriever):
     incremental: ClassVar[bool] = True
     smallest_index: ClassVar[int] = 1
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.25, l2_augment=True)
+    default_duplicate_distance: ClassVar[float] = 0.002
 
     def __init__(self, dim: int, banks: int = 1, **kwargs: Any) -> None:
         super().__init__(dim, banks, **kwargs)

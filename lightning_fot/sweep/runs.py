@@ -109,7 +109,7 @@ def with_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> di
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared between runs: loss, perplexity at the longest context, accuracy of tasks, recall."""
+    """What is compared between runs: loss, perplexity at the longest context, accuracy of tasks, r_d, recall."""
     training = results.get("training") or {}
     found: dict[str, Any] = {name: training.get(name) for name in ("steps", "tokens", "loss_first", "loss_last")}
     perplexity = results.get("perplexity") or []
@@ -122,6 +122,9 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     for row in tasks:
         if row.get("accuracy") is not None:
             found[f"{row['task']} {row['context_tokens']}, {row['memory']}"] = row["accuracy"]
+    for row in results.get("distraction") or []:
+        if row.get("own_share") is not None:
+            found[f"r_d of {row['documents']} x {row['context_tokens']}, {row['memory']}"] = row["own_share"]
     marked = [row for row in results.get("retrieval") or [] if row.get("configured")]
     if marked:
         found["recall"] = sum(row["recall"] for row in marked) / len(marked)
