@@ -208,7 +208,7 @@ def _measure(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespa
 
     recorded, metadata = load_qk(file), load_metadata(file)
     rows: list[dict[str, Any]] = []
-    with JobProgress() as progress:
+    with JobProgress(first_speed=None) as progress:  # a unit a retriever
         progress.plan([(f"{name}: {_label(spec)}", 1.0) for name in recorded for spec in specs])
         for name, tensors in recorded.items():
             layer = layer_of(name)

@@ -45,7 +45,8 @@ class JobProgress:
         console: Where to write; None makes one on standard error, so that standard output keeps the results.
         every_s: Seconds between plain lines.
         clock: Time source in seconds.
-        first_speed: Token-passes a second assumed before any phase has run.
+        first_speed: Token-passes a second assumed before any phase has run; None where costs are other units, and
+            nothing is said of what is left until a phase has ended.
 
     Example:
         >>> with JobProgress() as progress:  # doctest: +SKIP
@@ -60,7 +61,7 @@ class JobProgress:
         console: Console | None = None,
         every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
-        first_speed: float = 700.0,
+        first_speed: float | None = 700.0,
     ) -> None:
         self._console = console if console is not None else Console(file=sys.stderr)
         self._every = every_s
@@ -158,8 +159,8 @@ class JobProgress:
                 seconds[kind] = seconds.get(kind, 0.0) + phase.seconds
         return seconds
 
-    def remaining(self) -> float:
-        """Estimated seconds left over all phases."""
+    def remaining(self) -> float | None:
+        """Estimated seconds left over all phases; None while there is nothing to tell by."""
         now = self._clock()
         spent = done = 0.0
         for phase in self._phases.values():
@@ -168,6 +169,8 @@ class JobProgress:
             elif phase.started is not None:
                 spent, done = spent + now - phase.started, done + phase.done
         overall = done / spent if done > 0 and spent > 0 else self._first_speed
+        if overall is None:
+            return None
         left = 0.0
         for phase in self._phases.values():
             if phase.finished:
@@ -187,7 +190,8 @@ class JobProgress:
         if phase is None:
             return
         label = f"{phase.name}: {phase.note}" if phase.note else phase.name
-        times = f"{format_seconds(self.elapsed)} gone, about {format_seconds(self.remaining())} left"
+        left = self.remaining()
+        times = f"{format_seconds(self.elapsed)} gone" + ("" if left is None else f", about {format_seconds(left)} left")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=label, completed=self._fraction(), times=times)
             return

@@ -53,7 +53,7 @@ def tune(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace, 
         )
     goal = Goal(options.target_recall, options.budget_ms, options.batch[-1])
     choices = []
-    with JobProgress() as progress:
+    with JobProgress(first_speed=None) as progress:  # a unit a layer
         progress.plan([(layer.name, 1.0) for layer in layers])
         for layer in layers:
             progress.start(layer.name)

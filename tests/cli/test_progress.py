@@ -58,6 +58,20 @@ def test_replanning_keeps_what_is_done() -> None:
     assert progress.remaining() == pytest.approx(1.0)  # only c
 
 
+def test_nothing_is_said_of_what_is_left_before_anything_is_known() -> None:
+    clock, out = _Clock(), io.StringIO()
+    progress = JobProgress(Console(file=out, width=120), clock=clock, first_speed=None)
+    progress.plan([("layer 18", 1.0), ("layer 20", 1.0)])
+    progress.start("layer 18")
+    clock.now += 60
+    progress.advance(0.0, "hnsw")
+    assert progress.remaining() is None
+    assert "left" not in out.getvalue()
+    progress.finish("layer 18")
+    assert progress.remaining() == pytest.approx(60.0)
+    assert "1m00s gone, about 1m00s left" in out.getvalue()
+
+
 def test_plain_lines_come_at_intervals() -> None:
     clock = _Clock()
     progress, out = _progress(clock)
