@@ -175,7 +175,8 @@ def build(
     transform = fit_transform(keys, past, spec)
     hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
     moved, apart, apart_keys = _prepare(keys, transform, hubs)
-    spread = float(moved[:, : keys.shape[1]].square().sum(dim=1).median())
+    own = moved[:, : keys.shape[1]]
+    spread = float((own - own.mean(dim=0)).square().sum(dim=1).median())
     groups = find_duplicates(moved, duplicate_distance * spread)
     if groups is not None and len(groups.first) < smallest:
         groups = None

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_fot.retrievers.building import check_job
+
 _SAMPLE = 512
 _BLOCK = 1024
 _LEAST_SHARE = (
@@ -92,6 +94,7 @@ def find_duplicates(vectors: Tensor, distance: float) -> Groups | None:
     cell = torch.cat([_score(part, pivots).argmax(dim=1) for part in torch.split(vectors, _BLOCK)])
     order = cell.argsort(stable=True)
     for rows in torch.split(order, cell.bincount(minlength=len(pivots)).tolist()):
+        check_job()
         if len(rows):
             group[rows] = rows[_first_alike(vectors[rows], distance)]
     first, inverse = torch.unique(group, return_inverse=True)

@@ -111,6 +111,14 @@ def test_a_graph_finds_what_stands_alone_among_duplicates() -> None:
     torch.testing.assert_close(alone, found[:8], rtol=1e-3, atol=1e-3)
 
 
+def test_a_large_mean_makes_no_duplicates() -> None:
+    keys, queries = real_qk()["L20h1"]["keys"], real_qk()["L20h1"]["queries"]
+    far = keys + 100 * keys.mean(dim=1, keepdim=True)
+    retriever = filled(far, queries, transform="none", ef_search=256)
+    # Indexed as they are: the graph is as large as one that was told to take them all.
+    assert retriever.nbytes == filled(far, queries, transform="none", duplicate_distance=0).nbytes
+
+
 def test_groups_are_made_anew_when_a_bank_grows() -> None:
     keys, queries, past = filler_and_needles()
     retriever = filled(keys[:, :3000], past)
