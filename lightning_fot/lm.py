@@ -19,10 +19,8 @@ from lightning_fot.backbone import Attachment
 from lightning_fot.cache import MemoryCache
 from lightning_fot.config import MemoryConfig
 from lightning_fot.crossbatch import RowTable
-from lightning_fot.dilated_pass import read_dilated
-from lightning_fot.documents import TokensRead
 from lightning_fot.errors import SettingError
-from lightning_fot.generation import check_options, forward_cached, generate, read_cached, while_generating
+from lightning_fot.generation import check_options, generate, read_cached, while_generating
 from lightning_fot.inputs import (
     check_count,
     check_has_memory,
@@ -35,10 +33,11 @@ from lightning_fot.inputs import (
 )
 from lightning_fot.logits import LogitsCollector
 from lightning_fot.memory import Memory, MemoryShape
-from lightning_fot.passes import CollectPass, CrossbatchPass, Pass, Recorder, WindowPass
+from lightning_fot.passes import CollectPass, CrossbatchPass, Pass, Recorder
 from lightning_fot.persistence import fingerprint, load_memory
 from lightning_fot.rectified import RectifiedPass
 from lightning_fot.saving import save_attached
+from lightning_fot.window_reading import read_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +61,9 @@ class MemoryLM:
     Args:
         attachment: The hooks on the backbone.
         config: How the memory is read.
+
+    Attributes:
+        recorder: What passes note while ``record_queries`` or ``record_attention`` is open.
     """
 
     def __init__(self, attachment: Attachment, config: MemoryConfig) -> None:
@@ -69,7 +71,7 @@ class MemoryLM:
         self.model = attachment.model
         self.config = config
         self._fingerprint = partial(fingerprint, self)
-        self._recorder: Recorder | None = None
+        self.recorder: Recorder | None = None
         self.gates = nn.ParameterDict()
         if config.integration == "gate":
             for index in attachment.memory_layers:
@@ -199,7 +201,7 @@ class MemoryLM:
         elif not update_memory:
             memory = memory.snapshot()
         collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
-        for logits in self._read(ids, memory, lengths, places is not None, collector.read_from):
+        for logits in read_windows(self, ids, memory, lengths, places is not None, collector.read_from):
             collector.add(logits)
         output = MemoryLMOutput(loss=collector.loss(), logits=collector.logits())
         output.memory = memory
@@ -239,7 +241,7 @@ class MemoryLM:
             memory.log.begin(names)
         try:
             with _reporter(progress, ids.numel()) as report:
-                for _ in self._read(ids, memory, lengths, places is not None, ids.shape[1], report):
+                for _ in read_windows(self, ids, memory, lengths, places is not None, ids.shape[1], report):
                     pass
         finally:
             if document is not None:
@@ -294,7 +296,7 @@ class MemoryLM:
             )
         kept = self.new_memory(len(ids)) if memory is None else memory
         config = while_generating(self.config)
-        cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self._recorder)
+        cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
         read_prompt = partial(self._read_prompt, ids, lengths, cache)
         generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
         if update_memory:
@@ -308,7 +310,7 @@ class MemoryLM:
         if last is not None and int(lengths.max()) > self.config.window:
             before = torch.where(lengths > self.config.window, lengths - last, 0)
             longest = int(before.max())
-            for _ in self._read(ids[:, :longest], cache.memory, before, True, longest):
+            for _ in read_windows(self, ids[:, :longest], cache.memory, before, True, longest):
                 pass
             places = torch.arange(ids.shape[1] - int(before.min())) + before[:, None]
             ids = ids.gather(1, places.clamp_max(ids.shape[1] - 1).to(ids.device))
@@ -377,11 +379,11 @@ class MemoryLM:
             By layer, a list of (B·G, R·T, D) tensors, one a window, rotated as searched; bank = row · G + KV head.
         """
         queries: dict[int, list[Tensor]] = {}
-        outer, self._recorder = self._recorder, replace(self._recorder or Recorder(), queries=queries)
+        outer, self.recorder = self.recorder, replace(self.recorder or Recorder(), queries=queries)
         try:
             yield queries
         finally:
-            self._recorder = outer
+            self.recorder = outer
 
     @contextmanager
     def record_attention(self) -> Iterator[AttentionTrace]:
@@ -391,48 +393,11 @@ class MemoryLM:
             ``with lm.record_attention() as trace: lm.generate(ids, memory)``, then ``trace.passages(memory)``.
         """
         trace = AttentionTrace()
-        outer, self._recorder = self._recorder, replace(self._recorder or Recorder(), attention=trace)
+        outer, self.recorder = self.recorder, replace(self.recorder or Recorder(), attention=trace)
         try:
             yield trace
         finally:
-            self._recorder = outer
-
-    def _read(
-        self,
-        ids: Tensor,
-        memory: Memory,
-        lengths: Tensor,
-        ragged: bool,
-        keep_from: int,
-        report: Callable[[int], None] = lambda tokens: None,
-    ) -> Iterator[Tensor]:
-        """Reads (B, T) ids window by window; yields the logits of tokens from ``keep_from`` on."""
-        length = ids.shape[1]
-        if self.config.segments:
-            for read, logits in read_dilated(self, ids, length - keep_from):
-                if logits is not None:
-                    yield logits
-                report(len(ids) * read)
-            return
-        if self.config.overlap or self.config.sink_tokens:
-            cache = MemoryCache(memory, self.config, len(self.attachment.attentions), recorder=self._recorder)
-            cache.ends = lengths
-            while cache.seen < length:
-                start, stop = cache.seen, min(length, cache.seen + cache.room)
-                logits = forward_cached(self.model, ids[:, start:stop], cache, stop - max(start, keep_from))
-                if logits is not None:
-                    yield logits
-                report(ids[:, start:stop].numel())
-            cache.finish()
-            return
-        for start in range(0, length, self.config.window):
-            part = ids[:, start : start + self.config.window]
-            counts = (lengths - start).clamp(0, part.shape[1]) if ragged else None
-            wanted = min(part.shape[1], start + part.shape[1] - keep_from)
-            logits = self._read_window(part, memory, counts, max(0, wanted))
-            if logits is not None:
-                yield logits
-            report(part.numel())
+            self.recorder = outer
 
     def _rows(
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None
@@ -455,23 +420,6 @@ class MemoryLM:
             dtype,
             self.device,
         )
-
-    def _read_window(self, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int) -> Tensor | None:
-        """One window beside the memory, then into it. Logits (B, logits_to_keep, V); None for 0."""
-        if not self.memory_layers and logits_to_keep == 0:
-            return None
-        stop = self.memory_layers[-1] if logits_to_keep == 0 else None
-        places = torch.arange(ids.shape[1])
-        valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
-        current = WindowPass(memory, self.config.top_k, stop, self._recorder, None if counts is None else valid)
-        logits: Tensor | None = None
-        with self.attachment.during(self.rectified(ids.shape[1]) or current):
-            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
-        skip = min(self.config.skip_window_start, ids.shape[1])
-        pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}
-        stored = None if counts is None else (counts - skip).clamp_min(0)
-        memory.append(pairs, stored, TokensRead(ids, valid, valid & (places >= skip)))
-        return logits
 
 
 @contextmanager
