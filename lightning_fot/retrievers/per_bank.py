@@ -29,7 +29,8 @@ from lightning_fot.retrievers.store import KeyStore
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05
 _SHARE_TO_REBUILD = 0.5
-_SHARE_TO_REGROUP = 0.25
+# An index of groups is not extended. Where they are few it is built quickly; while it is not, its tail is scanned.
+_SHARE_TO_REGROUP, _SHARE_OF_FEW_GROUPS = 0.25, 0.1
 _SMALL_BATCH = 16
 
 
@@ -220,7 +221,7 @@ class PerBankRetriever(Retriever):
         in_place = self.incremental and not self._shares(built)
         share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
         if built.groups is not None:
-            share = _SHARE_TO_REGROUP  # what repeats itself is built quickly
+            share = _SHARE_OF_FEW_GROUPS if 4 * built.entries < built.size else _SHARE_TO_REGROUP
         if flush or tail > max(self._min_tail, share * built.size):
             self._begin(bank, length, built if in_place and built.still_fits(length) else None, flush)
 
