@@ -46,7 +46,7 @@ class JobProgress:
         every_s: Seconds between plain lines.
         clock: Time source in seconds.
         first_speed: Token-passes a second assumed before any phase has run; None where costs are other units, and
-            nothing is said of what is left until a phase has ended.
+            nothing is said of what is left until some of it is done.
 
     Example:
         >>> with JobProgress() as progress:  # doctest: +SKIP

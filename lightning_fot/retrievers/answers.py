@@ -55,12 +55,12 @@ def stacked(parts: list[Tensor]) -> Tensor:
 def merged_few(
     queries: Floats, keys: Floats, rows: Rows, hidden: Flags, apart: Rows, apart_keys: Floats, k: int
 ) -> Rows:
-    """Rows (q, k) of an index merged with rows set apart, by exact scores: for a few queries, where calls cost most.
+    """Rows (q, at most k) of an index merged with rows set apart, by exact scores: for a few queries.
 
     Args:
         queries: (q, D).
         keys: (n, D) of the bank.
-        rows: (q, k) from the index, -1 where there is none.
+        rows: (q, w) candidates, -1 where there is none.
         hidden: (n,), True for rows set apart.
         apart: (h,) the same rows, at least one.
         apart_keys: (h, D).

@@ -46,8 +46,8 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             and keys that no index covers yet are scanned. ``"blocking"``: the search that finds too many of them builds
             and waits, so that what is found never depends on the time.
         duplicate_distance: Where a bank repeats itself, keys at most so far apart are indexed once (squared distance
-            after the transform, as a share of the median one from their mean). 0 keeps them all; None is what suits
-            the backend (``default_duplicate_distance``): graphs need it, cells do not.
+            after the transform, as a share of the largest from their mean). 0 keeps them all; None is what suits
+            the backend (``default_duplicate_distance``): graphs need it, cells do not, exact search has no use for it.
 
     Raises:
         SettingError: An argument is out of its range.

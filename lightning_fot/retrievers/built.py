@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_fot.retrievers.answers import Rows, checked_rows
 from lightning_fot.retrievers.building import Gate, Job, StoppedError
-from lightning_fot.retrievers.duplicates import Groups, find_duplicates
+from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach, repeats
 from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
@@ -46,7 +46,7 @@ class Index(Protocol):
 class Built:
     """An index over rows 0..size-1. Nobody begins to extend it while several retrievers own it.
 
-    ``size``, ``apart`` and ``apart_keys`` change together with the index, behind the gate.
+    ``size``, ``apart``, ``apart_keys`` and ``groups`` change together with the index, behind the gate.
 
     Attributes:
         index: What the backend made.
@@ -54,11 +54,12 @@ class Built:
         hubs: Finds keys to set apart; None without a transform.
         size: Rows it covers.
         trained_at: Rows it was built from.
-        apart: (h,) int64, sorted: rows that the index holds but is not asked for, hubs and outliers, scored exactly in
-            every search.
+        apart: (h,) int64, sorted: rows that the index is not asked for, hubs and outliers, scored exactly in every
+            search.
         apart_keys: (h, D) float32.
-        groups: Rows that are nearly the same, of which the index holds one; None where it holds them all. An index of
-            groups is not extended but built anew.
+        same: Squared distance within which transformed keys count as the same; 0 where that is not asked for.
+        groups: Rows but those apart, by kinds of the same, of which the index holds one each; None where it holds every
+            row.
         hidden: (n,) bool, n at least ``size``: True for rows in ``apart``. Replaced when rows come, never changed.
         broken: An extension failed half-way: the index cannot be used.
         owners: Retrievers that answer with it.
@@ -72,14 +73,18 @@ class Built:
     trained_at: int
     apart: Tensor
     apart_keys: Tensor
+    same: float = 0.0
     groups: Groups | None = None
     broken: bool = False
     owners: WeakSet[object] = field(default_factory=WeakSet)
     gate: Gate = field(default_factory=Gate)
     hidden: NDArray[np.bool_] = field(init=False)
+    _repeated: int = 0  # rows taken in that repeat each other, though the index has no groups
+    _held: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.hidden = _flags(self.size, self.apart)
+        self._held = len(self.groups.first) if self.groups else self.size
 
     @property
     def nbytes(self) -> int:
@@ -88,59 +93,88 @@ class Built:
         return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes + groups
 
     @property
-    def entries(self) -> int:
-        """Vectors that the index holds."""
-        return len(self.groups.first) if self.groups else self.size
+    def extendable(self) -> bool:
+        """Whether new rows can be taken in; where there are too many groups to compare with, they cannot."""
+        return self.groups is None or self.groups.vectors is not None
 
     def ask(self, queries: Tensor, k: int) -> tuple[Rows, str | None]:
-        """Ask the index, which knows at least k entries.
+        """Ask the index, which knows at least k vectors.
 
         Args:
             queries: (q, D) float32 on the CPU, not transformed.
             k: Neighbours wanted.
 
         Returns:
-            Rows (q, k), with groups up to (q, 8 k), -1 where there are fewer, and why they cannot be used; None when
-            they can.
+            Row numbers (q, k), or numbers of groups where there are, -1 where there are fewer; and why they cannot be
+            used, None when they can.
         """
-        rows, problem = checked_rows(
-            self.index.search(self.transform.queries(queries), k), len(queries), k, self.entries
-        )
-        return (rows if problem or self.groups is None else self.groups.rows(rows, k)), problem
+        found = self.index.search(self.transform.queries(queries), k)
+        rows, problem = checked_rows(found, len(queries), k, self._held)
+        if problem is None and self.groups is not None and self._held > len(self.groups.first):
+            rows[rows >= len(self.groups.first)] = -1  # an extension is at work
+        return rows, problem
 
     def still_fits(self, length: int) -> bool:
-        """Whether what was learned at training (cells, mean, radius) suits a bank of ``length`` keys."""
-        return self.groups is None and length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
+        """Whether what was learned at training (cells, mean, radius, groups) suits a bank of ``length`` keys."""
+        if not self.extendable or 3 * self._repeated > self.size:
+            return False
+        return length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
 
     def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
         """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
 
         Raises:
-            StoppedError: The job is not wanted any more; what was taken in until then counts.
+            StoppedError: The job is not wanted any more; what was taken in until then counts, but for groups.
             Exception: What the index raised; it cannot be used any more.
         """
         done = self.size
         moved, apart, apart_keys = _prepare(store.rows(bank, done, length).cpu(), self.transform, self.hubs)
-        vectors, first, step = moved.numpy(), done, _FIRST_STEP
+        flags = _flags(length - done, apart)
         # From ``done`` on anew: an extension that ended early may have left flags there.
-        self.hidden = np.concatenate((self.hidden[:done], _flags(length - done, apart)))
-        while done < length:
+        self.hidden = np.concatenate((self.hidden[:done], flags))
+
+        def take(start: int, end: int) -> None:
+            inside = (apart >= start) & (apart < end)
+            if bool(inside.any()):
+                self.apart = torch.cat((self.apart, apart[inside] + done))
+                self.apart_keys = torch.cat((self.apart_keys, apart_keys[inside]))
+            self.size = done + end
+
+        if self.groups is None:
+            if self.same and repeats(moved, self.same):
+                self._repeated += len(moved)
+            for start, end in self._added(moved, job):
+                take(start, end)
+            return
+        others = np.flatnonzero(~flags)
+        groups, new = self.groups.extended(others + done, moved[torch.from_numpy(others)])
+        try:
+            for _ in self._added(new, job):
+                pass
+        except BaseException:
+            self.broken = True  # it holds vectors of no group
+            raise
+        with self.gate:
+            self.groups = groups
+            take(0, length - done)
+
+    def _added(self, vectors: Tensor, job: Job) -> Iterator[tuple[int, int]]:
+        """Adds vectors to the index, some at a time; yields which, behind the gate."""
+        done, step, given = 0, _FIRST_STEP, vectors.numpy()
+        while done < len(given):
             job.check()
-            end = min(length, done + step)
-            inside = (apart >= done - first) & (apart < end - first)
+            end = min(len(given), done + step)
             with self.gate:
                 began = perf_counter()
                 try:
-                    self.index.add(vectors[done - first : end - first])
+                    self.index.add(given[done:end])
                 except BaseException:
                     self.broken = True
                     raise
-                if bool(inside.any()):
-                    self.apart = torch.cat((self.apart, apart[inside] + first))
-                    self.apart_keys = torch.cat((self.apart_keys, apart_keys[inside]))
-                self.size = done = end
+                self._held += end - done
+                yield done, end
                 share = _STEP_SECONDS / max(1e-6, perf_counter() - began)
-            step = int(min(_MOST_A_STEP, max(_LEAST_A_STEP, step * min(4.0, share))))
+            step, done = int(min(_MOST_A_STEP, max(_LEAST_A_STEP, step * min(4.0, share)))), end
 
 
 def _flags(size: int, rows: Tensor) -> NDArray[np.bool_]:
@@ -175,14 +209,14 @@ def build(
     transform = fit_transform(keys, past, spec)
     hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
     moved, apart, apart_keys = _prepare(keys, transform, hubs)
-    own = moved[:, : keys.shape[1]]
-    spread = float((own - own.mean(dim=0)).square().sum(dim=1).median())
-    groups = find_duplicates(moved, duplicate_distance * spread)
+    same = reach(moved, duplicate_distance)
+    others = torch.from_numpy(np.flatnonzero(~_flags(length, apart)))
+    groups = find_duplicates(moved[others], same, others.numpy()) if same else None
     if groups is not None and len(groups.first) < smallest:
         groups = None
     index = new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
-    return Built(index, transform, hubs, length, length, apart, apart_keys, groups)
+    return Built(index, transform, hubs, length, length, apart, apart_keys, same, groups)
 
 
 def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from lightning_fot.retrievers.building import StoppedError, in_background, submi
 from lightning_fot.retrievers.built import BuildJob, Built
 from lightning_fot.retrievers.built import Index as Index
 from lightning_fot.retrievers.checks import checked_banks
+from lightning_fot.retrievers.duplicates import Groups
 from lightning_fot.retrievers.reservoir import QueryReservoir
 from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
 from lightning_fot.retrievers.settings import TransformSpec
@@ -29,8 +30,6 @@ from lightning_fot.retrievers.store import KeyStore
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05
 _SHARE_TO_REBUILD = 0.5
-# An index of groups is not extended. Where they are few it is built quickly; while it is not, its tail is scanned.
-_SHARE_TO_REGROUP, _SHARE_OF_FEW_GROUPS = 0.25, 0.1
 _SMALL_BATCH = 16
 
 
@@ -56,7 +55,7 @@ class PerBankRetriever(Retriever):
     incremental: ClassVar[bool] = True
     smallest_index: ClassVar[int] = 1
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.25, l2_augment=True)
-    default_duplicate_distance: ClassVar[float] = 0.002
+    default_duplicate_distance: ClassVar[float] = 0.0008
 
     def __init__(self, dim: int, banks: int = 1, **kwargs: Any) -> None:
         super().__init__(dim, banks, **kwargs)
@@ -219,9 +218,8 @@ class PerBankRetriever(Retriever):
         if tail <= 0:
             return
         in_place = self.incremental and not self._shares(built)
+        in_place = in_place and built.extendable
         share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
-        if built.groups is not None:
-            share = _SHARE_OF_FEW_GROUPS if 4 * built.entries < built.size else _SHARE_TO_REGROUP
         if flush or tail > max(self._min_tail, share * built.size):
             self._begin(bank, length, built if in_place and built.still_fits(length) else None, flush)
 
@@ -296,19 +294,25 @@ class PerBankRetriever(Retriever):
     def _search_bank(self, bank: int, queries: Tensor, k: int) -> Tensor:
         """Rows (q, at most k) of one bank: index, exact tail and rows set apart merged."""
         built = self._built[bank]
-        if built is None or not len(queries) or 2 * k >= built.entries:
+        if built is None or not len(queries) or 2 * k >= built.size:
             # Asking an index for most of what it has is a scan with detours.
             return self._scan(bank, queries, k)
         built.gate.enter()
         try:
             size, apart, apart_keys, hidden = built.size, built.apart, built.apart_keys, built.hidden
-            answer = self._ask(built, queries, k)
+            groups = built.groups
+            few = groups is not None and 2 * k >= len(groups.first)
+            answer = None if few else self._ask(built, queries, k)
         finally:
             built.gate.leave()
+        if groups is not None and few:
+            answer = np.broadcast_to(np.arange(len(groups.first)), (len(queries), len(groups.first)))
         if answer is None:
             return self._scan(bank, queries, k)
+        if groups is not None:
+            answer = self._members(bank, groups, queries, answer, k)
         tail = self._store.lengths_list[bank] - size
-        if not tail and not len(apart) and built.groups is None:
+        if not tail and not len(apart) and groups is None:
             return torch.from_numpy(answer).to(queries.device)
         self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
         keys = self._store.flat(bank)
@@ -329,8 +333,14 @@ class PerBankRetriever(Retriever):
             found.append(topk_blocks(queries, self._store.scan(bank, size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
+    def _members(self, bank: int, groups: Groups, queries: Tensor, found: Rows, k: int) -> Rows:
+        """Candidate rows (q, w) of groups (q, m) that were found, those of the best first key before the others."""
+        first = torch.from_numpy(np.where(found < 0, -1, groups.first.take(found))).to(queries.device)
+        order = rescore(queries, partial(self._store.take, bank), first).argsort(dim=1, descending=True)
+        return groups.rows(np.take_along_axis(found, order.cpu().numpy(), axis=1), k)
+
     def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:
-        """Checked rows (q, at least k) from the index, or None where it failed."""
+        """Checked rows or groups (q, k) from the index, or None where it failed."""
         index: Any = built.index
         for name in self.query_args:
             if hasattr(index, name):

@@ -97,7 +97,7 @@ def check_value(name: str, value: Any, setting: str | None = None) -> None:
     if name == "duplicate_distance":
         good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
         if not good:
-            raise SettingError(f"{SETTING}.{name}", value, "must lie between 0 and 1", "0 turns it off; try 0.002.")
+            raise SettingError(f"{SETTING}.{name}", value, "must lie between 0 and 1", "0 turns it off; try 0.001.")
         return
     if name not in _BOUNDS:
         return

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers import Retriever, create_retriever
-from lightning_fot.retrievers.duplicates import Groups, find_duplicates
+from lightning_fot.retrievers import PerBankRetriever, Retriever, create_retriever
+from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach
 from lightning_fot.testing import real_qk
 
 
@@ -31,7 +31,8 @@ def test_groups_hold_every_row_once_and_only_what_is_alike(kinds: int, copies: i
     assert groups is not None
     assert sorted(groups.members.tolist()) == list(range(len(vectors)))
     assert groups.counts.sum() == len(vectors)
-    for first, start, count in zip(groups.first, groups.starts, groups.counts, strict=True):
+    starts = np.cumsum(groups.counts) - groups.counts
+    for first, start, count in zip(groups.first, starts, groups.counts, strict=True):
         rows = groups.members[start : start + count]
         assert rows[0] == first
         assert bool(((vectors[rows] - vectors[first]).square().sum(dim=1) <= 0.1 + 1e-4).all())
@@ -43,6 +44,7 @@ def test_text_that_does_not_repeat_itself_is_left_alone() -> None:
     keys = real_qk()["L20h1"]["keys"][0].float()
     spread = float((keys - keys.mean(dim=0)).square().sum(dim=1).median())
     assert find_duplicates(keys, 0.002 * spread) is None
+    assert find_duplicates(keys, reach(keys, 0.0008)) is None
     assert find_duplicates(keys[:1].repeat(500, 1), 0.0) is None
     assert find_duplicates(keys[:1], 1.0) is None
     # One in ten: a sample sees them, and they are too few to be worth it.
@@ -52,19 +54,58 @@ def test_text_that_does_not_repeat_itself_is_left_alone() -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_rows_of_groups_are_those_of_a_loop(data: st.DataObject) -> None:
-    counts = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
-    k = data.draw(st.integers(1, len(counts)))
+    counts = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=12))
+    m, k = data.draw(st.integers(1, len(counts))), data.draw(st.integers(1, 40))
     chosen = data.draw(st.lists(st.permutations([*range(len(counts)), -1]), min_size=0, max_size=4))
-    members = data.draw(st.permutations(range(sum(counts))))
+    members = np.random.default_rng(len(counts)).permutation(sum(counts))
     starts = np.cumsum([0, *counts[:-1]])
-    groups = Groups(np.asarray(members)[starts], np.asarray(members), starts, np.asarray(counts))
-    found = groups.rows(np.asarray([line[:k] for line in chosen], dtype=np.int64).reshape(-1, k), k)
+    groups = Groups(members[starts], members, np.asarray(counts), 0.0, None)
+    found = groups.rows(np.asarray([line[:m] for line in chosen], dtype=np.int64).reshape(-1, m), k)
+    most = max(k, 32)
     want = []
     for line in chosen:
-        rows = [row for group in line[:k] if group >= 0 for row in members[starts[group] :][: min(counts[group], k)]]
-        want.append(rows[: 8 * k])
-    assert k <= found.shape[1] <= 8 * k
+        rows: list[int] = []
+        for group in line[:m]:
+            if group >= 0:
+                taken = min(counts[group], most)
+                rows += [int(members[starts[group] + place * counts[group] // taken]) for place in range(taken)]
+        want.append(rows[: 8 * most])
     assert [[row for row in line if row >= 0] for line in found.tolist()] == want
+    assert all(len(set(line)) == len(line) for line in want)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8, 0.98, 1.0])
+def test_a_kind_that_most_keys_belong_to_does_not_shrink_the_scale(share: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(4000, 16, generator=generator)
+    copies = int(share * len(vectors))
+    vectors[:copies] = vectors[0] + 1e-3 * torch.randn(copies, 16, generator=generator)
+    groups = find_duplicates(vectors, reach(vectors, 0.0008))
+    if share == 1.0:
+        assert groups is None  # nothing else tells how far apart is far
+        assert find_duplicates(vectors[:1].repeat(500, 1), reach(vectors[:1].repeat(500, 1), 0.0008)) is not None
+    else:
+        assert groups is not None
+        assert len(groups.first) == len(vectors) - copies + 1
+
+
+@pytest.mark.parametrize("new", [repeated(20, 10, 0.001), repeated(20, 10, 0.001, seed=5), torch.zeros(0, 16)])
+def test_more_rows_join_their_kind_or_begin_one(new: Tensor) -> None:
+    old = repeated(20, 50, 0.001)
+    groups = find_duplicates(old, 0.1)
+    assert groups is not None
+    every = torch.cat((old, new))
+    rows = len(old) + 7 + np.arange(len(new)) * 2  # those between are set apart
+    more, added = groups.extended(rows, new)
+    number = {**{row: row for row in range(len(old))}, **dict(zip(rows.tolist(), range(len(old), 10**6), strict=False))}
+    assert sorted(more.members.tolist()) == sorted(number)
+    assert len(added) == len(more.first) - len(groups.first)
+    assert 20 <= len(more.first) <= 44
+    starts = np.cumsum(more.counts) - more.counts
+    for first, start, count in zip(more.first, starts, more.counts, strict=True):
+        kind = [number[row] for row in more.members[start : start + count].tolist()]
+        assert kind[0] == number[int(first)]
+        assert bool(((every[kind] - every[kind[0]]).square().sum(dim=1) <= 0.1 + 1e-4).all())
 
 
 def filler_and_needles() -> tuple[Tensor, Tensor, Tensor]:
@@ -119,16 +160,87 @@ def test_a_large_mean_makes_no_duplicates() -> None:
     assert retriever.nbytes == filled(far, queries, transform="none", duplicate_distance=0).nbytes
 
 
-def test_groups_are_made_anew_when_a_bank_grows() -> None:
+def test_groups_grow_with_their_bank() -> None:
     keys, queries, past = filler_and_needles()
-    retriever = filled(keys[:, :3000], past)
-    shares = []
-    for start in range(3000, keys.shape[1], 200):
+    retriever = filled(keys[:, :3500], past)
+    for start in range(3500, keys.shape[1], 200):
         retriever.add(keys[:, start : start + 200])
-        shares.append(share_found(retriever, keys[:, : start + 200], queries).min())
-    assert min(shares) > 0.9
-    assert 2 <= retriever.stats().rebuilds <= 10
-    assert int(retriever.indexed[0]) > 3000
+        assert float(share_found(retriever, keys[:, : start + 200], queries).min()) > 0.9
+    for last in range(10):  # nor is it built anew for a key
+        retriever.add(keys[:, last : last + 1])
+        retriever.flush()
+    assert retriever.stats().rebuilds == 1
+    assert int(retriever.indexed[0]) == keys.shape[1] + 10
+
+
+def test_filler_that_comes_later_is_noticed() -> None:
+    qk = real_qk()["L20h1"]
+    filler, queries, past = filler_and_needles()
+    keys = torch.cat((qk["keys"][:, 200:1700], filler), 1)
+    retriever = filled(keys[:, :1500], past)
+    for start in range(1500, keys.shape[1], 600):
+        retriever.add(keys[:, start : start + 600])
+        retriever.flush()
+    assert float(share_found(retriever, keys, queries).min()) > 0.85
+    assert retriever.nbytes < 0.7 * filled(keys, past, duplicate_distance=0).nbytes
+
+
+def test_a_few_kinds_are_ranked_without_looking_at_all_their_keys() -> None:
+    keys, queries, past = filler_and_needles()
+    few = keys[:, :6000]  # thirty kinds
+    retriever = filled(few, past)
+    assert float(share_found(retriever, few, queries).min()) > 0.9
+    assert retriever.stats().rows_scanned < 2000 * queries.shape[1]
+
+
+def test_removing_the_oldest_keys_of_a_kind_starts_no_scans() -> None:
+    keys, queries, past = filler_and_needles()
+    retriever = filled(keys, past, duplicate_distance=0.0008)
+    retriever.remove([torch.arange(600)])
+    before = retriever.stats().rows_scanned
+    rows = retriever.search(queries, 8)
+    assert bool((rows >= 600).all())
+    assert retriever.stats().rows_scanned - before < 2000 * queries.shape[1]
+
+
+class Unordered(PerBankRetriever):
+    """An index whose answers are right, but in the order of their rows."""
+
+    def new_index(self, dim: int) -> Any:
+        class Index:
+            keys = np.zeros((0, dim), dtype=np.float32)
+
+            def add(self, keys: Any) -> None:
+                self.keys = np.concatenate((self.keys, keys))
+
+            def search(self, queries: Any, k: int) -> Any:
+                return np.sort(np.argpartition(-(queries @ self.keys.T), k, axis=1)[:, :k], axis=1)
+
+        return Index()
+
+
+def test_an_index_may_answer_in_any_order() -> None:
+    keys, queries, past = filler_and_needles()
+    retriever = create_retriever(Unordered, dim=64, min_index_size=256, build="blocking")
+    retriever.observe(past)
+    retriever.add(keys)
+    assert float(share_found(retriever, keys, queries).min()) > 0.95
+
+
+def test_graphs_of_banks_that_grow_in_the_background() -> None:
+    keys, queries, past = filler_and_needles()
+    retriever = filled(keys[:, :3000], past, build="background")
+    for start in range(3000, keys.shape[1], 130):
+        retriever.add(keys[:, start : start + 130].to(torch.bfloat16))
+        fork = retriever.fork()
+        rows = retriever.search(queries, 8)
+        assert bool((rows < start + 130).all())
+        assert bool((rows >= 0).all())
+        assert bool((fork.search(queries, 8) < start + 130).all())
+        del fork
+    retriever.flush()
+    assert retriever.stats().fallbacks == 0
+    assert float(share_found(retriever, keys.to(torch.bfloat16).float(), queries).min()) > 0.85
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "many", True])

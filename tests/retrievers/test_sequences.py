@@ -59,7 +59,7 @@ class Model:
         if name in ("add", "repeat"):
             keys = torch.randn(BANKS, MOST, DIM, generator=generator)
             if name == "repeat":
-                keys = keys[:, torch.arange(MOST) % 9]
+                keys = keys[:, torch.arange(MOST) % 30]
             if self.store is not None:
                 self.store.append(keys, value)
             self.retriever.add(keys, value)
