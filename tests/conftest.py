@@ -12,9 +12,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side (pyproject.toml): more threads would only get in their way.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A suite started in the background of a shell (`pytest &`) is deaf to SIGINT, and so would be the processes that
+# tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
