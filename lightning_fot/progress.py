@@ -191,9 +191,9 @@ class JobProgress:
             return
         label = f"{phase.name}: {phase.note}" if phase.note else phase.name
         left = self.remaining()
-        times = f"{format_seconds(self.elapsed)} gone" + (
-            "" if left is None else f", about {format_seconds(left)} left"
-        )
+        times = f"{format_seconds(self.elapsed)} gone"
+        if left is not None:
+            times += f", about {format_seconds(left)} left"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=label, completed=self._fraction(), times=times)
             return

@@ -116,9 +116,8 @@ class Built:
 
     def still_fits(self, length: int) -> bool:
         """Whether what was learned at training (cells, mean, radius, groups) suits a bank of ``length`` keys."""
-        if not self.extendable or 3 * self._repeated > self.size:
-            return False
-        return length < 2 * self.trained_at and len(self.apart) <= 64 + self.size // 32
+        few_apart, few_repeated = len(self.apart) <= 64 + self.size // 32, 3 * self._repeated <= self.size
+        return length < 2 * self.trained_at and few_apart and few_repeated
 
     def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
         """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
@@ -141,10 +140,10 @@ class Built:
             self.size = done + end
 
         if self.groups is None:
-            if self.same and repeats(moved, self.same):
-                self._repeated += len(moved)
+            again = bool(self.same) and repeats(moved, self.same)
             for start, end in self._added(moved, job):
                 take(start, end)
+                self._repeated += again * (end - start)
             return
         others = np.flatnonzero(~flags)
         groups, new = self.groups.extended(others + done, moved[torch.from_numpy(others)])

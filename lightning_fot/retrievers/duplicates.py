@@ -62,7 +62,7 @@ class Groups:
         """Rows of the groups that were found: of each as many as can be among the k best, from old to new evenly.
 
         Args:
-            groups: (q, m) group numbers, best first; -1 where there is none.
+            groups: (q, m) group numbers, m at least 1, best first; -1 where there is none.
             k: Neighbours wanted.
 
         Returns:
@@ -73,7 +73,7 @@ class Groups:
         every = np.where(groups < 0, 0, self.counts.take(groups))
         counts = np.minimum(every, most)
         ends = counts.cumsum(axis=1)
-        width = min(_KINDS * most, int(ends[:, -1].max(initial=0))) if groups.shape[1] else 0
+        width = min(_KINDS * most, int(ends[:, -1].max(initial=0)))
         slots = np.arange(width)
         # The group of a slot is the first that ends behind it.
         wanted = torch.from_numpy(np.broadcast_to(slots, (len(groups), width)).copy())
@@ -158,8 +158,7 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
     if len(first) > _MOST_KINDS * len(vectors):
         return None
     numbers = np.arange(len(vectors)) if rows is None else rows
-    kept = vectors[first] if len(first) <= _EXTENDABLE else None
-    return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, kept)
+    return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, vectors[first])
 
 
 def repeats(vectors: Tensor, distance: float) -> bool:
@@ -182,12 +181,11 @@ def _groups(
     members: NDArray[np.int64],
     of_member: NDArray[np.int64],
     distance: float,
-    vectors: Tensor | None,
+    vectors: Tensor,
 ) -> Groups:
-    if vectors is not None and len(vectors) > _EXTENDABLE:
-        vectors = None
     order = of_member.argsort(kind="stable")
-    return Groups(first, members[order], np.bincount(of_member, minlength=len(first)), distance, vectors)
+    kept = vectors if len(vectors) <= _EXTENDABLE else None
+    return Groups(first, members[order], np.bincount(of_member, minlength=len(first)), distance, kept)
 
 
 def _some(count: int, wanted: int) -> Tensor:

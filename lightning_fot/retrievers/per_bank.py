@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
 from time import perf_counter
@@ -217,8 +217,7 @@ class PerBankRetriever(Retriever):
         tail = length - built.size
         if tail <= 0:
             return
-        in_place = self.incremental and not self._shares(built)
-        in_place = in_place and built.extendable
+        in_place = self.incremental and built.extendable and not self._shares(built)
         share = _SHARE_TO_EXTEND if in_place else _SHARE_TO_REBUILD
         if flush or tail > max(self._min_tail, share * built.size):
             self._begin(bank, length, built if in_place and built.still_fits(length) else None, flush)
@@ -301,21 +300,22 @@ class PerBankRetriever(Retriever):
         try:
             size, apart, apart_keys, hidden = built.size, built.apart, built.apart_keys, built.hidden
             groups = built.groups
-            few = groups is not None and 2 * k >= len(groups.first)
-            answer = None if few else self._ask(built, queries, k)
+            if groups is not None and 2 * k >= len(groups.first):
+                answer: Rows | None = np.tile(np.arange(len(groups.first)), (len(queries), 1))
+            else:
+                answer = self._ask(built, queries, k)
         finally:
             built.gate.leave()
-        if groups is not None and few:
-            answer = np.broadcast_to(np.arange(len(groups.first)), (len(queries), len(groups.first)))
         if answer is None:
             return self._scan(bank, queries, k)
-        if groups is not None:
-            answer = self._members(bank, groups, queries, answer, k)
         tail = self._store.lengths_list[bank] - size
-        if not tail and not len(apart) and groups is None:
+        if groups is None and not tail and not len(apart):
             return torch.from_numpy(answer).to(queries.device)
-        self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
         keys = self._store.flat(bank)
+        raw = partial(self._store.take, bank) if keys is None else keys
+        if groups is not None:
+            answer = _members(groups, queries, raw, answer, k)
+        self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
         if not tail and len(apart) and len(queries) <= _SMALL_BATCH and keys is not None:
             return torch.from_numpy(
                 merged_few(queries.numpy(), keys.numpy(), answer, hidden, apart.numpy(), apart_keys.numpy(), k)
@@ -328,16 +328,10 @@ class PerBankRetriever(Retriever):
             apart = apart.to(queries.device)
             found.append((apart.expand(len(queries), -1), queries @ apart_keys.to(queries.device).T))
         rows = torch.from_numpy(answer).to(queries.device)
-        found.append((rows, rescore(queries, partial(self._store.take, bank) if keys is None else keys, rows)))
+        found.append((rows, rescore(queries, raw, rows)))
         if tail:
             found.append(topk_blocks(queries, self._store.scan(bank, size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
-
-    def _members(self, bank: int, groups: Groups, queries: Tensor, found: Rows, k: int) -> Rows:
-        """Candidate rows (q, w) of groups (q, m) that were found, those of the best first key before the others."""
-        first = torch.from_numpy(np.where(found < 0, -1, groups.first.take(found))).to(queries.device)
-        order = rescore(queries, partial(self._store.take, bank), first).argsort(dim=1, descending=True)
-        return groups.rows(np.take_along_axis(found, order.cpu().numpy(), axis=1), k)
 
     def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:
         """Checked rows or groups (q, k) from the index, or None where it failed."""
@@ -388,3 +382,10 @@ class PerBankRetriever(Retriever):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = Lock()
+
+
+def _members(groups: Groups, queries: Tensor, keys: Tensor | Callable[[Tensor], Tensor], found: Rows, k: int) -> Rows:
+    """Candidate rows (q, w) of groups (q, m) that were found, those of the best first key before the others."""
+    first = torch.from_numpy(np.where(found < 0, -1, groups.first.take(found))).to(queries.device)
+    order = rescore(queries, keys, first).argsort(dim=1, descending=True)
+    return groups.rows(np.take_along_axis(found, order.cpu().numpy(), axis=1), k)

@@ -69,11 +69,15 @@ def resolve_transform(transform: object, auto: TransformSpec) -> TransformSpec:
         if name not in ("center", "query_power", "l2_augment"):
             raise SettingError(f"{setting}.{name}", value, "is not known", "Use center, query_power and l2_augment.")
         if name == "query_power":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            if not _is_share(value):
                 raise SettingError(f"{setting}.{name}", value, "must lie between 0 and 1", "1/4 and 1/2 work well.")
         elif not isinstance(value, bool):
             raise SettingError(f"{setting}.{name}", value, "must be true or false", "Correct it.")
     return TransformSpec(**transform)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_value(name: str, value: Any, setting: str | None = None) -> None:
@@ -95,8 +99,7 @@ def check_value(name: str, value: Any, setting: str | None = None) -> None:
             raise SettingError(f"{SETTING}.build", value, "is not known", f"Use {' or '.join(BUILD_WAYS)}.")
         return
     if name == "duplicate_distance":
-        good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
-        if not good:
+        if value is not None and not _is_share(value):
             raise SettingError(f"{SETTING}.{name}", value, "must lie between 0 and 1", "0 turns it off; try 0.001.")
         return
     if name not in _BOUNDS:
