@@ -308,8 +308,9 @@ def _run(results: read.Row, run_dir: Path) -> str:
     command = results.get("command", environment.pop("command", None))
     parts = ["<h2>What was run</h2>"]
     if not command and (run_dir / "config.yaml").is_file():
-        parts.append('<p class="lead">The run again, from its folder:</p>')
-        command = "lightning run --config config.yaml"
+        verb = "sweep" if read.section(results, "sweep") else "run"
+        parts.append(f'<p class="lead">The {verb} again, from its folder:</p>')
+        command = f"lightning {verb} --config config.yaml"
     if command:
         text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
         parts.append(f"<pre>{escape(text)}</pre>")

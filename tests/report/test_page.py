@@ -97,6 +97,16 @@ def test_settings_are_shown_as_text(source: str, results: dict[str, Any], run_di
     assert "<script>alert('path')</script>" in Reader(page(results, run_dir)).words
 
 
+def test_the_command_that_does_it_again_is_that_of_its_kind(results: dict[str, Any], run_dir: Path) -> None:
+    results = {name: value for name, value in results.items() if name != "command"}
+    (run_dir / "config.yaml").write_text("seed_everything: 7\n")
+    commands = [
+        re.findall("lightning (run|sweep) --config config.yaml", page({**results, **more}, run_dir))
+        for more in ({}, {"sweep": {"runs": [{"d": 1}]}, "title": "x"})
+    ]
+    assert commands == [["run"], ["sweep"]]
+
+
 def test_numbers_are_those_of_the_results(source: str, results: dict[str, Any]) -> None:
     reader = Reader(source)
     by_name = {row[0]: row for row in reader.rows if len(row) == 4}
