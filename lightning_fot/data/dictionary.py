@@ -78,34 +78,49 @@ def draw_keys(count: int, symbols: int, random: np.random.Generator, similar: fl
     return np.array(list(keys), np.int32)
 
 
+def crowded_keys(count: int, symbols: int, few: int, random: np.random.Generator) -> Symbols:
+    """Different keys that lie close together: each place has ``few`` of the symbols, drawn for that place.
+
+    Args:
+        count: How many; at most ``few ** 4``.
+        symbols: Symbols there are.
+        few: Symbols that a place can have.
+        random: Draws them.
+
+    Returns:
+        int32 (count, 4), each number below ``symbols``.
+    """
+    places = np.stack([random.permutation(symbols)[:few] for _ in range(4)])
+    chosen = np.unravel_index(random.choice(few**4, size=count, replace=False), (few,) * 4)
+    return np.stack([place[digit] for place, digit in zip(places, chosen, strict=True)], axis=1).astype(np.int32)
+
+
 def dictionary_document(
     tokens: DictionaryTokens,
     n_tokens: int,
-    records: int,
+    keys: Symbols,
     random: np.random.Generator,
-    similar: float = 0.0,
     ask: Literal["all", "first"] = "all",
 ) -> tuple[Ids, Mask]:
-    """One document: its first half defines ``records`` records, its second half asks for them.
+    """One document: its first half defines records, its second half asks for them.
 
-    Keys are different from each other. Every record is defined once before one is defined again, and likewise asked.
+    Every record is defined once before one is defined again, and likewise asked.
 
     Args:
         tokens: The task's tokens.
         n_tokens: Tokens of the document, the specials included; halves are filled up with padding.
-        records: Different records; no more than a half holds.
-        random: Draws keys, values and order.
-        similar: Share of the keys that differ from an earlier one in a single symbol.
+        keys: Of the records, as numbers of symbols, int32 (records, 4), different from each other; no more records
+            than a half holds.
+        random: Draws values and order.
         ask: Which questions the loss counts: ``all``, or the ``first`` about each record.
 
     Returns:
         Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,).
     """
-    count = len(tokens.symbols)
-    digits = draw_keys(records, count, random, similar)
-    values = tokens.symbols[random.integers(count, size=(records, 4))]
+    records = len(keys)
+    values = tokens.symbols[random.integers(len(tokens.symbols), size=(records, 4))]
     table = np.empty((records, RECORD_TOKENS), np.int32)
-    table[:, 0], table[:, 1:5] = tokens.key, tokens.symbols[digits]
+    table[:, 0], table[:, 1:5] = tokens.key, tokens.symbols[keys]
     table[:, 5], table[:, 6:] = tokens.value, values
     specials = tokens.specials
     ids = np.full(n_tokens, specials.pad, np.int32)
@@ -178,7 +193,20 @@ class DictionarySource(MixtureSource):
 
         def make() -> tuple[Ids, Mask]:
             random = np.random.default_rng([self._seed, self._settings.seed, int(heldout), index])
-            settings = self._settings
-            return dictionary_document(self._tokens, settings.tokens, records, random, settings.similar, settings.ask)
+            settings, symbols = self._settings, len(self._tokens.symbols)
+            if settings.key_symbols is None:
+                keys = draw_keys(records, symbols, random, settings.similar)
+            else:
+                keys = self._crowded(settings.key_symbols, index, heldout)[:records]
+            return dictionary_document(self._tokens, settings.tokens, keys, random, settings.ask)
 
         return MadeSequence(self._settings.tokens, make)
+
+    def _crowded(self, few: int, index: int, heldout: bool) -> Symbols:
+        """As many keys as document ``index`` can have, of those of its group."""
+        settings, most = self._settings, self._settings.most_records
+        group, place = divmod(index, settings.key_documents)
+        # The seed has five numbers, a document's has four: the draws are apart.
+        random = np.random.default_rng([self._seed, settings.seed, int(heldout), group, few])
+        keys = crowded_keys(settings.key_documents * most, len(self._tokens.symbols), few, random)
+        return keys[place * most : (place + 1) * most]

@@ -228,6 +228,10 @@ class DictionarySettings(SourceSettings):
         grow_documents: Documents from the first number of ``records`` to the last.
         similar: Share of the records whose key is that of an earlier record but for one symbol. Random keys are told
             apart by two symbols of four as long as records are few; in a memory of millions that is not enough.
+        key_symbols: Symbols that a place of a key can have, drawn anew for each place and for every ``key_documents``
+            documents; no two of these documents have a key in common. So keys of different documents lie as close
+            together as in a memory that is ``((vocabulary - 3) / key_symbols) ** 4`` times as large. None: all symbols.
+        key_documents: Documents in a row that share these symbols: those of a batch.
         ask: Which questions the loss counts: ``all``, or the ``first`` about each record. Where a record is asked for
             again, the answer can be copied from the local window, so that ``all`` also rewards what is no lookup.
         vocabulary: Tokens used: the three markers, and symbols.
@@ -239,9 +243,18 @@ class DictionarySettings(SourceSettings):
     records: int | list[int] | None = None
     grow_documents: int = 10_000
     similar: float = 0.0
+    key_symbols: int | None = None
+    key_documents: int = 32
     ask: Literal["all", "first"] = "all"
     vocabulary: int = 64
     seed: int = 0
+
+    @property
+    def most_records(self) -> int:
+        """Distinct records of a document, at most."""
+        if isinstance(self.records, list):
+            return max(self.records)
+        return self.room if self.records is None else self.records
 
     @property
     def room(self) -> int:
@@ -268,6 +281,21 @@ class DictionarySettings(SourceSettings):
         distinct = (self.vocabulary - MARKERS) ** 4
         if distinct < self.room:
             raise self.error("vocabulary", f"gives {distinct} different keys for {self.room} records", "Raise it.")
+        self._check_whole(1, "key_documents")
+        if self.key_symbols is not None:
+            self._check_key_symbols(self.key_symbols)
+
+    def _check_key_symbols(self, symbols: int) -> None:
+        self._check_whole(1, "key_symbols")
+        if symbols > self.vocabulary - MARKERS:
+            raise self.error("key_symbols", f"is more than the {self.vocabulary - MARKERS} symbols", "Lower it.")
+        documents, records = self.key_documents, self.most_records
+        if symbols**4 < documents * records:
+            problem = f"gives {symbols**4} different keys for {documents} documents of {records} records"
+            raise self.error("key_symbols", problem, f"Raise it, or lower {self.setting}.key_documents.")
+        if self.similar:
+            fix = "With key_symbols keys are close together already: set similar to 0, or leave key_symbols out."
+            raise self.error("similar", "cannot be had together with key_symbols", fix)
 
 
 KINDS: dict[str, type[SourceSettings]] = {

@@ -114,6 +114,24 @@ def test_similar_keys_differ_from_an_earlier_one_in_one_symbol() -> None:
     assert 100 < mixed < 200
 
 
+def test_neighbouring_documents_make_their_keys_of_few_symbols_and_share_none() -> None:
+    tokens = DictionaryTokens.of(ByteTokenizer(), 64)
+    source = dictionary(key_symbols=5, key_documents=8, records=[1, 20], grow_documents=16)
+    documents = [records_of(whole(one)[0][:256], tokens.key, tokens) for one in first(source.documents(0), 40)]
+    groups = [documents[start : start + 8] for start in range(0, 40, 8)]
+    places = []
+    for group in groups:
+        keys = [key for document in group for key in {key for key, _ in document}]
+        assert len(keys) == len(set(keys))
+        places.append([{key[place] for key in keys} for place in range(4)])
+    assert [len(set(document)) for document in documents[16:]] == [20] * 24
+    assert all(len(symbols) == 5 for group in places[2:] for symbols in group)
+    assert len({tuple(sorted(symbols)) for group in places[2:] for symbols in group}) == 12  # drawn for each place anew
+    heldout = [records_of(whole(one)[0][:256], tokens.key, tokens) for one in first(source.heldout(), 8)]
+    assert all(len({key[place] for one in heldout for key, _ in one}) == 5 for place in range(4))
+    assert heldout[0] != documents[0]
+
+
 def test_only_the_first_question_about_a_record_counts_where_asked() -> None:
     tokens = DictionaryTokens.of(ByteTokenizer(), 64)
     (document,) = first(dictionary(records=7, ask="first").documents(0), 1)
@@ -290,6 +308,9 @@ def test_a_missing_or_unfit_chat_template_is_told_before_training(tmp_path: Path
         ([{"kind": "dictionary", "records": 26}], r"\.records=26: must be from 1 to 25"),
         ([{"kind": "dictionary", "records": [3]}], r"must be a number or a list of two or more"),
         ([{"kind": "dictionary", "similar": 1}], r"\.similar=1: must be a number of at least 0 and below 1"),
+        ([{"kind": "dictionary", "key_symbols": 5}], r"key_symbols=5: gives 625 different keys for 32 documents of 25"),
+        ([{"kind": "dictionary", "key_symbols": 62}], r"\.key_symbols=62: is more than the 61 symbols"),
+        ([{"kind": "dictionary", "key_symbols": 6, "similar": 0.5}], r"\.similar=0\.5: cannot be had together with"),
         ([{"kind": "dictionary", "ask": "some"}], r"\.ask='some': is not known.*Choose all or first"),
         ([{"kind": "dictionary", "vocabulary": 5}], r"\.vocabulary=5: gives 16 different keys for 25 records"),
         ([{"kind": "instructions"}], r"\.paths=None: is missing"),
