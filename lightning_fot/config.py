@@ -244,6 +244,8 @@ class EvaluationConfig:
         target_tokens: Tokens scored in each document, the same ones at every context size.
         distractor_tokens: Tokens of other held-out documents that stand in the memory before a document's longest
             context: perplexity against these, and the share of attention that stays with the document itself.
+        distractor_paths: Files and folders of these other documents, from each path in turn: a memory of another
+            domain. None takes held-out documents.
         documents: Held-out documents used for perplexity.
         passkey_tokens: Prompt lengths of the passkey task.
         passkey_samples: Prompts for each length.
@@ -274,6 +276,7 @@ class EvaluationConfig:
     context_tokens: list[int] = field(default_factory=lambda: [1024, 4096, 8192])
     target_tokens: int = 1024
     distractor_tokens: list[int] = field(default_factory=list)
+    distractor_paths: list[str] | None = None
     documents: int = 2
     passkey_tokens: list[int] = field(default_factory=lambda: [1024, 4096])
     passkey_samples: int = 3
@@ -314,6 +317,13 @@ class EvaluationConfig:
         if self.distractor_tokens and "memory" not in self.readings:
             raise SettingError(
                 f"{prefix}.distractor_tokens", self.distractor_tokens, "stand in a memory", "Add memory to readings."
+            )
+        if self.distractor_paths is not None and not self.distractor_tokens:
+            raise SettingError(
+                f"{prefix}.distractor_paths",
+                self.distractor_paths,
+                "are of no use without distractor_tokens",
+                "Say how many tokens of them stand in the memory: evaluation.distractor_tokens=[65536].",
             )
         if self.distractor_tokens and not self.context_tokens:
             raise SettingError(

@@ -207,7 +207,7 @@ def _check_paths(request: Request) -> None:
     if request.get("data.sources") is not None:
         check_taken(request.get("data"), read_sources(request.get("data.sources")))
         check_sources(request.get("data.sources"), request.get("data.text_field", "text"))
-    for key in ("data.paths", "data.heldout"):
+    for key in ("data.paths", "data.heldout", "evaluation.distractor_paths"):
         paths = request.get(key)
         if paths is None:
             continue
@@ -216,7 +216,7 @@ def _check_paths(request: Request) -> None:
             raise SettingError(key, paths, "must be a list of paths", f"Write --{key}=[folder,file.txt].")
         if not paths:
             raise SettingError(key, paths, "is empty", "Name a folder or file, or leave it out.")
-        check_paths(paths)
+        check_paths(paths, setting=key)
 
 
 def required_bytes(request: Request) -> int:

@@ -146,7 +146,8 @@ class Job:
             passkey_examples(self.evaluation, data.tokenizer_object)
             make_tasks(self.evaluation, memory, data.tokenizer_object, self.texts)
             if self.evaluation.distractor_tokens:
-                self.distractors = select_distractors(data.heldout_documents(), self.documents, self.evaluation)
+                others = data.other_documents(self.evaluation.distractor_paths, "evaluation.distractor_paths")
+                self.distractors = select_distractors(others, self.documents, self.evaluation)
         self.progress.finish(DOCUMENTS_PHASE)
 
     def _header(self) -> str:

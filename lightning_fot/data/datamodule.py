@@ -5,17 +5,18 @@ Annotations are plain (not postponed): the command line reads them, and the Args
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fot.data.documents import Document
+from lightning_fot.data.documents import Corpus, Document, Item
 from lightning_fot.data.feeds import Feed, MixtureFeed, PathsFeed
 from lightning_fot.data.kinds import FOR_TEXT, check_taken, read_sources
 from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
+from lightning_fot.data.readers import find_documents
 from lightning_fot.data.rows import BatchSequence, RowPlan
 from lightning_fot.data.selection import SelectionSettings
 from lightning_fot.data.sequences import Specials
@@ -228,6 +229,26 @@ class CrossbatchDataModule(pl.LightningDataModule):
         """
         return list(itertools.islice(self._open().heldout_documents(min_tokens or 1), limit))
 
+    def other_documents(self, paths: Sequence[str] | None, setting: str) -> Iterator[Document]:
+        """Held-out documents, or those of other files, encoded as those of the data, from each path in turn.
+
+        Args:
+            paths: Files and folders; None takes held-out documents.
+            setting: Its name in errors.
+
+        Raises:
+            SettingError: A path is missing or holds no text.
+        """
+        if paths is None:
+            yield from self._open().heldout_documents(1)
+            return
+        corpus = Corpus(self._encoder(), 1, self.max_document_tokens)
+        found = [find_documents([path], text_field=self.text_field, setting=setting).documents for path in paths]
+        for turn in itertools.zip_longest(*found):
+            for source in turn:
+                if source is not None and (ids := corpus.ids(Item(source))) is not None:
+                    yield Document(source.name, ids, self.tokenizer_object)
+
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has completed, and a mark of the settings that decide them."""
         return {"batches": self._position.consumed(), "mark": self._mark()}
@@ -244,9 +265,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
     def _open(self) -> Feed:
         """Find and split the documents, once."""
         if self._feed is None:
-            folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
-            tokenizer = self.tokenizer_object
-            encoder = TextEncoder(tokenizer, folder, self._say, self._vocabulary)
+            encoder = self._encoder()
             if self.sources is not None:
                 self._feed = MixtureFeed(
                     read_sources(self.sources),
@@ -270,6 +289,11 @@ class CrossbatchDataModule(pl.LightningDataModule):
                 )
                 self._feed = PathsFeed(settings, self.min_tokens, self.max_document_tokens, encoder, self._say)
         return self._feed
+
+    def _encoder(self) -> TextEncoder:
+        folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        tokenizer = self.tokenizer_object
+        return TextEncoder(tokenizer, folder, self._say, self._vocabulary)
 
     def _sequence(self, rank: int, world_size: int) -> BatchSequence:
         feed, plan = self._open(), self._plan(world_size)

@@ -5,7 +5,7 @@ A phase is the unit of progress and of resuming: its name is the key of its reco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -247,8 +247,13 @@ def fit_to_documents(documents: Sequence[HasIds], config: EvaluationConfig, wind
     return replace(config, context_tokens=[*kept, room], target_tokens=target)
 
 
-def select_distractors(documents: Sequence[HasIds], scored: Sequence[HasIds], config: EvaluationConfig) -> Any:
+def select_distractors(documents: Iterable[HasIds], scored: Sequence[HasIds], config: EvaluationConfig) -> Any:
     """Token ids (n,) of documents that are not scored, as many as ``config.distractor_tokens`` asks for.
+
+    Args:
+        documents: Held-out documents, or those of ``config.distractor_paths``; no more are taken than are needed.
+        scored: Documents that are scored; those of their names are left out.
+        config: What to measure.
 
     Raises:
         SettingError: They have fewer.
@@ -265,11 +270,14 @@ def select_distractors(documents: Sequence[HasIds], scored: Sequence[HasIds], co
             parts.append(np.asarray(document.ids[: wanted - total], dtype=np.int64))
             total += len(parts[-1])
     if total < wanted:
+        own = config.distractor_paths is not None
+        whose = "the documents of evaluation.distractor_paths" if own else "held-out documents that are not scored"
+        more = "name more paths" if own else "hold out more (data.heldout_fraction)"
         raise SettingError(
             "evaluation.distractor_tokens",
             config.distractor_tokens,
-            f"held-out documents that are not scored have {total} tokens",
-            "Use fewer, or hold out more (data.heldout_fraction).",
+            f"{whose} have {total} tokens",
+            f"Use fewer, or {more}.",
         )
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -54,6 +54,16 @@ def test_answers_without_torch(repository: Path, words: list[str], expected: str
             ["model.memory.memory_layers=[4]", "4 layers"],
         ),
         (["run", "--config", "smoke", "--data.paths=[nowhere]"], ["data.paths", "nowhere"]),
+        (["run", "--config", "smoke", "--evaluation.distractor_paths=[nowhere]"], ["without distractor_tokens"]),
+        (
+            [
+                "run",
+                "--config",
+                "smoke",
+                *(f"--evaluation.distractor_{one}" for one in ("tokens=[9]", "paths=[nowhere]")),
+            ],
+            ["evaluation.distractor_paths", "nowhere"],
+        ),
         (["run", "--config", "smoke", "--model.backbone=./nowhere"], ["model.backbone", "nowhere"]),
         (["run", "--config", "smoke", "--ckpt_path=last", "--run_dir=nowhere"], ["ckpt_path='last'", "nowhere"]),
         (["run", "--config", "smoke", "stray"], ["'stray'"]),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot import CrossbatchDataModule, MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
@@ -201,6 +203,27 @@ def test_passkeys_are_counted_by_depth():
     assert [(row["depth"], row["accuracy"], row["n"]) for row in rows] == [(0.0, 0.5, 2), (0.4, 1.0, 1), (0.8, 0.0, 1)]
     table = depths({"passkey_depths": rows})
     assert [row[1].text for row in table.rows] == ["from 0%", "from 40%", "from 80%"]
+
+
+def test_other_documents_can_come_from_other_files(tmp_path: Path) -> None:
+    for name, letter, texts in (("code", "c", 3), ("books", "b", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(texts):
+            (tmp_path / name / f"{number}.txt").write_text(letter * 50)
+    tokens = {"min_tokens": 8, "max_document_tokens": 40}
+    data = CrossbatchDataModule(tokenizer="tiny-random-llama", cache_dir=str(tmp_path), **tokens)
+    paths = [str(tmp_path / "code"), str(tmp_path / "books")]
+    documents = list(data.other_documents(paths, "evaluation.distractor_paths"))
+    assert [(document.text[0], len(document)) for document in documents] == [(one, 40) for one in "cbcc"]
+    config = replace(CONFIG, distractor_tokens=[90], distractor_paths=paths)
+    taken = select_distractors(iter(documents), documents[1:2], config)  # what is scored is left out
+    assert data.tokenizer_object.decode(taken) == "c" * 90
+    with pytest.raises(SettingError, match=r"distractor_tokens.*distractor_paths have 160 tokens.*name more paths"):
+        select_distractors(documents, [], replace(config, distractor_tokens=[161]))
+    with pytest.raises(SettingError, match="no such"):
+        list(data.other_documents(["no such"], "evaluation.distractor_paths"))
+    with pytest.raises(SettingError, match=r"distractor_paths=\['x'\]: are of no use without distractor_tokens"):
+        EvaluationConfig(distractor_paths=["x"])
 
 
 def test_too_few_other_documents_are_named():
