@@ -13,11 +13,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fot.data.documents import Document
 from lightning_fot.data.kinds import MARKERS, RECORD_TOKENS, DictionarySettings
 from lightning_fot.data.mixture import HELDOUT_DOCUMENTS, MixtureSource
 from lightning_fot.data.sequences import MadeSequence, Mask, Specials, TokenSequence
 from lightning_fot.data.token_cache import Ids
 from lightning_fot.errors import SettingError
+
+# Held-out documents that are given to tasks.
+_DOCUMENTS = 256
 
 Symbols = npt.NDArray[np.int32]
 
@@ -154,9 +158,12 @@ class DictionarySource(MixtureSource):
         seed: The data module's.
     """
 
+    made = True
+
     def __init__(self, settings: DictionarySettings, tokenizer: Any, seed: int) -> None:
         super().__init__(settings.setting, settings.weight)
         self._settings = settings
+        self._tokenizer = tokenizer
         self._seed = seed
         self._tokens = DictionaryTokens.of(tokenizer, settings.vocabulary, f"{settings.setting}.vocabulary")
 
@@ -170,6 +177,13 @@ class DictionarySource(MixtureSource):
     def heldout(self) -> Iterator[TokenSequence]:
         """Some that are drawn apart, with the last number of records."""
         return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
+
+    def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
+        """The same, and as many more as there may be at once in a memory."""
+        if self._settings.tokens >= min_tokens:
+            for index in range(_DOCUMENTS):
+                ids, _ = self._document(index, heldout=True).read(0, self._settings.tokens)
+                yield Document(f"{self._settings.setting}, held out {index}", ids, self._tokenizer)
 
     def records(self, index: int) -> int:
         """Distinct records of document ``index``."""

@@ -176,8 +176,9 @@ class MixtureFeed(Feed):
         return Pass(document for source in self._sources for document in source.heldout())
 
     def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
-        """Held-out documents of text, of each source in turn; tasks such as passkey have their own evaluation."""
-        turns = [source.heldout_documents(min_tokens) for source in self._sources]
+        """Held-out documents of each source in turn: texts, or what is made for a task where there is no text."""
+        texts = [source for source in self._sources if not source.made]
+        turns = [source.heldout_documents(min_tokens) for source in texts or self._sources]
         while turns:
             for documents in list(turns):
                 document = next(documents, None)

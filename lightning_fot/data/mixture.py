@@ -22,7 +22,10 @@ class MixtureSource(ABC):
         setting: Where it was set, such as ``data.sources[0]``.
         weight: Share of the tokens.
         passes: How often its documents are read at most; None reads them as often as they are needed.
+        made: Whether its documents are made for a task, and no texts.
     """
+
+    made = False
 
     def __init__(self, setting: str, weight: float, passes: int | None = None) -> None:
         self.setting = setting
@@ -38,7 +41,7 @@ class MixtureSource(ABC):
         """Documents that training never sees, as it would read them."""
 
     def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
-        """The same as text; none where a source has its own task."""
+        """The same as text, without targets; none where a source has none to give."""
         return iter(())
 
     @property

@@ -136,6 +136,8 @@ class PasskeySource(MixtureSource):
         SettingError: ``tokens`` is too few for a document without any filler.
     """
 
+    made = True
+
     def __init__(self, settings: PasskeySettings, tokenizer: Any, seed: int) -> None:
         super().__init__(settings.setting, settings.weight)
         self._settings = settings

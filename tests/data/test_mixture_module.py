@@ -103,7 +103,12 @@ def test_held_out_documents_of_a_length_and_validation_of_tasks(books: Path, tmp
     assert long
     assert all(len(document) >= 150 for document in long)
     assert len(data.heldout_documents(limit=3)) == 3
-    assert make(tmp_path, *TASKS).heldout_documents() == []
+    # Where there is no text, what is made for a task: dictionaries, as many as a memory may want.
+    made = make(tmp_path, *TASKS).heldout_documents()
+    assert [len(one) for one in made] == [48] * 256
+    assert len({one.text for one in made}) == 256
+    assert make(tmp_path, *TASKS).heldout_documents(min_tokens=49) == []
+    assert make(tmp_path, TASKS[1]).heldout_documents() == []
     batches = list(make(tmp_path, *TASKS).val_dataloader())
     assert sum(int((batch["input_ids"] == BOS).sum()) for batch in batches) == 16
 
