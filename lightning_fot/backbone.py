@@ -63,6 +63,7 @@ class Attachment:
         self.memory_layers = config.resolve_layers(len(self.attentions))
         self._text_config = text_config(model)
         self._positions = config.positions
+        self._score_factor = 1.0  # until the self-test has compared with the backbone
         self._current: Pass | None = None
         self._probing = False
         self._replayable = False
@@ -92,6 +93,7 @@ class Attachment:
                     # One segment without a gap is plain attention.
                     plain = [(max(config.segments), 1)]
                     self._check_parity(reference, DilatedPass(plain, _SELF_TEST_TOKENS, 1, 1, model.device))
+                self._score_factor = config.score_factor
         except BaseException as error:
             self.detach()
             if isinstance(error, SettingError) or not isinstance(error, Exception):
@@ -183,6 +185,7 @@ class Attachment:
                 return args, kwargs
             call.current = current
             call.gate = self.gates.get(index)
+            call.score_factor = self._score_factor if is_memory_layer else 1.0
             if embeddings is None:
                 if (rotary is not None and (is_memory_layer or current.unrotated)) or self._replayable:
                     raise SettingError(

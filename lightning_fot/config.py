@@ -3,6 +3,7 @@
 Each checks itself when made, so a wrong value fails before a model or a document is read.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,8 @@ class MemoryConfig:
         overlap: Local tokens that a window shares with the one before.
         sink_tokens: First tokens of the text that stay in the local context of every layer.
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
+        score_factor: Factor on all scores of memory layers, beside the backbone's own (1/√D). In a larger memory more
+            pairs come close to the best one, and together they outweigh it: above 1 attention is sharper.
         integration: ``softmax``: one softmax over local and retrieved pairs (FoT); ``gate``: a learned mix per head
             (Memorizing Transformers).
         dtype: Stored dtype of keys and values: ``float32``, ``bfloat16`` or ``int8`` (a byte a coordinate and a scale a
@@ -58,6 +61,7 @@ class MemoryConfig:
     overlap: int = 0
     sink_tokens: int = 0
     skip_window_start: int = 0
+    score_factor: float = 1.0
     integration: Literal["softmax", "gate"] = "softmax"
     dtype: Literal["float32", "bfloat16", "int8"] | None = None
     capacity: int | None = None
@@ -81,6 +85,9 @@ class MemoryConfig:
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices)
                 raise SettingError(f"{prefix}.{name}", getattr(self, name), "is not known", f"Choose one of {allowed}.")
+        factor = self.score_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise SettingError(f"{prefix}.score_factor", factor, "must be a number above 0", "1 changes nothing.")
         if self.overlap + self.sink_tokens >= self.window:
             raise SettingError(
                 f"{prefix}.overlap",

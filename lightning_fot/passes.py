@@ -86,6 +86,7 @@ class LayerCall:
         position_embeddings: The real (cos, sin), each (B or 1, T, R); None for layers that do not rotate.
         rotary: The backbone's ``apply_rotary_pos_emb``; None for layers that do not rotate.
         gate: (H,) logits of the memory's share, None for one softmax.
+        score_factor: Factor on scores, beside the backbone's own.
         is_memory_layer: Whether the layer attends to the memory.
         sliding_window: Local tokens that the backbone lets this layer see, None for all.
         plain_at_zero: Whether rotation at position 0 leaves keys as they are, bit for bit.
@@ -98,6 +99,7 @@ class LayerCall:
     position_embeddings: tuple[Tensor, Tensor] | None = None
     rotary: RotaryFn | None = None
     gate: Tensor | None = None
+    score_factor: float = 1.0
     is_memory_layer: bool = True
     sliding_window: int | None = None
     plain_at_zero: bool = False
@@ -275,5 +277,6 @@ def memory_attention_forward(
     call.sliding_window = kwargs.get("sliding_window")
     call.dropout = dropout
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale *= call.score_factor
     output = call.current.attend(call, query, key, value, scale, kwargs.get("softcap"))
     return output.transpose(1, 2).contiguous(), None

@@ -64,6 +64,7 @@ def fingerprint(lm: MemoryLM) -> dict[str, Any]:
         "kv_heads": [lm.attachment.facts[index].kv_heads for index in lm.memory_layers],
         "head_dim": [lm.attachment.facts[index].head_dim for index in lm.memory_layers],
         "positions": lm.config.positions,
+        "score_factor": float(lm.config.score_factor),
         "dtype": lm.config.dtype or str(lm.model.dtype).removeprefix("torch."),
         "rotary": json.loads(json.dumps(getattr(config, "rope_parameters", None), default=str, sort_keys=True)),
         "weights": digest.hexdigest(),
@@ -238,9 +239,10 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
 
 def _refuse_other_model(lm: MemoryLM, written: Any, folder: str | os.PathLike[str]) -> None:
     own = fingerprint(lm)
-    if written == own:
+    # Memories that do not name a factor were written before there was one.
+    named = {"score_factor": 1.0, **written} if isinstance(written, dict) else {}
+    if named == own:
         return
-    named = written if isinstance(written, dict) else {}
     different = [name for name in own if named.get(name) != own[name]]
     raise SettingError(
         "folder",
