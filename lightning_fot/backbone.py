@@ -53,6 +53,9 @@ class Attachment:
         model: A causal language model of transformers that uses its ``AttentionInterface``.
         config: Which layers, and how they read.
 
+    Attributes:
+        score_factor: Factor on the scores of memory layers; may be changed between calls.
+
     Raises:
         SettingError: The model or one of the layers cannot be served; the message says why, and the model is as before.
     """
@@ -63,7 +66,7 @@ class Attachment:
         self.memory_layers = config.resolve_layers(len(self.attentions))
         self._text_config = text_config(model)
         self._positions = config.positions
-        self._score_factor = 1.0  # until the self-test has compared with the backbone
+        self.score_factor = 1.0  # until the self-test has compared with the backbone
         self._current: Pass | None = None
         self._probing = False
         self._replayable = False
@@ -93,7 +96,7 @@ class Attachment:
                     # One segment without a gap is plain attention.
                     plain = [(max(config.segments), 1)]
                     self._check_parity(reference, DilatedPass(plain, _SELF_TEST_TOKENS, 1, 1, model.device))
-                self._score_factor = config.score_factor
+                self.score_factor = float(config.score_factor)
         except BaseException as error:
             self.detach()
             if isinstance(error, SettingError) or not isinstance(error, Exception):
@@ -185,7 +188,7 @@ class Attachment:
                 return args, kwargs
             call.current = current
             call.gate = self.gates.get(index)
-            call.score_factor = self._score_factor if is_memory_layer else 1.0
+            call.score_factor = self.score_factor if is_memory_layer else 1.0
             if embeddings is None:
                 if (rotary is not None and (is_memory_layer or current.unrotated)) or self._replayable:
                     raise SettingError(

@@ -3,14 +3,13 @@
 Each checks itself when made, so a wrong value fails before a model or a document is read.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.backbone_settings import LoraSettings, RopeSettings
 from lightning_fot.combinations import check_dilated
-from lightning_fot.errors import SettingError, check_at_least
+from lightning_fot.errors import SettingError, check_at_least, check_factor
 from lightning_fot.evaluation.tasks import settings as task_settings
 from lightning_fot.schedules import ScheduleConfig, schedule_from
 
@@ -85,9 +84,7 @@ class MemoryConfig:
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices)
                 raise SettingError(f"{prefix}.{name}", getattr(self, name), "is not known", f"Choose one of {allowed}.")
-        factor = self.score_factor
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise SettingError(f"{prefix}.score_factor", factor, "must be a number above 0", "1 changes nothing.")
+        check_factor(f"{prefix}.score_factor", self.score_factor)
         if self.overlap + self.sink_tokens >= self.window:
             raise SettingError(
                 f"{prefix}.overlap",
@@ -267,6 +264,8 @@ class EvaluationConfig:
             ``model.memory.segments`` (LongNet).
         exact_tokens: Up to so many tokens in memory the retriever has exact search at its side, whose time to read a
             text grows with the square of its length; None for all. What retrieval finds is compared with it anyway.
+        score_factor: In place of ``model.memory.score_factor`` while it is measured: a model that was trained with soft
+            scores, so that its keys lie far apart, asked with sharp ones. None leaves it.
         dictionary: The dictionary lookup of a model that was trained for it, at any size of memory; None leaves a task
             out, here and below (docs/tasks.md).
         distraction: Whose keys the attention goes to when the memory holds several documents.
@@ -294,6 +293,7 @@ class EvaluationConfig:
         default_factory=lambda: ["memory"]
     )
     exact_tokens: int | None = None
+    score_factor: float | None = None
     dictionary: task_settings.DictionaryTask | None = None
     distraction: task_settings.DistractionTask | None = None
     needles: task_settings.NeedlesTask | None = None
@@ -310,6 +310,8 @@ class EvaluationConfig:
         check_at_least(prefix, self, 0, "passkey_samples")
         if self.exact_tokens is not None:
             check_at_least(prefix, self, 0, "exact_tokens")
+        if self.score_factor is not None:
+            check_factor(f"{prefix}.score_factor", self.score_factor)
         for name, minimum in (("context_tokens", 1), ("passkey_tokens", 64), ("distractor_tokens", 1)):
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class SettingError(ValueError):
     """A setting, argument or input that cannot work.
@@ -49,6 +51,20 @@ def check_at_least(prefix: str, owner: object, minimum: int, *names: str) -> Non
             raise SettingError(
                 f"{prefix}.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
             )
+
+
+def check_factor(setting: str, value: object) -> None:
+    """Refuses what is no factor on scores.
+
+    Args:
+        setting: Name, such as ``model.memory.score_factor``.
+        value: What was given.
+
+    Raises:
+        SettingError: It is no finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SettingError(setting, value, "must be a number above 0", "1 changes nothing.")
 
 
 class MissingLibraryError(ImportError):

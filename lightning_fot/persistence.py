@@ -64,7 +64,7 @@ def fingerprint(lm: MemoryLM) -> dict[str, Any]:
         "kv_heads": [lm.attachment.facts[index].kv_heads for index in lm.memory_layers],
         "head_dim": [lm.attachment.facts[index].head_dim for index in lm.memory_layers],
         "positions": lm.config.positions,
-        "score_factor": float(lm.config.score_factor),
+        "score_factor": lm.attachment.score_factor,
         "dtype": lm.config.dtype or str(lm.model.dtype).removeprefix("torch."),
         "rotary": json.loads(json.dumps(getattr(config, "rope_parameters", None), default=str, sort_keys=True)),
         "weights": digest.hexdigest(),

@@ -124,8 +124,14 @@ def evaluate(
     run = _Evaluation(
         lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors, texts, scratch
     )
-    with evaluation_mode(lm.model), torch.no_grad():
-        run.run()
+    trained = lm.attachment.score_factor
+    try:
+        if config.score_factor is not None:
+            lm.attachment.score_factor = config.score_factor
+        with evaluation_mode(lm.model), torch.no_grad():
+            run.run()
+    finally:
+        lm.attachment.score_factor = trained
     return summarise(run.records, config, lm.config.retriever)
 
 

@@ -188,7 +188,7 @@ def index_used(memory: Memory) -> bool | None:
 def attention_scale(lm: MemoryLM, layer: int) -> float:
     """The factor on q·k inside a memory layer's softmax."""
     module = lm.attachment.attentions[layer]
-    return float(getattr(module, "scaling", lm.attachment.facts[layer].head_dim ** -0.5)) * lm.config.score_factor
+    return float(getattr(module, "scaling", lm.attachment.facts[layer].head_dim ** -0.5)) * lm.attachment.score_factor
 
 
 class Capture:

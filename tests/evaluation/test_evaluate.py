@@ -233,6 +233,23 @@ def test_the_model_is_left_as_it_was(
     assert any(parameter.grad is not None for parameter in lm.model.parameters())
 
 
+def test_it_asks_with_another_factor_and_leaves_the_models_own(
+    attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> None:
+    config = EvaluationConfig(context_tokens=[128], target_tokens=64, documents=1, passkey_tokens=[])
+
+    def losses(own: float, asked: float | None) -> list[float]:
+        lm = attach("exact", score_factor=own)
+        results = evaluate(lm, tokenizer, documents, dataclasses.replace(config, score_factor=asked))
+        assert lm.attachment.score_factor == own
+        return [row["nll"] for row in results["perplexity"]]
+
+    assert losses(1.0, 3.0) == losses(3.0, None) == losses(2.0, 3.0)
+    assert losses(1.0, None) != losses(3.0, None)
+    with pytest.raises(SettingError, match=r"evaluation\.score_factor=0.*above 0"):
+        EvaluationConfig(score_factor=0)
+
+
 def test_passkey_prompts_shorter_than_a_window_need_no_memory(attach: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     lm = attach("exact")
     lm.config.window = 1024
