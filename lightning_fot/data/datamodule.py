@@ -6,6 +6,7 @@ Annotations are plain (not postponed): the command line reads them, and the Args
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,7 +243,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         if paths is None:
             yield from self._open().heldout_documents(1)
             return
-        corpus = Corpus(self._encoder(), 1, self.max_document_tokens)
+        corpus = Corpus(self._encoder, 1, self.max_document_tokens)
         found = [find_documents([path], text_field=self.text_field, setting=setting).documents for path in paths]
         for turn in itertools.zip_longest(*found):
             for source in turn:
@@ -265,7 +266,6 @@ class CrossbatchDataModule(pl.LightningDataModule):
     def _open(self) -> Feed:
         """Find and split the documents, once."""
         if self._feed is None:
-            encoder = self._encoder()
             if self.sources is not None:
                 self._feed = MixtureFeed(
                     read_sources(self.sources),
@@ -273,7 +273,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
                         name: getattr(self, name)
                         for name in ("min_tokens", "max_document_tokens", "heldout_fraction", "text_field", *FOR_TEXT)
                     },
-                    encoder,
+                    self._encoder,
                     self.seed,
                     self._say,
                 )
@@ -287,9 +287,10 @@ class CrossbatchDataModule(pl.LightningDataModule):
                     self.text_field,
                     self.seed,
                 )
-                self._feed = PathsFeed(settings, self.min_tokens, self.max_document_tokens, encoder, self._say)
+                self._feed = PathsFeed(settings, self.min_tokens, self.max_document_tokens, self._encoder, self._say)
         return self._feed
 
+    @cached_property
     def _encoder(self) -> TextEncoder:
         folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
         tokenizer = self.tokenizer_object

@@ -27,12 +27,9 @@ def with_larger_queries(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize(
-    "changes", [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"gate": True}]
+    "changes", [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"integration": "gate"}]
 )
 def test_scores_times_a_factor_are_those_of_longer_queries(make, changes):
-    changes = {**changes}
-    if changes.pop("gate", False):
-        changes["integration"] = "gate"
     ids, previous = tokens(2, 5 * WINDOW), tokens(4, WINDOW, seed=1)[:, None]
     table = [[0, 1], [1, 2], [2, 3], [3, 0]]
     found, prompt = [], tokens(1, 3 * WINDOW + 5)
