@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fot.retrievers.answers import Rows, checked_rows
-from lightning_fot.retrievers.building import Gate, Job, StoppedError
+from lightning_fot.retrievers.building import Gate, Job, StoppedError, check_job
 from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach, repeats
 from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.settings import TransformSpec
@@ -24,13 +24,17 @@ from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
 
 _FIRST_STEP, _LEAST_A_STEP, _MOST_A_STEP = 16, 4, 4096
 _STEP_SECONDS = 0.0005  # a search that comes during an extension waits for one step
+_PIECE = 1 << 16  # rows added at once to a new index of a long bank
+AT_ONCE = 1 << 21  # rows of a bank that are in memory as float32 at a time: 512 MiB of 64 coordinates
 
 
 class Index(Protocol):
     """An index of one bank, as a plug-in writes it: larger inner product is better.
 
     Rows are numbered in the order of adding. Optional further members: ``nbytes`` (bytes held) and attributes named
-    in the retriever's ``query_args`` and ``threads``, which are set before each search where they exist.
+    in the retriever's ``query_args`` and ``threads``, which are set before each search where they exist. An index that
+    learns from its keys has ``train(keys, count)``, called once before a long bank is added in pieces, with (n, dim)
+    of the ``count`` keys to come, evenly spread; without it, it learns from the first piece.
 
     ``add`` may be called from another thread than ``search``, but never while a search runs.
     """
@@ -191,8 +195,12 @@ def build(
     spec: TransformSpec,
     duplicate_distance: float = 0.0,
     smallest: int = 1,
+    at_once: int | None = None,
 ) -> Built:
     """An index over the first ``length`` rows of a bank.
+
+    Of a longer bank than ``at_once`` rows the transform and the hubs are learned from so many, evenly spread, and the
+    index gets its rows in pieces; not where duplicates are sought, which takes all rows.
 
     Args:
         new_index: Makes an empty index of so many coordinates.
@@ -203,7 +211,10 @@ def build(
         spec: Maps to put before the index.
         duplicate_distance: As a retriever's.
         smallest: Vectors that the index needs at least: fewer groups are not indexed as such.
+        at_once: Rows in memory as float32 at a time; None takes all of them, for an index that is not extended.
     """
+    if at_once is not None and length > at_once and not duplicate_distance:
+        return _build_in_pieces(new_index, store, bank, length, past, spec, at_once)
     keys = store.rows(bank, 0, length).cpu()
     transform = fit_transform(keys, past, spec)
     hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
@@ -216,6 +227,34 @@ def build(
     index = new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
     return Built(index, transform, hubs, length, length, apart, apart_keys, same, groups)
+
+
+def _build_in_pieces(
+    new_index: Callable[[int], Index],
+    store: KeyStore,
+    bank: int,
+    length: int,
+    past: Tensor,
+    spec: TransformSpec,
+    at_once: int,
+) -> Built:
+    learned = store.take(bank, torch.linspace(0, length - 1, at_once, dtype=torch.float64).long()).cpu()
+    transform = fit_transform(learned, past, spec)
+    hubs = fit_hubs(learned, past, at_once / length) if spec != TransformSpec() else None
+    index = new_index(transform.dim)
+    train = getattr(index, "train", None)
+    if train is not None:
+        train(_prepare(learned, transform, hubs)[0].numpy(), length)
+    del learned
+    found = []
+    # Smaller pieces than what was learned from: the transform makes several copies on the way, the index one more.
+    for first, keys in store.blocks(bank, 0, length, min(at_once, _PIECE)):
+        check_job()
+        moved, apart, apart_keys = _prepare(keys.cpu(), transform, hubs)
+        index.add(moved.numpy())
+        found.append((apart + first, apart_keys))
+    apart, apart_keys = (torch.cat(part) for part in zip(*found, strict=True))
+    return Built(index, transform, hubs, length, length, apart, apart_keys)
 
 
 def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +306,8 @@ class BuildJob(Job):
 def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
     assert isinstance(job, BuildJob)
     if job.extends is not None:
-        job.extends.extend(store, bank, job.length, job)
+        while job.extends.size < job.length:
+            job.extends.extend(store, bank, min(job.length, job.extends.size + AT_ONCE), job)
         return
     owner: Any = next(iter(job.wanted_by), None)
     if owner is None:
@@ -281,4 +321,5 @@ def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
         owner.transform,
         owner.duplicate_distance,
         owner.smallest_index,
+        AT_ONCE if owner.incremental else None,
     )

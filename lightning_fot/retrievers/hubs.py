@@ -48,12 +48,13 @@ class HubDetector:
         return best.indices[best.values > 0].sort().values
 
 
-def fit_hubs(keys: Tensor, past_queries: Tensor) -> HubDetector:
+def fit_hubs(keys: Tensor, past_queries: Tensor, share: float = 1.0) -> HubDetector:
     """Learn what a hub is in one bank.
 
     Args:
         keys: (n, D), any floating dtype.
         past_queries: (m, D) float32; below 64 only unusually short keys count as hubs.
+        share: Which share of the bank's keys these are: fewer of them are among a query's 32 nearest.
     """
     norms = keys.float().norm(dim=1)
     short = 0.5 * float(norms.median())
@@ -64,5 +65,5 @@ def fit_hubs(keys: Tensor, past_queries: Tensor) -> HubDetector:
         return HubDetector(past_queries[:0], past_queries.new_zeros(0), short)
     picked = torch.linspace(0, len(past_queries) - 1, min(_SAMPLE, len(past_queries))).long()
     sample = past_queries[picked]
-    _, scores = topk_rows(sample, keys, _NEIGHBOURS)
+    _, scores = topk_rows(sample, keys, max(1, round(share * _NEIGHBOURS)))
     return HubDetector(sample, scores[:, -1], short)

@@ -38,7 +38,7 @@ class _Builtin:
 # The argument names are repeated here so that a typo is found without importing torch; a test compares them.
 _BUILTIN = {
     "exact": _Builtin("exact", "ExactRetriever", None, None, ()),
-    "faiss_ivf": _Builtin("faiss_ivf", "FaissIVFRetriever", "faiss", "faiss-cpu", ("nlist", "nprobe")),
+    "faiss_ivf": _Builtin("faiss_ivf", "FaissIVFRetriever", "faiss", "faiss-cpu", ("nlist", "nprobe", "index_dtype")),
     "hnsw": _Builtin("hnsw", "HNSWRetriever", "hnswlib", "hnswlib", ("M", "ef_construction", "ef_search")),
     "scann": _Builtin("scann", "ScannRetriever", "scann", "scann", ("num_leaves", "num_leaves_to_search", "reorder")),
 }

@@ -11,7 +11,7 @@ from lightning_fot.errors import SettingError
 SETTING = "model.memory.retriever"
 
 COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size", "build", "duplicate_distance")
-BUILD_WAYS = ("background", "blocking")
+_CHOICES = {"build": ("background", "blocking"), "index_dtype": ("float32", "float16", "int8")}
 
 # Name -> (smallest, largest or None, None allowed). None means "sized by the backend".
 _BOUNDS: dict[str, tuple[int, int | None, bool]] = {
@@ -94,9 +94,9 @@ def check_value(name: str, value: Any, setting: str | None = None) -> None:
     if name == "transform":
         resolve_transform(value, TransformSpec())
         return
-    if name == "build":
-        if value not in BUILD_WAYS:
-            raise SettingError(f"{SETTING}.build", value, "is not known", f"Use {' or '.join(BUILD_WAYS)}.")
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise SettingError(f"{SETTING}.{name}", value, "is not known", f"Use {' or '.join(_CHOICES[name])}.")
         return
     if name == "duplicate_distance":
         if value is not None and not _is_share(value):

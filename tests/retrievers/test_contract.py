@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from lightning_fot.testing import RetrieverContract
 
 
@@ -16,6 +18,10 @@ class TestHNSW(RetrieverContract):
 
 class TestFaissIVF(RetrieverContract):
     retriever = "faiss_ivf"
+
+
+class TestFaissIVFInt8(RetrieverContract):
+    retriever: ClassVar = {"name": "faiss_ivf", "index_dtype": "int8"}
 
 
 class TestScann(RetrieverContract):

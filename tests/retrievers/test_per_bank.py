@@ -176,6 +176,71 @@ def test_store_emptied_behind_its_back() -> None:
     assert int(retriever.search(queries, 4).max()) == -1
 
 
+class Trained(Brute):
+    """Notes what it learns from, and refuses keys before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned: tuple[int, int] | None = None
+        self.pieces: list[int] = []
+
+    def train(self, keys: NDArray[np.float32], count: int) -> None:
+        self.learned = (len(keys), count)
+
+    def add(self, keys: NDArray[np.float32]) -> None:
+        assert self.learned is not None
+        self.pieces.append(len(keys))
+        super().add(keys)
+
+
+@pytest.mark.parametrize("transform", ["auto", "none", {"center": True}, {"query_power": 0.5}])
+def test_a_long_bank_is_indexed_in_pieces(transform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_fot.retrievers.built.AT_ONCE", 700)
+    keys, queries = real_qk()["L20h1"]["keys"].clone(), real_qk()["L20h1"]["queries"]
+    keys[0, 3000] *= 50  # not among those that the transform is learned from
+
+    class Retriever(Blocking):
+        default_duplicate_distance = 0.0
+
+        def new_index(self, dim: int) -> Trained:
+            return Trained()
+
+    retriever = Retriever(64, transform=transform, min_index_size=256)
+    retriever.observe(real_qk()["L20h1"]["past_queries"])
+    for start, end in ((0, 4000), (4000, keys.shape[1])):  # built, then extended
+        retriever.add(keys[:, start:end])
+        retriever.flush()
+        want = (queries @ keys[:, :end].transpose(1, 2)).topk(16, dim=2).values
+        found = (queries @ keys[:, :end].transpose(1, 2)).gather(2, retriever.search(queries, 16))
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-3)
+    built = retriever._built[0]
+    assert built is not None
+    assert isinstance(built.index, Trained)
+    assert built.index.learned == (700, 4000)
+    assert max(built.index.pieces) <= 700
+    assert sum(built.index.pieces) == built.size == keys.shape[1]
+    assert retriever.stats().rebuilds == 1
+
+
+def test_cells_of_a_long_bank_are_as_good_when_built_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = real_qk()["L10h0"]["keys"], real_qk()["L10h0"]["queries"]
+    want = exact_rows(keys, queries, 32)
+    shares = []
+    for at_once in (len(keys[0]), 3000):
+        monkeypatch.setattr("lightning_fot.retrievers.built.AT_ONCE", at_once)
+        spec = {"name": "faiss_ivf", "nlist": 64, "nprobe": 8, "min_index_size": 256, "index_dtype": "int8"}
+        retriever = create_retriever(spec, dim=64)
+        retriever.observe(real_qk()["L10h0"]["past_queries"])
+        # Sorted by one coordinate: whoever learned from the first piece alone would know one side only.
+        order = keys[0, :, 0].argsort()
+        retriever.add(keys[:, order])
+        retriever.flush()
+        rows = order[retriever.search(queries, 32)]
+        shares.append(float((rows[..., None] == want[..., None, :]).any(-1).float().mean()))
+    assert shares[0] > 0.85
+    assert shares[1] > shares[0] - 0.03
+
+
 def test_a_row_twice_as_long_is_trained_anew() -> None:
     keys, _ = keys_and_queries(6000)
     retriever = BruteRetriever(64, min_index_size=256)

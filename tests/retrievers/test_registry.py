@@ -50,6 +50,7 @@ def test_argument_table_matches_the_classes(name: str) -> None:
         ({"name": "hnsw", "ef_serch": 3}, "Did you mean ef_search.*ef_construction"),
         ({"name": "hnsw", "M": 1}, "M=1"),
         ({"name": "faiss_ivf", "nprobe": 0}, "nprobe=0"),
+        ({"name": "faiss_ivf", "index_dtype": "int4"}, "index_dtype='int4'.*float32 or float16 or int8"),
         ({"name": "exact", "transform": {"centre": True}}, "centre"),
         ({"name": "exact", "min_index_size": -1}, "min_index_size"),
         ({"M": 3}, "no name"),
