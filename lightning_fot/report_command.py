@@ -94,10 +94,11 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     perplexity: list[Any] = []
     tasks: list[Any] = []
+    distraction: list[Any] = []
     indexed: list[Any] = []
     exact: list[Any] = []
     for name, results in runs.items():
-        for target, section in ((perplexity, "perplexity"), (tasks, "tasks")):
+        for target, section in ((perplexity, "perplexity"), (tasks, "tasks"), (distraction, "distraction")):
             rows = results.get(section) or []
             target += [{**row, "memory": f"{name}: {row['memory']}"} for row in rows if "memory" in row]
         for target, section in ((indexed, "retrieval"), (exact, "exact")):
@@ -110,6 +111,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "environment": next(iter(runs.values())).get("environment") or {},
         "perplexity": perplexity,
         "tasks": tasks,
+        "distraction": distraction,
         "retrieval": indexed,
         "exact": exact,
         "time_split": [row for name, results in runs.items() for row in named_split(name, results)],

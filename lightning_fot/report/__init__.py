@@ -15,8 +15,8 @@ __all__ = ["load_results", "print_tables", "write_page", "write_report"]
 
 
 def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
-    """Write ``report.html``, ``time_split.csv``, ``recall_vs_speed.png``, ``perplexity_vs_context.png`` and
-    ``time_split.png`` into the run folder.
+    """Write ``report.html``, ``time_split.csv``, ``recall_vs_speed.png``, ``perplexity_vs_context.png``,
+    ``distraction.png`` and ``time_split.png`` into the run folder.
 
     Parts that the results lack are left out, and the page says so; a figure without data is not written.
 
@@ -38,6 +38,7 @@ def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
     for name, write in (
         ("recall_vs_speed.png", figures.write_recall_vs_speed),
         ("perplexity_vs_context.png", figures.write_perplexity),
+        ("distraction.png", figures.write_distraction),
         ("time_split.png", figures.write_time_split),
     ):
         if write(results, run_dir / name):

@@ -9,7 +9,7 @@ from lightning_fot.report.scales import linear, logarithmic, nice_ticks
 from lightning_fot.report.svg import MARKERS, Chart, swatch
 
 WIDTHS = {"narrow": 350, "wide": 900}
-KIND_MARKERS = {"k-none": "diamond", "k-exact": "square", "k-index": "circle"}
+_KIND_MARKERS = {"k-none": "diamond", "k-exact": "square", "k-index": "circle"}
 
 
 def legend(items: Sequence[tuple[str, str]]) -> str:
@@ -17,9 +17,13 @@ def legend(items: Sequence[tuple[str, str]]) -> str:
     return '<ul class="legend">' + "".join(f"<li>{sample}{name}</li>" for sample, name in items) + "</ul>"
 
 
-def perplexity(lines: Sequence[curves.Line], form: str) -> str:
-    """Perplexity against context length, with error bars of one standard error."""
-    chart = Chart(WIDTHS[form], 260 if form == "narrow" else 300, "Perplexity against context length")
+def _marker(style: str) -> str:
+    return _KIND_MARKERS[style] if style in _KIND_MARKERS else MARKERS[int(style[1:]) % len(MARKERS)]
+
+
+def values(lines: Sequence[curves.Line], form: str, title: str, x_name: str, y_name: str) -> str:
+    """Values of each memory kind against context length or the like, with error bars of one standard error."""
+    chart = Chart(WIDTHS[form], 260 if form == "narrow" else 300, title)
     contexts = sorted({context for line in lines for context in line.contexts})
     lows = [value - (error or 0) for line in lines for value, error in zip(line.values, line.errors, strict=True)]
     highs = [value + (error or 0) for line in lines for value, error in zip(line.values, line.errors, strict=True)]
@@ -35,30 +39,28 @@ def perplexity(lines: Sequence[curves.Line], form: str) -> str:
     chart.axes(
         _thinned([(x(context), formats.tokens(context)) for context in contexts]),
         [(y(value), label) for value, label in y_ticks],
-        "context: tokens in memory before the scored text",
-        "perplexity (lower is better)",
+        x_name,
+        y_name,
     )
-    for index, line in enumerate(lines):
-        css = curves.kind_style(line.kind)
+    for index, (line, css) in enumerate(zip(lines, curves.styles(lines), strict=True)):
         # Equal values would hide each other: the lines are set a few pixels apart.
         shift = (index - (len(lines) - 1) / 2) * 7
         points = [(x(context) + shift, y(value)) for context, value in zip(line.contexts, line.values, strict=True)]
         chart.path(points, f"line {css}")
         for (px, py), context, value, error in zip(points, line.contexts, line.values, line.errors, strict=True):
-            tip = f"{line.name}, {formats.tokens(context)} tokens: {formats.fixed(value)}"
+            tip = f"{line.name}, {formats.tokens(context)}: {formats.fixed(value)}"
             if error is not None:
                 for end in (value - error, value + error):
                     chart.line(px - 3, y(end), px + 3, y(end), f"bar {css}")
                 chart.line(px, y(value - error), px, y(value + error), f"bar {css}")
                 tip += f" ± {formats.fixed(error)}"
-            chart.marker(px, py, KIND_MARKERS[css], css, tip)
+            chart.marker(px, py, _marker(css), css, tip)
     return chart.svg(form)
 
 
-def perplexity_legend(lines: Sequence[curves.Line]) -> list[tuple[str, str]]:
+def values_legend(lines: Sequence[curves.Line]) -> list[tuple[str, str]]:
     """Samples and names of the lines."""
-    styles = [(curves.kind_style(line.kind), line.name) for line in lines]
-    return [(swatch(KIND_MARKERS[css], css), name) for css, name in styles]
+    return [(swatch(_marker(css), css), line.name) for css, line in zip(curves.styles(lines), lines, strict=True)]
 
 
 def recall_speed(data: curves.RecallSpeed, form: str) -> str:

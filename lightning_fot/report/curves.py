@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_fot.evaluation.plan import WHOLE
@@ -206,7 +208,28 @@ def perplexity_lines(results: read.Row) -> list[Line]:
     return lines
 
 
-def error_note(lines: list[Line]) -> str:
+def distraction_lines(results: read.Row) -> list[Line]:
+    """Share of the attention that stays with the own document, against documents in the memory, a line a memory kind.
+
+    Of several lengths of the documents the longest counts. The last line is what chance would give.
+    """
+    measured = [row for row in read.rows(results, "distraction") if read.number(row, "own_share") is not None]
+    longest = max((read.number(row, "context_tokens") or 0.0 for row in measured), default=0.0)
+    measured = [row for row in measured if (read.number(row, "context_tokens") or 0.0) == longest]
+    lines: list[Line] = []
+    for kind in read.memory_kinds(measured):
+        own = {int(row["documents"]): row for row in measured if row.get("memory") == kind and row.get("documents")}
+        counts = tuple(sorted(own))
+        values = tuple(float(own[count]["own_share"]) for count in counts)
+        errors = tuple(read.number(own[count], "own_share_standard_error") for count in counts)
+        lines.append(Line(kind, memory_name(kind), counts, values, errors, False))
+    if lines:
+        counts = tuple(sorted({count for line in lines for count in line.contexts}))
+        lines.append(Line("none", "by chance", counts, tuple(1 / n for n in counts), (None,) * len(counts), False))
+    return lines
+
+
+def error_note(lines: Sequence[Line]) -> str:
     """What the error bars of :func:`perplexity_lines` are; empty where there are none."""
     if all(error is None for line in lines for error in line.errors):
         return ""
@@ -227,6 +250,13 @@ def memory_name(kind: str) -> str:
     return {"none": "no memory", "exact": "exact search", **WHOLE}.get(kind, kind)
 
 
-def kind_style(kind: str) -> str:
-    """Style class of a memory kind, the same in all figures."""
-    return {"none": "k-none", "exact": "k-exact"}.get(kind, "k-index")
+def styles(lines: Sequence[Line]) -> list[str]:
+    """Style class of each line: that of its memory kind, the same in all figures.
+
+    Where there are several indexes, or several runs, each has a colour of its own, ``c0`` to ``c5``.
+    """
+    plain = [{"none": "k-none", "exact": "k-exact"}.get(line.kind, "k-index") for line in lines]
+    if plain.count("k-index") < 2:
+        return plain
+    numbers = itertools.count()
+    return [f"c{next(numbers) % 6}" if style == "k-index" else style for style in plain]

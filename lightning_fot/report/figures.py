@@ -18,7 +18,7 @@ INK, SOFT, FAINT, GRID = "#191b1f", "#565c66", "#858b95", "#ecedef"
 COLORS = ("#2257bf", "#c4501b", "#14806f", "#8a3fa3", "#9a6b00", "#c02a63")
 MARKERS = ("o", "s", "^", "D")
 PARTS = {"model": "#b9bec6", "search": COLORS[0], "insert": COLORS[1], "build": COLORS[2]}
-KINDS = {"k-none": ("#8b9099", "D"), "k-exact": (INK, "s"), "k-index": ("#2257bf", "o")}
+_KINDS = {"k-none": ("#8b9099", "D"), "k-exact": (INK, "s"), "k-index": ("#2257bf", "o")}
 DPI = 200
 
 
@@ -44,6 +44,19 @@ def write_perplexity(results: read.Row, path: Path) -> bool:
     axes = figure.add_subplot()
     draw_perplexity(axes, lines)
     axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14)
+    _save(figure, path)
+    return True
+
+
+def write_distraction(results: read.Row, path: Path) -> bool:
+    """Write what attention stays with the own document against documents in the memory; False when not measured."""
+    lines = curves.distraction_lines(results)
+    if not lines:
+        return False
+    figure = _figure(7.6, 4.4)
+    axes = figure.add_subplot()
+    _draw_lines(axes, lines, "documents in the memory", "attention that stays with the own one")
+    axes.set_title("Distraction", loc="left", fontsize=12, color=INK, pad=14)
     _save(figure, path)
     return True
 
@@ -136,12 +149,16 @@ def _style(axes: Axes, x: str, y: str) -> None:
 
 def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
     """Draw perplexity against context length, with error bars of one standard error."""
+    _draw_lines(axes, lines, "context: tokens in memory", "perplexity (lower is better)")
+
+
+def _draw_lines(axes: Axes, lines: list[curves.Line], x_name: str, y_name: str) -> None:
     from matplotlib.font_manager import FontProperties
 
     contexts = sorted({context for line in lines for context in line.contexts})
     axes.set_xscale("log", base=2)
-    for index, line in enumerate(lines):
-        color, marker = KINDS[curves.kind_style(line.kind)]
+    for index, (line, style) in enumerate(zip(lines, curves.styles(lines), strict=True)):
+        color, marker = _KINDS[style] if style in _KINDS else _numbered(int(style[1:]))
         # Equal values would hide each other: the lines are set slightly apart.
         x = [context * (1 + 0.02 * (index - (len(lines) - 1) / 2)) for context in line.contexts]
         errors = [error or 0.0 for error in line.errors] if any(line.errors) else None
@@ -150,17 +167,24 @@ def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
             capsize=2.5, label=line.name, linestyle="--" if line.kind == "none" else "-",
             markeredgecolor="white", markeredgewidth=0.8, zorder=3 + index,
         )  # fmt: skip
-    _style(axes, "context: tokens in memory", "perplexity (lower is better)")
+    _style(axes, x_name, y_name)
     axes.set_xticks(contexts, [formats.tokens(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
     # Lines and error bars may fill the frame: the legend gets room of its own below them.
     low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if max(0.0, low) <= tick <= high]
     axes.set_ylim(low - 0.42 * (high - low), high)
+    axes.set_yticks(ticks)
     box = axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="lower left", alignment="left")
     if lines[0].paired:
         box.set_title("bars: standard error of the\ndifference from no memory", prop=FontProperties(size=8.5))
         box.get_title().set_color(FAINT)
+
+
+def _numbered(number: int) -> tuple[str, str]:
+    """Colour and marker of a line that has none of its own."""
+    return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
 
 
 def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
@@ -170,7 +194,7 @@ def draw_recall_speed(axes: Axes, data: curves.RecallSpeed) -> None:
 
     handles: list[Line2D] = []
     for series in data.series:
-        color, marker = COLORS[series.color % len(COLORS)], MARKERS[series.color % len(MARKERS)]
+        color, marker = _numbered(series.color)
         front = series.front()
         places = [(data.place(point.recall), point.qps) for point in front]
         own = len(series.steps())

@@ -135,17 +135,22 @@ def _perplexity(results: read.Row) -> str:
     if not lines:
         return ""
     table = tables.perplexity(results)
-    drawn = "".join(charts.perplexity(lines, form) for form in ("narrow", "wide"))
-    caption = (
-        f"{curves.error_note(lines)} The kinds of memory are drawn a few pixels apart. The axis starts above zero."
-    )
+    x_name, y_name = "context: tokens in memory before the scored text", "perplexity (lower is better)"
+    figure = _values(lines, "Perplexity against context length", x_name, y_name, " The axis starts above zero.")
     return (
         "<h2>Perplexity against context</h2>"
         '<p class="lead">The same held-out tokens are scored each time; only what is in memory before them changes.</p>'
-        f"<figure>{_legend(charts.perplexity_legend(lines))}{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+        + figure
         + (_table(table) if table else "")
         + (_table(shared) if (shared := tables.multi_doc(results)) else "")
     )
+
+
+def _values(lines: Sequence[curves.Line], title: str, x_name: str, y_name: str, note: str = "") -> str:
+    drawn = "".join(charts.values(lines, form, title, x_name, y_name) for form in ("narrow", "wide"))
+    caption = f"{curves.error_note(lines)} Lines are drawn a few pixels apart.{note}".strip()
+    legend = _legend(charts.values_legend(lines))
+    return f"<figure>{legend}{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _retrieval(results: read.Row) -> str:
@@ -196,7 +201,14 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
 
 def _tasks(results: read.Row) -> str:
     found = task_tables.found(results)
-    return "<h2>Tasks in long context</h2>" + "".join(_table(table) for table in found) if found else ""
+    if not found:
+        return ""
+    lines = curves.distraction_lines(results)
+    figure = ""
+    if len(lines) and len(lines[0].contexts) > 1:
+        names = "documents in the memory", "attention that stays with the own one"
+        figure = f"<h3>Distraction</h3>{_values(lines, 'Distraction', *names)}"
+    return "<h2>Tasks in long context</h2>" + figure + "".join(_table(table) for table in found)
 
 
 def _training(results: read.Row, run_dir: Path) -> str:

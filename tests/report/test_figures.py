@@ -54,6 +54,33 @@ def test_recall_axis_grows_and_keeps_one_apart(results: dict[str, Any]) -> None:
     assert [point.label for point in data.series[0].front()] == ["16", "32", "64", "128", "exact"]
 
 
+def test_distraction_is_drawn_beside_chance(results: dict[str, Any], run_dir: Path) -> None:
+    rows = [("exact", 4, 0.4, 64), ("exact", 2, 0.6, 64), ("hnsw", 2, 0.5, 64), ("hnsw", 2, 0.9, 32)]
+    results["distraction"] = [
+        {"memory": memory, "documents": d, "own_share": share, "own_share_standard_error": 0.01, "context_tokens": size}
+        for memory, d, share, size in rows
+    ]
+    exact, index, chance = curves.distraction_lines(results)
+    assert (exact.contexts, exact.values, exact.errors) == ((2, 4), (0.6, 0.4), (0.01, 0.01))
+    assert index.values == (0.5,)
+    assert (chance.name, chance.values) == ("by chance", (0.5, 0.25))
+    written = write_report(results, run_dir)
+    assert run_dir / "distraction.png" in written
+    assert "Distraction</h3><figure>" in written[0].read_text()
+
+
+def test_runs_that_are_compared_have_colours_of_their_own(results: dict[str, Any]) -> None:
+    measured = results["perplexity"]
+    assert curves.styles(curves.perplexity_lines(results)) == ["k-none", "k-exact", "k-index"]
+    results["perplexity"] = [
+        {**row, "memory": f"{run}: {row['memory']}"}
+        for run in ("a", "b")
+        for row in measured
+        if row["memory"] != "none"
+    ]
+    assert sorted(curves.styles(curves.perplexity_lines(results))) == ["c0", "c1", "c2", "c3"]
+
+
 def test_error_bars_are_of_the_paired_difference_where_recorded(results: dict[str, Any]) -> None:
     plain, _, index = curves.perplexity_lines(results)
     assert plain.errors == (None, None, None)
