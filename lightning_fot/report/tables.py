@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_fot.report import curves, findings, formats, read, task_tables, time_tables
 from lightning_fot.report.cells import Cell, Table, by_context
+
+_NAME = 12  # characters that a second column of words has at least
 
 
 def perplexity(results: read.Row) -> Table | None:
@@ -245,14 +249,45 @@ def print_table(table: Table, console: Console) -> None:
     """Print one table with its title and its note."""
     console.print()
     console.print(Text(table.title, style="bold"))
-    console.print(_rich(table))
+    for part in _fitting(table, console):
+        console.print(_rich(part))
     if table.note:
         console.print(Text(table.note, style="dim"))
 
 
-def _rich(table: Table) -> RichTable:
+def _fitting(table: Table, console: Console) -> list[Table]:
+    """The table, or where its numbers would be cut off, parts of its columns one below the other."""
+    numbers = len(table.columns) - table.words
+    if numbers < 2 or _width(table) <= console.width:
+        return [table]
+    first = table.words + (numbers + 1) // 2
+    left = replace(table, columns=table.columns[:first], rows=tuple(row[:first] for row in table.rows))
+    words = slice(table.words)
+    right = replace(
+        table,
+        columns=table.columns[words] + table.columns[first:],
+        rows=tuple(row[words] + row[first:] for row in table.rows),
+    )
+    return [*_fitting(left, console), *_fitting(right, console)]
+
+
+def _width(table: Table) -> int:
+    """Characters that the table takes when nothing that may not be broken is."""
+    width = _padding(table) * (len(table.columns) - 1)
+    for index, heading in enumerate(table.columns):
+        texts = [heading, *(row[index].text for row in table.rows)]
+        whole = index == 0 or index >= table.words
+        width += max(cell_len(text) for text in texts) if whole else _NAME
+    return width
+
+
+def _padding(table: Table) -> int:
     # Nine columns have to fit in 80 characters.
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, 1 if len(table.columns) > 7 else 2, 0, 0))
+    return 1 if len(table.columns) > 7 else 2
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, _padding(table), 0, 0))
     for index, heading in enumerate(table.columns):
         is_word = index < table.words
         # Names may be broken over lines on a narrow terminal, numbers may not.
@@ -260,7 +295,7 @@ def _rich(table: Table) -> RichTable:
             Text(heading, style="dim"),
             justify="left" if is_word else "right",
             no_wrap=index == 0 or not is_word,
-            min_width=12 if 0 < index < table.words else None,
+            min_width=_NAME if 0 < index < table.words else None,
         )
     for row in table.rows:
         # Text, not str: a name with square brackets is no markup.

@@ -132,6 +132,21 @@ def test_tables_on_the_terminal(results: dict[str, Any]) -> None:
     assert all(len(line.rstrip()) <= 80 for line in printed(results, 80).splitlines())
 
 
+def test_numbers_are_never_cut_off(results: dict[str, Any]) -> None:
+    """As many lengths as a long run has do not fit a narrow terminal: they go below each other."""
+    results["tasks"] = [
+        {"task": "dictionary", "context_tokens": 4**n, "memory": memory, "accuracy": 1.0, "n": 256}
+        for n in range(6, 12)
+        for memory in ("none", "exact", "faiss_ivf, nprobe=64")
+    ]
+    for width in (60, 80, 100, 200):
+        text = printed(results, width)
+        assert text.count("100% (256/256)") == 18
+        assert "…" not in text
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert printed(results, 200).count("faiss_ivf, nprobe=64") == 1
+
+
 def test_names_with_brackets_are_no_markup(results: dict[str, Any]) -> None:
     for row in results["perplexity"]:
         row["memory"] = row["memory"].replace("hnsw", "[red]mine[/x]")
