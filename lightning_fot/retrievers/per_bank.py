@@ -43,8 +43,9 @@ class PerBankRetriever(Retriever):
 
     Class attributes for subclasses: ``incremental`` (whether ``Index.add`` may be called again after a search),
     ``smallest_index`` (keys an index needs at least), ``default_transform``, ``default_duplicate_distance`` (0 for
-    indexes that lose nothing among duplicates, as cells). The default transform ends in L2 augmentation: its keys have
-    one norm, so an inner-product index and an L2 index both rank rightly.
+    indexes that lose nothing among duplicates, as cells), ``cells`` (the index looks into few of many cells: where
+    text repeats itself, keys that stand alone are scored beside it). The default transform ends in L2 augmentation: its
+    keys have one norm, so an inner-product index and an L2 index both rank rightly.
 
     Args:
         dim: Head size D.
@@ -56,6 +57,7 @@ class PerBankRetriever(Retriever):
     smallest_index: ClassVar[int] = 1
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.25, l2_augment=True)
     default_duplicate_distance: ClassVar[float] = 0.0008
+    cells: ClassVar[bool] = False
 
     def __init__(self, dim: int, banks: int = 1, **kwargs: Any) -> None:
         super().__init__(dim, banks, **kwargs)
@@ -227,8 +229,9 @@ class PerBankRetriever(Retriever):
         return min(_MIN_TAIL, max(1, self.min_index_size // 8))
 
     def _shares(self, built: Built) -> bool:
-        """Whether another retriever, or another bank of this one, answers with this index."""
-        return len(built.owners) > 1 or sum(other is built for other in self._built) > 1
+        """Whether another retriever, or another bank of this one, answers with this index or is about to."""
+        waiting = sum(job is not None and job.built is built for job in self._jobs)
+        return len(built.owners) > 1 or waiting + sum(other is built for other in self._built) > 1
 
     def _begin(self, bank: int, length: int, extends: Built | None, wait: bool) -> None:
         """Start to build the index of a bank, or to extend it."""

@@ -225,6 +225,32 @@ def test_what_one_fork_added_since_is_not_in_the_shared_build_of_the_other(more:
     check(retriever, torch.cat((keys, mine), 1))
 
 
+def test_a_build_that_two_banks_wait_for_is_not_extended_by_the_first_that_takes_it() -> None:
+    """What the one bank got since must not be answered to the other."""
+    old, keys = building()
+    store = old.store.select([0, 0])
+    twin = old.select([0, 0], store)
+    assert twin is not None
+    del old
+    more = torch.cat((numbers(90, seed=1), numbers(90, seed=2)))
+    store.append(more, lengths=[90, 1])
+    twin.add(more, lengths=[90, 1])
+    job = twin._jobs[0]
+    assert job is not None
+    assert job is twin._jobs[1]
+    Held.door.set()
+    job.finish()
+    queries = torch.cat((numbers(6, seed=99), more[1:, :1].expand(-1, 6, -1)))
+    for _ in range(2):  # the first takes it into use and may begin to extend it
+        rows = twin.search(queries, 5)
+        for bank, count in enumerate((290, 201)):
+            scores = queries[bank] @ torch.cat((keys[0], more[bank]))[:count].T
+            torch.testing.assert_close(scores.gather(1, rows[bank]), scores.topk(5, dim=1).values)
+        for waiting in list(twin._jobs):
+            if waiting is not None:
+                waiting._done.wait(30)
+
+
 def test_a_build_that_a_fork_no_longer_waits_for_is_extended_in_place() -> None:
     retriever, keys = building()
     twin, gone = retriever.fork(), retriever.fork()
