@@ -18,6 +18,7 @@ from lightning_fot.retrievers.answers import Rows, checked_rows
 from lightning_fot.retrievers.building import Gate, Job, StoppedError, check_job
 from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach, repeats
 from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
+from lightning_fot.retrievers.lonely import LonelyDetector, fit_lonely
 from lightning_fot.retrievers.settings import TransformSpec
 from lightning_fot.retrievers.store import KeyStore
 from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
@@ -56,10 +57,11 @@ class Built:
         index: What the backend made.
         transform: Put before it.
         hubs: Finds keys to set apart; None without a transform.
+        lonely: Finds more of them; None where cells need not be helped.
         size: Rows it covers.
         trained_at: Rows it was built from.
-        apart: (h,) int64, sorted: rows that the index is not asked for, hubs and outliers, scored exactly in every
-            search.
+        apart: (h,) int64, sorted: rows that the index is not asked for, hubs, outliers and the lonely, scored exactly
+            in every search.
         apart_keys: (h, D) float32.
         same: Squared distance within which transformed keys count as the same; 0 where that is not asked for.
         groups: Rows but those apart, by kinds of the same, of which the index holds one each; None where it holds every
@@ -73,6 +75,7 @@ class Built:
     index: Index
     transform: FittedTransform
     hubs: HubDetector | None
+    lonely: LonelyDetector | None
     size: int
     trained_at: int
     apart: Tensor
@@ -94,7 +97,10 @@ class Built:
     def nbytes(self) -> int:
         """Bytes of the index, as far as it tells, and of the keys set apart."""
         groups = self.groups.nbytes if self.groups else 0
-        return int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes + groups
+        lonely = self.lonely.nbytes if self.lonely else 0
+        return (
+            int(getattr(self.index, "nbytes", 0)) + self.apart_keys.numel() * 4 + self.hidden.nbytes + groups + lonely
+        )
 
     @property
     def extendable(self) -> bool:
@@ -120,7 +126,7 @@ class Built:
 
     def still_fits(self, length: int) -> bool:
         """Whether what was learned at training (cells, mean, radius, groups) suits a bank of ``length`` keys."""
-        few_apart, few_repeated = len(self.apart) <= 64 + self.size // 32, 3 * self._repeated <= self.size
+        few_apart, few_repeated = len(self.apart) <= 128 + self.size // 16, 3 * self._repeated <= self.size
         return length < 2 * self.trained_at and few_apart and few_repeated
 
     def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
@@ -131,7 +137,9 @@ class Built:
             Exception: What the index raised; it cannot be used any more.
         """
         done = self.size
-        moved, apart, apart_keys = _prepare(store.rows(bank, done, length).cpu(), self.transform, self.hubs)
+        keys = store.rows(bank, done, length).cpu()
+        moved, apart = _prepare(keys, self.transform, self.hubs, self.lonely)
+        apart_keys = keys[apart].float()
         flags = _flags(length - done, apart)
         # From ``done`` on anew: an extension that ended early may have left flags there.
         self.hidden = np.concatenate((self.hidden[:done], flags))
@@ -196,6 +204,7 @@ def build(
     duplicate_distance: float = 0.0,
     smallest: int = 1,
     at_once: int | None = None,
+    cells: bool = False,
 ) -> Built:
     """An index over the first ``length`` rows of a bank.
 
@@ -212,13 +221,17 @@ def build(
         duplicate_distance: As a retriever's.
         smallest: Vectors that the index needs at least: fewer groups are not indexed as such.
         at_once: Rows in memory as float32 at a time; None takes all of them, for an index that is not extended.
+        cells: Set lonely keys apart.
     """
     if at_once is not None and length > at_once and not duplicate_distance:
-        return _build_in_pieces(new_index, store, bank, length, past, spec, at_once)
+        return _build_in_pieces(new_index, store, bank, length, past, spec, at_once, cells)
     keys = store.rows(bank, 0, length).cpu()
     transform = fit_transform(keys, past, spec)
     hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
-    moved, apart, apart_keys = _prepare(keys, transform, hubs)
+    moved, apart = _prepare(keys, transform, hubs)
+    lonely = fit_lonely(moved) if cells else None
+    if lonely is not None:
+        apart = _union(apart, lonely.find(moved))
     same = reach(moved, duplicate_distance)
     others = torch.from_numpy(np.flatnonzero(~_flags(length, apart)))
     groups = find_duplicates(moved[others], same, others.numpy()) if same else None
@@ -226,7 +239,7 @@ def build(
         groups = None
     index = new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
-    return Built(index, transform, hubs, length, length, apart, apart_keys, same, groups)
+    return Built(index, transform, hubs, lonely, length, length, apart, keys[apart].float(), same, groups)
 
 
 def _build_in_pieces(
@@ -237,28 +250,33 @@ def _build_in_pieces(
     past: Tensor,
     spec: TransformSpec,
     at_once: int,
+    cells: bool,
 ) -> Built:
     learned = store.take(bank, torch.linspace(0, length - 1, at_once, dtype=torch.float64).long()).cpu()
     transform = fit_transform(learned, past, spec)
     hubs = fit_hubs(learned, past, at_once / length) if spec != TransformSpec() else None
     index = new_index(transform.dim)
     train = getattr(index, "train", None)
+    learned = _prepare(learned, transform, hubs)[0]
+    lonely = fit_lonely(learned) if cells else None
     if train is not None:
-        train(_prepare(learned, transform, hubs)[0].numpy(), length)
+        train(learned.numpy(), length)
     del learned
     found = []
     # Smaller pieces than what was learned from: the transform makes several copies on the way, the index one more.
     for first, keys in store.blocks(bank, 0, length, min(at_once, _PIECE)):
         check_job()
-        moved, apart, apart_keys = _prepare(keys.cpu(), transform, hubs)
+        moved, apart = _prepare(keys.cpu(), transform, hubs, lonely)
         index.add(moved.numpy())
-        found.append((apart + first, apart_keys))
+        found.append((apart + first, keys.cpu()[apart].float()))
     apart, apart_keys = (torch.cat(part) for part in zip(*found, strict=True))
-    return Built(index, transform, hubs, length, length, apart, apart_keys)
+    return Built(index, transform, hubs, lonely, length, length, apart, apart_keys)
 
 
-def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Transformed keys (n, dim), sorted positions of those set apart, and these as they were (h, D) float32.
+def _prepare(
+    keys: Tensor, transform: FittedTransform, hubs: HubDetector | None, lonely: LonelyDetector | None = None
+) -> tuple[Tensor, Tensor]:
+    """Transformed keys (n, dim) and the sorted positions of those set apart.
 
     The index sees the mean key in the place of a hub.
     """
@@ -269,7 +287,12 @@ def _prepare(keys: Tensor, transform: FittedTransform, hubs: HubDetector | None)
         hidden[found] = transform.centre
     moved, outliers = transform.keys(hidden)
     apart = torch.cat((found, outliers)).sort().values
-    return moved, apart, keys[apart].float()
+    return moved, apart if lonely is None else _union(apart, lonely.find(moved))
+
+
+def _union(some: Tensor, others: Tensor) -> Tensor:
+    together: Tensor = torch.unique(torch.cat((some, others)))
+    return together
 
 
 class BuildJob(Job):
@@ -322,4 +345,5 @@ def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
         owner.duplicate_distance,
         owner.smallest_index,
         AT_ONCE if owner.incremental else None,
+        owner.cells,
     )

@@ -123,7 +123,7 @@ def reach(vectors: Tensor, share: float) -> float:
     """
     if share <= 0:
         return 0.0
-    some = vectors[_some(len(vectors), _SPREAD_SAMPLE)]
+    some = some_of(vectors, _SPREAD_SAMPLE)
     squares = (some - some.mean(dim=0)).square().sum(dim=1)
     spread = float(squares.kthvalue(max(1, int(_SPREAD_QUANTILE * len(squares)))).values)
     return max(share * spread, 1e-7 * float(vectors[0].square().sum()))
@@ -146,7 +146,7 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
         return None
     group = torch.empty(len(vectors), dtype=torch.int64)
     # Duplicates nearly always share the nearest of a few vectors, so only those that share it are compared.
-    pivots = vectors[_some(len(vectors), int(_PIVOTS * len(vectors) ** 0.5))]
+    pivots = some_of(vectors, int(_PIVOTS * len(vectors) ** 0.5))
     pivots = pivots[torch.unique(_first_alike(pivots, distance))]
     cell = torch.cat([_nearest(part, pivots) for part in torch.split(vectors, _BLOCK)])
     order = cell.argsort(stable=True)
@@ -161,8 +161,8 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
     return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, vectors[first])
 
 
-def repeats(vectors: Tensor, distance: float) -> bool:
-    """Whether so many of a sample of vectors (n, dim) have another one within a squared distance that groups pay."""
+def repeats(vectors: Tensor, distance: float, share: float = 1 - _MOST_KINDS) -> bool:
+    """Whether a share of a sample of vectors (n, dim) has another one within a squared distance: enough for groups."""
     picked = _some(len(vectors), _SAMPLE)
     sample = vectors[picked]
     best = torch.full((len(sample),), -torch.inf)
@@ -173,7 +173,12 @@ def repeats(vectors: Tensor, distance: float) -> bool:
         scores[own.nonzero()[:, 0], picked[own] - start] = -torch.inf
         best = torch.maximum(best, scores.amax(dim=1))
     alike = best >= (sample.square().sum(dim=1) - distance) / 2
-    return float(alike.float().mean()) >= 1 - _MOST_KINDS
+    return float(alike.float().mean()) >= share
+
+
+def some_of(vectors: Tensor, wanted: int) -> Tensor:
+    """Of vectors (n, dim) at most so many, drawn anew the same way each time."""
+    return vectors[_some(len(vectors), wanted)]
 
 
 def _groups(

@@ -45,6 +45,7 @@ class FaissIVFRetriever(PerBankRetriever):
     smallest_index: ClassVar[int] = _KEYS_A_CELL
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.5)
     default_duplicate_distance: ClassVar[float] = 0.0
+    cells: ClassVar[bool] = True
 
     def __init__(
         self,

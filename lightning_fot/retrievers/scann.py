@@ -37,6 +37,7 @@ class ScannRetriever(PerBankRetriever):
     smallest_index: ClassVar[int] = 64
     default_transform: ClassVar[TransformSpec] = TransformSpec(center=True, query_power=0.5)
     default_duplicate_distance: ClassVar[float] = 0.0
+    cells: ClassVar[bool] = True
 
     def __init__(
         self,
