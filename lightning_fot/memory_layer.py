@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +72,16 @@ class MemoryLayer:
     def values(self) -> Tensor:
         """(B, G, M, D), as :attr:`keys`."""
         return self._rows(self.value_store)
+
+    def key_blocks(self, bank: int, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
+        """Keys of a bank (a row's KV head, B·G of them) in pieces, for a scan that copies few at a time.
+
+        Yields:
+            The number of the first pair, and at most ``size`` keys (n, D) in a floating dtype.
+        """
+        first = self.dropped[bank // self.kv_heads]
+        for start, keys in self.key_store.blocks(bank, first, None, size):
+            yield start - first, keys
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ Recall alone hides what matters to attention, so it always comes with the softma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ def sample_rows(queries: Tensor, count: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def retrieval_quality(
-    keys: Tensor,
+    keys: Tensor | MemoryLayer,
     queries: Tensor,
     rows: Tensor,
     *,
@@ -90,55 +90,45 @@ def retrieval_quality(
     """Compares found rows with an exact search over the same keys ("shadow search").
 
     Args:
-        keys: (banks, M, D), any float dtype; scores are computed in float32.
+        keys: (banks, M, D), any float dtype; scores are computed in float32. Or the layer that holds them: read in
+            pieces, so that keys in eight bits or in a file are never all in memory as float32.
         queries: (banks, Q, D), as the layer searched with them.
         rows: (banks, Q, k) int64 found row numbers, -1 where none was found.
         scale: Factor on scores inside the softmax; None means 1/sqrt(D).
-        lengths: (banks,) keys that count in each bank; None means M.
+        lengths: (banks,) keys that count in each bank; None means M. A layer knows them.
         sink_rows: (n,) rows that hold the first token of a window.
 
     Raises:
         ValueError: Shapes disagree, or there is nothing to compare.
     """
-    banks, stored, dim = keys.shape
-    if queries.shape[0] != banks or queries.shape[-1] != dim or rows.shape[:2] != queries.shape[:2]:
-        raise ValueError(f"keys {tuple(keys.shape)}, queries {tuple(queries.shape)}, rows {tuple(rows.shape)} disagree")
-    if not stored or not queries.shape[1] or not rows.shape[2]:
+    held, dim = _held(keys, lengths)
+    if queries.shape[0] != len(held) or queries.shape[-1] != dim or rows.shape[:2] != queries.shape[:2]:
+        shape = (len(held), max(held, default=0), dim)
+        raise ValueError(f"keys {shape}, queries {tuple(queries.shape)}, rows {tuple(rows.shape)} disagree")
+    if not queries.shape[1] or not rows.shape[2] or not max(held, default=0):
         raise ValueError("quality needs at least one key, one query and k of at least 1")
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    held = [stored] * banks if lengths is None else [int(length) for length in lengths]
-    found_true = true_total = slots = sink_slots = 0
+    found_true = true_total = slots = sink_slots = hub_slots = 0
     mass_recalls, masses, skews = [], [], []
-    hub_slots = 0
     for bank, count in enumerate(held):
         if not count:
             continue
-        hits = torch.zeros(count, dtype=torch.int64)
-        bank_keys = keys[bank, :count].float()
-        step = max(1, MAX_SCORES // count)
-        for asked, found in zip(torch.split(queries[bank].float(), step), torch.split(rows[bank], step), strict=True):
-            scores = asked @ bank_keys.T
-            k = min(rows.shape[2], count)
-            best = scores.topk(k, dim=-1).values
-            kept = _first_occurrences(found.to(scores.device))
-            at_rows = scores.gather(1, found.to(scores.device).clamp(0, count - 1))
-            kth = best[:, -1:]
-            reached = kept & (at_rows >= kth - TIE * kth.abs())
-            found_true += int(reached.sum(1).clamp_max(k).sum())
-            true_total += k * len(asked)
-            total = torch.logsumexp(scale * scores, dim=-1)
-            found_mass = torch.logsumexp((scale * at_rows).masked_fill(~kept, -math.inf), dim=-1)
-            best_mass = torch.logsumexp(scale * best, dim=-1)
-            masses.append((found_mass - total).exp())
-            mass_recalls.append((found_mass - best_mass).exp().clamp_max(1.0))
-            hits += torch.bincount(found.to(scores.device)[kept].cpu(), minlength=count)
+        asked, found, k = queries[bank].float(), rows[bank].to(queries.device), min(rows.shape[2], count)
+        best, at_rows, total = _scored(asked, found, k, scale, _pieces(keys, bank, count, len(asked)))
+        kept = _first_occurrences(found)
+        kth = best[:, -1:]
+        reached = kept & (at_rows >= kth - TIE * kth.abs())
+        found_true += int(reached.sum(1).clamp_max(k).sum())
+        true_total += k * len(asked)
+        found_mass = torch.logsumexp((scale * at_rows).masked_fill(~kept, -math.inf), dim=-1)
+        masses.append((found_mass - total).exp())
+        mass_recalls.append((found_mass - torch.logsumexp(scale * best, dim=-1)).exp().clamp_max(1.0))
+        hits = torch.bincount(found[kept].cpu(), minlength=count)
         slots += int(hits.sum())
         hub_slots += int(hits.topk(max(1, count // 100)).values.sum())
         skews.append(skewness(hits))
         if sink_rows is not None:
             sink_slots += int(hits[sink_rows[sink_rows < count]].sum())
-    if not true_total:
-        raise ValueError("quality needs at least one key in a bank")
     return RetrievalQuality(
         recall=found_true / true_total,
         mass_recall=float(torch.cat(mass_recalls).double().mean()),
@@ -148,6 +138,42 @@ def retrieval_quality(
         hub_skewness=sum(skews) / len(skews),
         queries=sum(len(part) for part in masses),
     )
+
+
+def _held(keys: Tensor | MemoryLayer, lengths: Tensor | None) -> tuple[list[int], int]:
+    """Keys that count in each bank, and the size of a key."""
+    if not isinstance(keys, Tensor):
+        return [length for length in keys.lengths for _ in range(keys.kv_heads)], keys.key_store.dim
+    banks, stored, dim = keys.shape
+    return [stored] * banks if lengths is None else [int(length) for length in lengths], dim
+
+
+def _pieces(keys: Tensor | MemoryLayer, bank: int, count: int, queries: int) -> Iterator[tuple[int, Tensor]]:
+    """Keys (n, D) of a bank and the row of the first, few enough for their scores to be held."""
+    size = max(1, MAX_SCORES // queries)
+    if not isinstance(keys, Tensor):
+        yield from keys.key_blocks(bank, size)
+        return
+    for first in range(0, count, size):
+        yield first, keys[bank, first : min(count, first + size)]
+
+
+def _scored(
+    asked: Tensor, found: Tensor, k: int, scale: float, pieces: Iterable[tuple[int, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For queries (Q, D): the k best scores (Q, k), those of the rows found (Q, K), and log Σ exp of all (Q,)."""
+    best = asked.new_zeros(len(asked), 0)
+    at_rows = torch.full(found.shape, -math.inf, device=asked.device)
+    total = torch.full((len(asked),), -math.inf, device=asked.device)
+    for first, keys in pieces:
+        scores = asked @ keys.float().T
+        width = scores.shape[1]
+        best = torch.cat((best, scores.topk(min(k, width)).values), dim=1)
+        best = best.topk(min(k, best.shape[1])).values
+        total = torch.logaddexp(total, torch.logsumexp(scale * scores, dim=-1))
+        inside = (found >= first) & (found < first + width)
+        at_rows = torch.where(inside, scores.gather(1, (found - first).clamp(0, width - 1)), at_rows)
+    return best, at_rows, total
 
 
 def skewness(counts: Tensor) -> float:
@@ -340,18 +366,11 @@ def live_quality(
 ) -> RetrievalQuality:
     """What a memory layer finds for queries (B·G, Q, D), against exact search over its keys: see `measure_live`."""
     config = lm.config
-    keys = layer.keys.flatten(0, 1)
     rows = layer.search(_by_bank(layer, queries), config.top_k).flatten(0, 1)
     # Windows that keep sinks or an overlap do not begin at whole windows, and dropped pairs shift the others.
     known = sinks and config.capacity is None and not config.overlap and not config.sink_tokens
-    return retrieval_quality(
-        keys,
-        queries,
-        rows,
-        scale=attention_scale(lm, number),
-        lengths=torch.tensor(layer.lengths).repeat_interleave(layer.kv_heads),
-        sink_rows=window_starts(keys.shape[1], config.window - config.skip_window_start) if known else None,
-    )
+    starts = window_starts(max(layer.lengths), config.window - config.skip_window_start) if known else None
+    return retrieval_quality(layer, queries, rows, scale=attention_scale(lm, number), sink_rows=starts)
 
 
 def _by_bank(layer: MemoryLayer, queries: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_fot.evaluation.retrieval import (
     window_starts,
 )
 from lightning_fot.evaluation.timing import SearchTimes
+from lightning_fot.memory_layer import MemoryLayer
 from lightning_fot.pretrained import load_backbone
 
 
@@ -51,6 +52,30 @@ def test_missing_and_wrong_rows_count_as_missed(monkeypatch: pytest.MonkeyPatch)
     in_parts = retrieval_quality(keys, queries, rows)
     assert in_parts.mass == pytest.approx(half.mass)
     assert in_parts.recall == half.recall
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropped"), [(torch.float32, [0, 0]), (torch.bfloat16, [7, 31]), (torch.int8, [5, 5])]
+)
+def test_a_layer_is_read_in_pieces_and_says_the_same(
+    dtype: torch.dtype, dropped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_fot.evaluation.retrieval.MAX_SCORES", 1000)
+    generator = torch.Generator().manual_seed(1)
+    layer = MemoryLayer(2, 3, 8, 8, "exact", dtype, torch.device("cpu"))
+    keys = torch.randn(2, 3, 150, 8, generator=generator)
+    layer.append(keys, keys, torch.tensor([150, 120]))
+    layer.drop_oldest(dropped)
+    queries = torch.randn(6, 40, 8, generator=generator)
+    rows = layer.search(queries.view(2, 3, 40, 8), 10).flatten(0, 1)
+    rows[:, ::3, :4] = -1
+    lengths = torch.tensor(layer.lengths).repeat_interleave(3)
+    sinks = window_starts(150, 20)
+    whole = retrieval_quality(layer.keys.flatten(0, 1), queries, rows, lengths=lengths, sink_rows=sinks)
+    monkeypatch.setattr(MemoryLayer, "keys", property(lambda layer: pytest.fail("all keys were asked for")))
+    pieces = retrieval_quality(layer, queries, rows, sink_rows=sinks)
+    assert pieces.as_dict() == pytest.approx(whole.as_dict(), rel=1e-5)
+    assert pieces.recall == pytest.approx(1 - 14 / 40 * 4 / 10, abs=1e-3)
 
 
 def test_ties_do_not_count_as_misses_and_duplicates_count_once() -> None:
