@@ -54,9 +54,15 @@ def test_parses_and_says_how_to_run_it(name: str) -> None:
 @pytest.mark.parametrize("name", IN_FOLDERS)
 def test_those_in_folders_parse_and_say_how_to_run_them(name: str) -> None:
     path, _ = find_config(f"configs/{name}.yaml")
-    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# lightning run --config configs/{name}.yaml"
-    request, _ = _parse(name)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    # A file that is laid over others names one to lay it over.
+    below = ["--config", "configs/exact.yaml"] if name == "paper/perplexity" else []
+    words = [*below, "--config", f"configs/{name}.yaml"]
+    assert first == f"# lightning run {' '.join(words)}"
+    request, cli = _parse(*words[1:])
     check_settings(request)
+    if below:
+        assert cli.trainer.max_steps == 40
 
 
 @pytest.mark.parametrize("name", NAMES)
