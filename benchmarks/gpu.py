@@ -74,22 +74,22 @@ def steps(tiny: bool) -> list[Step]:
     }
     chosen = small if tiny else full
     return [
-        Step("tests", ["-m", "pytest", "-q", "-n0", "tests/core/test_crossbatch_attention.py"], 0.1),
-        Step("crossbatch", ["benchmarks/crossbatch.py", *quick, "--json", "{out}/crossbatch.json"], 0.1),
+        Step("tests", ["-m", "pytest", "-q", "-n0", "tests/core/test_crossbatch_attention.py"], share=0.1),
+        Step("crossbatch", ["benchmarks/crossbatch.py", *quick, "--json", "{out}/crossbatch.json"], share=0.1),
         Step(
             "passkey",
             [*run, "--config", "configs/paper/smollm2_fot.yaml", *chosen["passkey"].split()],
-            0.4,
-            True,
-            0.4,
-            True,
+            share=0.4,
+            run=True,
+            train=0.4,
+            delta=True,
         ),
         Step(
             "dictionary",
             [*run, "--config", "configs/paper/dictionary.yaml", *chosen["dictionary"].split()],
-            0.4,
-            True,
-            0.6,
+            share=0.4,
+            run=True,
+            train=0.6,
         ),
     ]
 
@@ -189,14 +189,16 @@ def main() -> None:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + given.minutes * 60
+    failed = False
     lines = ["| step | outcome | minutes | figures |", "|---|---|---|---|"]
     for step in chosen:
         if step.name in wanted:
             outcome = done(step, out, deadline, given.minutes)
+            failed |= outcome.startswith("failed")
             lines.append(f"| {step.name} | {outcome} | {step.took / 60:.1f} | {_figures(out / step.name)} |")
             print(lines[-1], flush=True)
             (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if any("failed" in line for line in lines):
+    if failed:
         raise SystemExit(1)
 
 

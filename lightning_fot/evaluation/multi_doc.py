@@ -159,10 +159,11 @@ def own_share(
     shares = []
     for number, found in queries.items():
         begin, end = before[number], None if after is None else after[number]
+        scale = attention_scale(lm, number)
         for bank, asked in enumerate(sample_rows(found, _QUERIES).float()):
             everything = own = torch.full((len(asked),), -torch.inf, device=asked.device)
             for first, keys in memory.layers[number].key_blocks(bank):
-                scores = attention_scale(lm, number) * (asked @ keys.float().T)
+                scores = scale * (asked @ keys.float().T)
                 everything = torch.logaddexp(everything, scores.logsumexp(1))
                 of_own = scores[:, max(0, begin - first) : None if end is None else max(0, end - first)]
                 own = torch.logaddexp(own, of_own.logsumexp(1))

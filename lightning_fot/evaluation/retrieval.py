@@ -145,7 +145,9 @@ def _held(keys: Tensor | MemoryLayer, lengths: Tensor | None) -> tuple[list[int]
     if not isinstance(keys, Tensor):
         return [length for length in keys.lengths for _ in range(keys.kv_heads)], keys.key_store.dim
     banks, stored, dim = keys.shape
-    return [stored] * banks if lengths is None else [int(length) for length in lengths], dim
+    if lengths is None:
+        return [stored] * banks, dim
+    return [int(length) for _, length in zip(range(banks), lengths, strict=True)], dim
 
 
 def _pieces(keys: Tensor | MemoryLayer, bank: int, count: int, queries: int) -> Iterator[tuple[int, Tensor]]:

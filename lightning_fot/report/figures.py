@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,26 +38,23 @@ def write_recall_vs_speed(results: read.Row, path: Path) -> bool:
 
 def write_perplexity(results: read.Row, path: Path) -> bool:
     """Write perplexity against context length; False when nothing was measured."""
-    lines = curves.perplexity_lines(results)
-    if not lines:
-        return False
-    figure = _figure(7.6, 4.4)
-    axes = figure.add_subplot()
-    draw_perplexity(axes, lines)
-    axes.set_title("Perplexity of held-out text", loc="left", fontsize=12, color=INK, pad=14)
-    _save(figure, path)
-    return True
+    return _write_lines(curves.perplexity_lines(results), draw_perplexity, "Perplexity of held-out text", path)
 
 
 def write_distraction(results: read.Row, path: Path) -> bool:
     """Write what attention stays with the own document against documents in the memory; False when not measured."""
-    lines = curves.distraction_lines(results)
+    return _write_lines(curves.distraction_lines(results), draw_distraction, "Distraction", path)
+
+
+def _write_lines(
+    lines: list[curves.Line], draw: Callable[[Axes, list[curves.Line]], None], title: str, path: Path
+) -> bool:
     if not lines:
         return False
     figure = _figure(7.6, 4.4)
     axes = figure.add_subplot()
-    _draw_lines(axes, lines, "documents in the memory", "attention that stays with the own one")
-    axes.set_title("Distraction", loc="left", fontsize=12, color=INK, pad=14)
+    draw(axes, lines)
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=14)
     _save(figure, path)
     return True
 
@@ -150,6 +148,11 @@ def _style(axes: Axes, x: str, y: str) -> None:
 def draw_perplexity(axes: Axes, lines: list[curves.Line]) -> None:
     """Draw perplexity against context length, with error bars of one standard error."""
     _draw_lines(axes, lines, "context: tokens in memory", "perplexity (lower is better)")
+
+
+def draw_distraction(axes: Axes, lines: list[curves.Line]) -> None:
+    """Draw what attention stays with the own document against documents in the memory."""
+    _draw_lines(axes, lines, "documents in the memory", "attention that stays with the own one")
 
 
 def _draw_lines(axes: Axes, lines: list[curves.Line], x_name: str, y_name: str) -> None:

@@ -205,7 +205,7 @@ def _tasks(results: read.Row) -> str:
         return ""
     lines = curves.distraction_lines(results)
     figure = ""
-    if len(lines) and len(lines[0].contexts) > 1:
+    if lines and len(lines[0].contexts) > 1:
         names = "documents in the memory", "attention that stays with the own one"
         figure = f"<h3>Distraction</h3>{_values(lines, 'Distraction', *names)}"
     return "<h2>Tasks in long context</h2>" + figure + "".join(_table(table) for table in found)

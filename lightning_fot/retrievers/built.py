@@ -126,6 +126,7 @@ class Built:
 
     def still_fits(self, length: int) -> bool:
         """Whether what was learned at training (cells, mean, radius, groups) suits a bank of ``length`` keys."""
+        # More than is set apart at a time: 64 and one in 32 that are lonely, one in 64 that are hubs, few outliers.
         few_apart, few_repeated = len(self.apart) <= 128 + self.size // 16, 3 * self._repeated <= self.size
         return length < 2 * self.trained_at and few_apart and few_repeated
 
@@ -226,12 +227,7 @@ def build(
     if at_once is not None and length > at_once and not duplicate_distance:
         return _build_in_pieces(new_index, store, bank, length, past, spec, at_once, cells)
     keys = store.rows(bank, 0, length).cpu()
-    transform = fit_transform(keys, past, spec)
-    hubs = fit_hubs(keys, past) if spec != TransformSpec() else None
-    moved, apart = _prepare(keys, transform, hubs)
-    lonely = fit_lonely(moved) if cells else None
-    if lonely is not None:
-        apart = _union(apart, lonely.find(moved))
+    transform, hubs, lonely, moved, apart = _learn(keys, past, spec, cells)
     same = reach(moved, duplicate_distance)
     others = torch.from_numpy(np.flatnonzero(~_flags(length, apart)))
     groups = find_duplicates(moved[others], same, others.numpy()) if same else None
@@ -253,12 +249,9 @@ def _build_in_pieces(
     cells: bool,
 ) -> Built:
     learned = store.take(bank, torch.linspace(0, length - 1, at_once, dtype=torch.float64).long()).cpu()
-    transform = fit_transform(learned, past, spec)
-    hubs = fit_hubs(learned, past, at_once / length) if spec != TransformSpec() else None
+    transform, hubs, lonely, learned, _ = _learn(learned, past, spec, cells, at_once / length)
     index = new_index(transform.dim)
     train = getattr(index, "train", None)
-    learned = _prepare(learned, transform, hubs)[0]
-    lonely = fit_lonely(learned) if cells else None
     if train is not None:
         train(learned.numpy(), length)
     del learned
@@ -266,11 +259,25 @@ def _build_in_pieces(
     # Smaller pieces than what was learned from: the transform makes several copies on the way, the index one more.
     for first, keys in store.blocks(bank, 0, length, min(at_once, _PIECE)):
         check_job()
-        moved, apart = _prepare(keys.cpu(), transform, hubs, lonely)
+        keys = keys.cpu()
+        moved, apart = _prepare(keys, transform, hubs, lonely)
         index.add(moved.numpy())
-        found.append((apart + first, keys.cpu()[apart].float()))
+        found.append((apart + first, keys[apart].float()))
     apart, apart_keys = (torch.cat(part) for part in zip(*found, strict=True))
     return Built(index, transform, hubs, lonely, length, length, apart, apart_keys)
+
+
+def _learn(
+    keys: Tensor, past: Tensor, spec: TransformSpec, cells: bool, share: float = 1.0
+) -> tuple[FittedTransform, HubDetector | None, LonelyDetector | None, Tensor, Tensor]:
+    """What a bank's keys (n, D), such a share of all, teach; then :func:`_prepare` of them."""
+    transform = fit_transform(keys, past, spec)
+    hubs = fit_hubs(keys, past, share) if spec != TransformSpec() else None
+    moved, apart = _prepare(keys, transform, hubs)
+    lonely = fit_lonely(moved) if cells else None
+    if lonely is None:
+        return transform, hubs, None, moved, apart
+    return transform, hubs, lonely[0], moved, _union(apart, lonely[1])
 
 
 def _prepare(

@@ -162,7 +162,10 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
 
 
 def repeats(vectors: Tensor, distance: float, share: float = 1 - _MOST_KINDS) -> bool:
-    """Whether a share of a sample of vectors (n, dim) has another one within a squared distance: enough for groups."""
+    """Whether such a share of a sample of vectors (n, dim) has another one within a squared distance.
+
+    By default as many as make groups pay.
+    """
     picked = _some(len(vectors), _SAMPLE)
     sample = vectors[picked]
     best = torch.full((len(sample),), -torch.inf)

@@ -42,28 +42,36 @@ class LonelyDetector:
 
     def find(self, vectors: Tensor) -> Tensor:
         """Positions (h,) int64, sorted, of the lonely among vectors (n, dim): the farthest, at most 64 + n / 32."""
-        far = _distance(vectors, self.pivots)
-        best = far.topk(min(len(far), 64 + len(far) // _MOST))
-        return best.indices[best.values > self.limit].sort().values
+        return _farthest(_distance(vectors, self.pivots), self.limit)
 
 
-def fit_lonely(vectors: Tensor) -> LonelyDetector | None:
+def fit_lonely(vectors: Tensor) -> tuple[LonelyDetector, Tensor] | None:
     """Learn what lonely is in one bank; None where its text does not repeat itself.
 
     Args:
         vectors: (n, dim) float32, n at least 1, as an index gets them.
+
+    Returns:
+        The detector, and what it finds among these: the distances are computed once.
     """
     if not repeats(vectors, reach(vectors, _ALIKE), _REPEATED):
         return None
     pivots = some_of(vectors, int(_PIVOTS * len(vectors) ** 0.5))
-    return LonelyDetector(pivots, _FAR * float(_distance(vectors, pivots).mean()))
+    far = _distance(vectors, pivots)
+    detector = LonelyDetector(pivots, _FAR * float(far.mean()))
+    return detector, _farthest(far, detector.limit)
+
+
+def _farthest(far: Tensor, limit: float) -> Tensor:
+    best = far.topk(min(len(far), 64 + len(far) // _MOST))
+    return best.indices[best.values > limit].sort().values
 
 
 def _distance(vectors: Tensor, pivots: Tensor) -> Tensor:
     """(n,) squared distance to the nearest pivot."""
-    nearest = []
+    nearest, squares = [], pivots.square().sum(dim=1)
     for part in torch.split(vectors, _BLOCK):
         check_job()
-        score = torch.addmm(pivots.square().sum(dim=1), part, pivots.T, alpha=-2).amin(dim=1)
+        score = torch.addmm(squares, part, pivots.T, alpha=-2).amin(dim=1)
         nearest.append((score + part.square().sum(dim=1)).clamp_min(0))
     return torch.cat(nearest)

@@ -81,7 +81,9 @@ def test_text_that_does_not_repeat_itself_has_none(head: str) -> None:
 def test_few_are_set_apart_however_many_look_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.cat((torch.zeros(3000, 16), 10 * torch.randn(1000, 16, generator=generator)))
-    detector = fit_lonely(vectors)
-    assert detector is not None
+    fitted = fit_lonely(vectors)
+    assert fitted is not None
+    detector, found = fitted
     assert len(detector.find(vectors)) <= 64 + 4000 // 32
+    assert torch.equal(found, detector.find(vectors))
     assert detector.nbytes == detector.pivots.numel() * 4
