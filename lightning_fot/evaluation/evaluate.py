@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lightning_fot.config import EvaluationConfig
+    from lightning_fot.data.passkey import PasskeyExample
     from lightning_fot.lm import MemoryLM
 
 
@@ -285,13 +286,7 @@ class _Evaluation:
         ]
         others = torch.as_tensor(self.distractors, device=self.lm.device).long()
         amounts = sorted({0, *self.config.distractor_tokens})
-        name = phase.name + SO_FAR
-
-        def keep(rows: Record) -> None:
-            self.records[name] = list(rows)
-            if self.on_result is not None:
-                self.on_result(name, self.records[name])
-
+        kept, keep = self._so_far(phase)
         return measure_distraction(
             self.lm,
             spec,
@@ -299,10 +294,21 @@ class _Evaluation:
             others,
             amounts,
             self._advance,
-            done=self.records.get(name, ()),
+            done=kept,
             keep=keep,
             folder=None if self.scratch is None else self.scratch / f"multi_doc_{phase.memory}",
         )
+
+    def _so_far(self, phase: Phase) -> tuple[Record, Callable[[Record], None]]:
+        """Rows that were measured before a phase was interrupted, and what keeps them as more are."""
+        name = phase.name + SO_FAR
+
+        def keep(rows: Record) -> None:
+            self.records[name] = list(rows)
+            if self.on_result is not None:
+                self.on_result(name, self.records[name])
+
+        return list(self.records.get(name, ())), keep
 
     def _retrieval(self, phase: Phase, spec: Any) -> Record:
         if self.capture is None:
@@ -330,35 +336,45 @@ class _Evaluation:
         """Counts so many tokens as the phase's whole cost."""
         return lambda read: self._advance(read * phase.cost / tokens)
 
-    def _whole_passkey(self, phase: Phase) -> Record:
-        tokens = sum(length for length, _ in self.examples)
-        advance = self._shares(phase, tokens)
+    def _prompts(self, phase: Phase, kept: Record) -> list[tuple[int, int, PasskeyExample]]:
+        """Length, number and prompt of those that are to be answered."""
+        answered = {(row["context_tokens"], row["sample"]) for row in kept}
+        numbers = (place % self.config.passkey_samples for place in range(len(self.examples)))
         return [
-            {
-                "context_tokens": length,
-                "key_in_window": True,
-                "depth": example.depth,
-                "correct": whole_answer_is_found(self.lm, example, phase.memory, advance),
-                "index_used": None,
-            }
-            for length, example in self.examples
+            (length, sample, example)
+            for sample, (length, example) in zip(numbers, self.examples, strict=True)
+            if (length, sample) not in answered
+            and (phase.memory in WHOLE or is_measured(self.config, phase.memory, self.label, length))
         ]
+
+    def _whole_passkey(self, phase: Phase) -> Record:
+        rows, keep = self._so_far(phase)
+        advance = self._shares(phase, sum(length for length, _ in self.examples))
+        for length, sample, example in self._prompts(phase, rows):
+            rows.append(
+                {
+                    "context_tokens": length,
+                    "sample": sample,
+                    "key_in_window": True,
+                    "depth": example.depth,
+                    "correct": whole_answer_is_found(self.lm, example, phase.memory, advance),
+                    "index_used": None,
+                }
+            )
+            keep(rows)
+        return rows
 
     def _passkey(self, phase: Phase, spec: Any) -> Record:
         local = self.lm.config.last_context_length or self.lm.config.window
-        examples = [
-            (length, example)
-            for length, example in self.examples
-            if is_measured(self.config, phase.memory, self.label, length)
-        ]
-        split = [split_prompt(example, local) for _, example in examples]
+        rows, keep = self._so_far(phase)
+        prompts = self._prompts(phase, rows)
+        split = [split_prompt(example, local) for _, _, example in prompts]
         if phase.memory == NONE:
             memories: Any = ((place, None) for place in range(len(split)))
         else:
             memories = shared_memories(self.lm, [prefix for prefix, _ in split], spec, self._ingested)
-        rows = []
         for place, memory in memories:
-            length, example = examples[place]
+            length, sample, example = prompts[place]
             if memory is not None:
                 memory.flush()
             # The answer is a part of the local tokens, all but its last one; it says nothing of where the key was told.
@@ -366,11 +382,13 @@ class _Evaluation:
             rows.append(
                 {
                     "context_tokens": length,
+                    "sample": sample,
                     "key_in_window": str(example.number) in str(self.tokenizer.decode(prompt)),
                     "depth": example.depth,
                     "correct": answer_is_found(self.lm, example, split[place][1], memory),
                     "index_used": None if memory is None else index_used(memory),
                 }
             )
+            keep(rows)
             self._advance(len(split[place][1]) * LOCAL_COST)
-        return sorted(rows, key=lambda row: row["context_tokens"])
+        return sorted(rows, key=lambda row: (row["context_tokens"], row["sample"]))

@@ -86,7 +86,7 @@ def shared_memories(
         lm: The model.
         prefixes: Tokens to be read into memory, from the start of each prompt.
         retriever: Specification for the memories.
-        advance: Called with the number of tokens done, shared ones included.
+        advance: Called with the tokens of each window that is read, and of those that need not be read again.
 
     Yields:
         (place in ``prefixes``, memory of exactly that prefix); the memory is the caller's to change.
@@ -109,8 +109,7 @@ def shared_memories(
         starts = _later_starts(common[step:], done)
         for stop in [*starts, len(tokens)]:
             if stop > done:
-                lm.ingest(torch.tensor([list(tokens[done:stop])], device=lm.device), memory=memory)
-                tell(stop - done)
+                lm.ingest(torch.tensor([list(tokens[done:stop])], device=lm.device), memory=memory, progress=tell)
                 done = stop
                 if stop in starts:
                     kept.append((stop, memory.snapshot()))

@@ -79,11 +79,19 @@ def test_shared_memories_equal_separate_ones(lm: MemoryLM, data: st.DataObject) 
 def test_common_windows_are_read_once(lm: MemoryLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     ingest = lm.ingest
-    monkeypatch.setattr(lm, "ingest", lambda ids, memory: (read.append(ids.shape[1]), ingest(ids, memory=memory))[1])
+    monkeypatch.setattr(lm, "ingest", lambda ids, **kwargs: (read.append(ids.shape[1]), ingest(ids, **kwargs))[1])
     filler = [7] * 40
     prefixes = [filler, [*filler[:18], 9, *filler[19:]], [*filler[:30], 9, *filler[31:]]]
     list(shared_memories(lm, prefixes, "exact"))
     assert sum(read) == 40 + 24 + 16
+
+
+def test_each_window_that_is_read_is_told(lm: MemoryLM) -> None:
+    """A prompt of 100,000 tokens takes minutes."""
+    done: list[int] = []
+    list(shared_memories(lm, [[7] * 40], "exact", done.append))
+    assert sum(done) == 40
+    assert max(done) <= WINDOW
 
 
 def test_an_overlap_forbids_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +105,7 @@ def test_an_overlap_forbids_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
         def new_memory(self, batch_size: int, retriever: object) -> object:
             return object()
 
-        def ingest(self, ids: torch.Tensor, memory: object) -> None:
+        def ingest(self, ids: torch.Tensor, memory: object, progress: object) -> None:
             self.read.append(ids.shape[1])
 
     stub = Stub()
