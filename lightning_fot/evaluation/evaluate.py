@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lightning_fot.config import EvaluationConfig
-    from lightning_fot.data.passkey import PasskeyExample
     from lightning_fot.lm import MemoryLM
 
 
@@ -110,7 +109,7 @@ def evaluate(
         progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
         on_result: Called with name and record of each phase as it ends, such as to write them to disk; within a phase
-            of many documents also as it goes, under the name with
+            of many documents, prompts or texts also as it goes, under the name with
             :data:`~lightning_fot.evaluation.plan.SO_FAR`.
         scratch: A folder of this model and these settings alone, for memories that take long to read: an evaluation
             that was killed goes on with them. None keeps none.
@@ -225,9 +224,9 @@ class _Evaluation:
     def _measure(self, phase: Phase) -> Record:
         spec = EXACT if phase.memory == EXACT else self.lm.config.retriever
         if phase.section in self.tasks:
-            return self.tasks.measure(phase, spec)
+            return self.tasks.measure(phase, spec, *self._so_far(phase))
         if phase.section == "perplexity":
-            return [self._perplexity(phase, spec, place) for place in range(len(self.documents))]
+            return self._in_order(phase, len(self.documents), lambda place: self._perplexity(phase, spec, place))
         if phase.section == "passkey":
             return self._whole_passkey(phase) if phase.memory in WHOLE else self._passkey(phase, spec)
         if phase.section == "multi_doc":
@@ -310,6 +309,15 @@ class _Evaluation:
 
         return list(self.records.get(name, ())), keep
 
+    def _in_order(self, phase: Phase, count: int, measure: Callable[[int], dict[str, Any]]) -> Record:
+        """Rows 0 to ``count``, but for those that were measured before."""
+        rows, keep = self._so_far(phase)
+        for place in range(len(rows), count):
+            rows.append(measure(place))
+            if len(rows) < count:
+                keep(rows)
+        return rows
+
     def _retrieval(self, phase: Phase, spec: Any) -> Record:
         if self.capture is None:
             # Resumed after the perplexity of the longest context: read it once more, for its queries and keys.
@@ -336,59 +344,52 @@ class _Evaluation:
         """Counts so many tokens as the phase's whole cost."""
         return lambda read: self._advance(read * phase.cost / tokens)
 
-    def _prompts(self, phase: Phase, kept: Record) -> list[tuple[int, int, PasskeyExample]]:
-        """Length, number and prompt of those that are to be answered."""
-        answered = {(row["context_tokens"], row["sample"]) for row in kept}
-        numbers = (place % self.config.passkey_samples for place in range(len(self.examples)))
-        return [
-            (length, sample, example)
-            for sample, (length, example) in zip(numbers, self.examples, strict=True)
-            if (length, sample) not in answered
-            and (phase.memory in WHOLE or is_measured(self.config, phase.memory, self.label, length))
-        ]
-
     def _whole_passkey(self, phase: Phase) -> Record:
-        rows, keep = self._so_far(phase)
         advance = self._shares(phase, sum(length for length, _ in self.examples))
-        for length, sample, example in self._prompts(phase, rows):
-            rows.append(
-                {
-                    "context_tokens": length,
-                    "sample": sample,
-                    "key_in_window": True,
-                    "depth": example.depth,
-                    "correct": whole_answer_is_found(self.lm, example, phase.memory, advance),
-                    "index_used": None,
-                }
-            )
-            keep(rows)
-        return rows
+
+        def measure(place: int) -> dict[str, Any]:
+            length, example = self.examples[place]
+            return {
+                "context_tokens": length,
+                "key_in_window": True,
+                "depth": example.depth,
+                "correct": whole_answer_is_found(self.lm, example, phase.memory, advance),
+                "index_used": None,
+            }
+
+        return self._in_order(phase, len(self.examples), measure)
 
     def _passkey(self, phase: Phase, spec: Any) -> Record:
         local = self.lm.config.last_context_length or self.lm.config.window
         rows, keep = self._so_far(phase)
-        prompts = self._prompts(phase, rows)
-        split = [split_prompt(example, local) for _, _, example in prompts]
+        answered = {row["example"] for row in rows}
+        examples = [
+            (number, length, example)
+            for number, (length, example) in enumerate(self.examples)
+            if number not in answered and is_measured(self.config, phase.memory, self.label, length)
+        ]
+        split = [split_prompt(example, local) for _, _, example in examples]
         if phase.memory == NONE:
             memories: Any = ((place, None) for place in range(len(split)))
         else:
             memories = shared_memories(self.lm, [prefix for prefix, _ in split], spec, self._ingested)
         for place, memory in memories:
-            length, sample, example = prompts[place]
+            number, length, example = examples[place]
             if memory is not None:
                 memory.flush()
             # The answer is a part of the local tokens, all but its last one; it says nothing of where the key was told.
             prompt = split[place][1][: len(split[place][1]) - len(example.answer_ids) + 1]
             rows.append(
                 {
+                    "example": number,
                     "context_tokens": length,
-                    "sample": sample,
                     "key_in_window": str(example.number) in str(self.tokenizer.decode(prompt)),
                     "depth": example.depth,
                     "correct": answer_is_found(self.lm, example, split[place][1], memory),
                     "index_used": None if memory is None else index_used(memory),
                 }
             )
-            keep(rows)
+            if len(rows) < len(answered) + len(examples):
+                keep(rows)
             self._advance(len(split[place][1]) * LOCAL_COST)
-        return sorted(rows, key=lambda row: (row["context_tokens"], row["sample"]))
+        return sorted(rows, key=lambda row: row["example"])

@@ -16,7 +16,7 @@ import yaml
 from lightning_fot import EvaluationConfig, attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.plan import plan
+from lightning_fot.evaluation.plan import SO_FAR, plan
 from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.episode import Episode, Probe
 from lightning_fot.evaluation.tasks.key_value import FACTS, KeyValue
@@ -213,7 +213,8 @@ def test_rows_are_those_of_reading_each_question_alone(lm, labels: Path) -> None
     config = EvaluationConfig(**NOTHING_ELSE, **_tasks(labels))
     records: dict[str, Any] = {}
     results = evaluate(lm, tokenizer, [], config, texts={"story": _stories()}, on_result=records.__setitem__)
-    assert list(records) == [name for name, _ in plan(config, "exact", 64)]
+    finished = [name for name in records if not name.endswith(SO_FAR)]
+    assert finished == [name for name, _ in plan(config, "exact", 64)]
     # Documents that the smaller memory holds are not read again, but for the end that filled no window.
     assert records["key_value: exact, 1200 tokens"][0]["read_tokens"] > 1100
     assert records["key_value: exact, 2400 tokens"][0]["read_tokens"] < 1300 + 64

@@ -114,13 +114,27 @@ class TaskRunner:
     def __contains__(self, section: str) -> bool:
         return section in self._tasks
 
-    def measure(self, phase: Phase, spec: Any) -> list[Row]:
-        """Rows of a phase, one an episode: ``right``, ``tokens`` and ``nats`` of each answer, and what it took."""
+    def measure(
+        self, phase: Phase, spec: Any, done: Sequence[Row] = (), keep: Callable[[list[Row]], None] = lambda rows: None
+    ) -> list[Row]:
+        """Rows of a phase, one an episode: ``right``, ``tokens`` and ``nats`` of each answer, and what it took.
+
+        Args:
+            phase: What is measured.
+            spec: Specification of the retriever.
+            done: Rows of the first episodes, from before an interruption.
+            keep: Called with all rows after each episode but the last.
+        """
         task = self._tasks[phase.section]
         if isinstance(task, Measure):
             self.release()
             return task.measure(self._lm, phase.context_tokens, None if phase.memory == NONE else spec, self._advance)
-        return [self._measure(episode, phase.memory, spec) for episode in task.episodes(phase.context_tokens)]
+        rows, episodes = list(done), task.episodes(phase.context_tokens)
+        for episode in episodes[len(rows) :]:
+            rows.append(self._measure(episode, phase.memory, spec))
+            if len(rows) < len(episodes):
+                keep(rows)
+        return rows
 
     def release(self) -> None:
         """Lets go of the memory."""
