@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -15,18 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fot.retrievers.answers import Rows, checked_rows
-from lightning_fot.retrievers.building import Gate, Job, StoppedError, check_job
-from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach, repeats
-from lightning_fot.retrievers.hubs import HubDetector, fit_hubs
-from lightning_fot.retrievers.lonely import LonelyDetector, fit_lonely
-from lightning_fot.retrievers.settings import TransformSpec
+from lightning_fot.retrievers.building import Gate, Job
+from lightning_fot.retrievers.duplicates import Groups, repeats
+from lightning_fot.retrievers.hubs import HubDetector
+from lightning_fot.retrievers.lonely import LonelyDetector
 from lightning_fot.retrievers.store import KeyStore
-from lightning_fot.retrievers.transforms import FittedTransform, fit_transform
+from lightning_fot.retrievers.transforms import FittedTransform
 
 _FIRST_STEP, _LEAST_A_STEP, _MOST_A_STEP = 16, 4, 4096
 _STEP_SECONDS = 0.0005  # a search that comes during an extension waits for one step
-_PIECE = 1 << 16  # rows added at once to a new index of a long bank
-AT_ONCE = 1 << 21  # rows of a bank that are in memory as float32 at a time: 512 MiB of 64 coordinates
 
 
 class Index(Protocol):
@@ -90,7 +86,7 @@ class Built:
     _held: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = _flags(self.size, self.apart)
+        self.hidden = flags_of(self.size, self.apart)
         self._held = len(self.groups.first) if self.groups else self.size
 
     @property
@@ -139,9 +135,9 @@ class Built:
         """
         done = self.size
         keys = store.rows(bank, done, length).cpu()
-        moved, apart = _prepare(keys, self.transform, self.hubs, self.lonely)
+        moved, apart = prepare(keys, self.transform, self.hubs, self.lonely)
         apart_keys = keys[apart].float()
-        flags = _flags(length - done, apart)
+        flags = flags_of(length - done, apart)
         # From ``done`` on anew: an extension that ended early may have left flags there.
         self.hidden = np.concatenate((self.hidden[:done], flags))
 
@@ -189,98 +185,14 @@ class Built:
             step, done = int(min(_MOST_A_STEP, max(_LEAST_A_STEP, step * min(4.0, share)))), end
 
 
-def _flags(size: int, rows: Tensor) -> NDArray[np.bool_]:
+def flags_of(size: int, rows: Tensor) -> NDArray[np.bool_]:
+    """(size,) bool, True at ``rows``."""
     flags = np.zeros(size, dtype=np.bool_)
     flags[rows.numpy()] = True
     return flags
 
 
-def build(
-    new_index: Callable[[int], Index],
-    store: KeyStore,
-    bank: int,
-    length: int,
-    past: Tensor,
-    spec: TransformSpec,
-    duplicate_distance: float = 0.0,
-    smallest: int = 1,
-    at_once: int | None = None,
-    cells: bool = False,
-) -> Built:
-    """An index over the first ``length`` rows of a bank.
-
-    Of a longer bank than ``at_once`` rows the transform and the hubs are learned from so many, evenly spread, and the
-    index gets its rows in pieces; not where duplicates are sought, which takes all rows.
-
-    Args:
-        new_index: Makes an empty index of so many coordinates.
-        store: Where the keys are.
-        bank: Which of its banks.
-        length: Rows to cover.
-        past: (m, D) past queries of the bank, to learn from.
-        spec: Maps to put before the index.
-        duplicate_distance: As a retriever's.
-        smallest: Vectors that the index needs at least: fewer groups are not indexed as such.
-        at_once: Rows in memory as float32 at a time; None takes all of them, for an index that is not extended.
-        cells: Set lonely keys apart.
-    """
-    if at_once is not None and length > at_once and not duplicate_distance:
-        return _build_in_pieces(new_index, store, bank, length, past, spec, at_once, cells)
-    keys = store.rows(bank, 0, length).cpu()
-    transform, hubs, lonely, moved, apart = _learn(keys, past, spec, cells)
-    same = reach(moved, duplicate_distance)
-    others = torch.from_numpy(np.flatnonzero(~_flags(length, apart)))
-    groups = find_duplicates(moved[others], same, others.numpy()) if same else None
-    if groups is not None and len(groups.first) < smallest:
-        groups = None
-    index = new_index(transform.dim)
-    index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
-    return Built(index, transform, hubs, lonely, length, length, apart, keys[apart].float(), same, groups)
-
-
-def _build_in_pieces(
-    new_index: Callable[[int], Index],
-    store: KeyStore,
-    bank: int,
-    length: int,
-    past: Tensor,
-    spec: TransformSpec,
-    at_once: int,
-    cells: bool,
-) -> Built:
-    learned = store.take(bank, torch.linspace(0, length - 1, at_once, dtype=torch.float64).long()).cpu()
-    transform, hubs, lonely, learned, _ = _learn(learned, past, spec, cells, at_once / length)
-    index = new_index(transform.dim)
-    train = getattr(index, "train", None)
-    if train is not None:
-        train(learned.numpy(), length)
-    del learned
-    found = []
-    # Smaller pieces than what was learned from: the transform makes several copies on the way, the index one more.
-    for first, keys in store.blocks(bank, 0, length, min(at_once, _PIECE)):
-        check_job()
-        keys = keys.cpu()
-        moved, apart = _prepare(keys, transform, hubs, lonely)
-        index.add(moved.numpy())
-        found.append((apart + first, keys[apart].float()))
-    apart, apart_keys = (torch.cat(part) for part in zip(*found, strict=True))
-    return Built(index, transform, hubs, lonely, length, length, apart, apart_keys)
-
-
-def _learn(
-    keys: Tensor, past: Tensor, spec: TransformSpec, cells: bool, share: float = 1.0
-) -> tuple[FittedTransform, HubDetector | None, LonelyDetector | None, Tensor, Tensor]:
-    """What a bank's keys (n, D), such a share of all, teach; then :func:`_prepare` of them."""
-    transform = fit_transform(keys, past, spec)
-    hubs = fit_hubs(keys, past, share) if spec != TransformSpec() else None
-    moved, apart = _prepare(keys, transform, hubs)
-    lonely = fit_lonely(moved) if cells else None
-    if lonely is None:
-        return transform, hubs, None, moved, apart
-    return transform, hubs, lonely[0], moved, _union(apart, lonely[1])
-
-
-def _prepare(
+def prepare(
     keys: Tensor, transform: FittedTransform, hubs: HubDetector | None, lonely: LonelyDetector | None = None
 ) -> tuple[Tensor, Tensor]:
     """Transformed keys (n, dim) and the sorted positions of those set apart.
@@ -294,63 +206,10 @@ def _prepare(
         hidden[found] = transform.centre
     moved, outliers = transform.keys(hidden)
     apart = torch.cat((found, outliers)).sort().values
-    return moved, apart if lonely is None else _union(apart, lonely.find(moved))
+    return moved, apart if lonely is None else union(apart, lonely.find(moved))
 
 
-def _union(some: Tensor, others: Tensor) -> Tensor:
+def union(some: Tensor, others: Tensor) -> Tensor:
+    """Sorted rows that are in one or the other."""
     together: Tensor = torch.unique(torch.cat((some, others)))
     return together
-
-
-class BuildJob(Job):
-    """Builds the index of one bank, or extends one, from a snapshot of its keys.
-
-    Args:
-        store: The snapshot.
-        bank: Which of its banks.
-        length: Rows that the index is to cover.
-        past: (m, D) past queries, the job's own.
-        extends: The index to extend; None builds one.
-
-    Attributes:
-        length: As given.
-        extends: As given.
-        built: What was built.
-        counted: Whether some retriever's counters hold it.
-    """
-
-    def __init__(self, store: KeyStore, bank: int, length: int, past: Tensor, extends: Built | None) -> None:
-        super().__init__(partial(_work, store, bank, past))
-        self.length = length
-        self.extends = extends
-        self.built: Built | None = None
-        self.counted = False
-
-    def abandon(self) -> None:
-        """As :meth:`Job.abandon`; an index that was being extended is torn."""
-        if self.begun and self.extends is not None:
-            self.extends.broken = True
-        super().abandon()
-
-
-def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
-    assert isinstance(job, BuildJob)
-    if job.extends is not None:
-        while job.extends.size < job.length:
-            job.extends.extend(store, bank, min(job.length, job.extends.size + AT_ONCE), job)
-        return
-    owner: Any = next(iter(job.wanted_by), None)
-    if owner is None:
-        raise StoppedError
-    job.built = build(
-        owner.new_index,
-        store,
-        bank,
-        job.length,
-        past,
-        owner.transform,
-        owner.duplicate_distance,
-        owner.smallest_index,
-        AT_ONCE if owner.incremental else None,
-        owner.cells,
-    )

@@ -18,9 +18,10 @@ from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers.answers import Rows, merged_few, stacked
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.building import StoppedError, in_background, submit
-from lightning_fot.retrievers.built import BuildJob, Built
+from lightning_fot.retrievers.built import Built
 from lightning_fot.retrievers.built import Index as Index
 from lightning_fot.retrievers.checks import checked_banks
+from lightning_fot.retrievers.construct import BuildJob
 from lightning_fot.retrievers.duplicates import Groups
 from lightning_fot.retrievers.reservoir import QueryReservoir
 from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
