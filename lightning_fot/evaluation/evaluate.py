@@ -224,7 +224,7 @@ class _Evaluation:
     def _measure(self, phase: Phase) -> Record:
         spec = EXACT if phase.memory == EXACT else self.lm.config.retriever
         if phase.section in self.tasks:
-            return self.tasks.measure(phase, spec, *self._so_far(phase))
+            return self.tasks.measure(phase, spec, partial(self._in_order, phase))
         if phase.section == "perplexity":
             return self._in_order(phase, len(self.documents), lambda place: self._perplexity(phase, spec, place))
         if phase.section == "passkey":

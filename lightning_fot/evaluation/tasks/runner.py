@@ -114,27 +114,20 @@ class TaskRunner:
     def __contains__(self, section: str) -> bool:
         return section in self._tasks
 
-    def measure(
-        self, phase: Phase, spec: Any, done: Sequence[Row] = (), keep: Callable[[list[Row]], None] = lambda rows: None
-    ) -> list[Row]:
+    def measure(self, phase: Phase, spec: Any, in_order: Callable[[int, Callable[[int], Row]], list[Row]]) -> list[Row]:
         """Rows of a phase, one an episode: ``right``, ``tokens`` and ``nats`` of each answer, and what it took.
 
         Args:
             phase: What is measured.
             spec: Specification of the retriever.
-            done: Rows of the first episodes, from before an interruption.
-            keep: Called with all rows after each episode but the last.
+            in_order: Given the number of rows and what measures one by its place, gives all of them.
         """
         task = self._tasks[phase.section]
         if isinstance(task, Measure):
             self.release()
             return task.measure(self._lm, phase.context_tokens, None if phase.memory == NONE else spec, self._advance)
-        rows, episodes = list(done), task.episodes(phase.context_tokens)
-        for episode in episodes[len(rows) :]:
-            rows.append(self._measure(episode, phase.memory, spec))
-            if len(rows) < len(episodes):
-                keep(rows)
-        return rows
+        episodes = task.episodes(phase.context_tokens)
+        return in_order(len(episodes), lambda place: self._measure(episodes[place], phase.memory, spec))
 
     def release(self) -> None:
         """Lets go of the memory."""
