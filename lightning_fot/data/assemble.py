@@ -61,8 +61,11 @@ def check_enough(sources: Sequence[MixtureSource], streams: int, tokens: int | N
         tokens: Tokens that the training will read; None when that is not known.
 
     Raises:
-        SettingError: There are fewer documents than streams, or all sources end before the training does.
+        SettingError: A source holds all its documents out, there are fewer documents than streams, or all sources end
+            before the training does.
     """
+    for source in sources:
+        source.check_training()
     counts = [source.count for source in sources]
     known = [count for count in counts if count is not None]
     if len(known) == len(counts) and sum(known) < streams:

@@ -104,6 +104,7 @@ class PathsFeed(Feed):
 
     def prepare(self, plan: RowPlan, ahead: int, total: int | None) -> None:
         """Encode documents; there must be text for a batch."""
+        self._selection.check_training()
         batch = plan.rows * plan.window
         count, said = 0, time.monotonic()
         for document in self._sequences(self._selection.order(plan.streams, 0)):

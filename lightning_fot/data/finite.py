@@ -78,11 +78,14 @@ class TextSource(MixtureSource):
 
     def leave_out(self, keys: frozenset[Hashable]) -> None:
         """Take documents that another source holds out out of training."""
-        self._selection.leave_out(keys)
-        if not self._selection.train:
+        if self._selection.leave_out(keys) and not self._selection.train:
             raise SettingError(
                 f"{self.setting}.paths", self._paths, "has no document that no other source holds out", "Name others."
             )
+
+    def check_training(self) -> None:
+        """Refuse to train on nothing: every document may be held out."""
+        self._selection.check_training()
 
     @property
     def count(self) -> int:

@@ -52,6 +52,9 @@ class MixtureSource(ABC):
     def leave_out(self, keys: frozenset[Hashable]) -> None:  # noqa: B027  (most sources have nothing to leave out)
         """Take documents with these keys, held out by another source, out of training."""
 
+    def check_training(self) -> None:  # noqa: B027  (most sources cannot be without)
+        """Raise SettingError where no document is left for training."""
+
     @property
     def count(self) -> int | None:
         """Documents of a pass at most; None when it is not known or there is no end."""

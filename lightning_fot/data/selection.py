@@ -68,6 +68,20 @@ class Selection:
             self._items[0] = self._limited()
         return _shuffled(self._items[0], self._settings.seed + number)
 
+    def check_training(self) -> None:
+        """Refuse to train on nothing. What is only evaluated may hold out every document.
+
+        Raises:
+            SettingError: All documents are held out.
+        """
+        if not self.train:
+            raise SettingError(
+                f"{self._settings.prefix}.heldout",
+                self._settings.heldout,
+                "leaves no document for training",
+                "Name other files, or evaluate alone with trainer.max_steps=0.",
+            )
+
     def leave_out(self, keys: Set[Hashable]) -> int:
         """Take documents with one of these keys, held out elsewhere, out of training; returns how many they were."""
         kept = [item for item in self.train if item.source.keys.isdisjoint(keys)]
@@ -121,7 +135,7 @@ class Selection:
             other = find_documents(settings.heldout, text_field=settings.text_field, setting=given)
             self._leave_out(found, other.documents)
             heldout = self._long_enough(other.documents, given, settings.heldout)
-            train = self._long_enough(self._draw(found.documents), paths, settings.paths)
+            train = self._long_enough(self._draw(found.documents), paths, settings.paths) if found.documents else []
             self.train, self.heldout = [Item(one) for one in train], [Item(one) for one in heldout]
         else:
             sources = self._long_enough(self._draw(found.documents), paths, settings.paths)
@@ -184,10 +198,6 @@ class Selection:
         if len(kept) < len(found.documents):
             left_out = len(found.documents) - len(kept)
             self._say(f"{left_out:,} documents of {prefix}.paths are held out by {prefix}.heldout.")
-        if not kept:
-            raise SettingError(
-                f"{prefix}.heldout", self._settings.heldout, "leaves no document for training", "Name other files."
-            )
         found.documents = kept
 
     def _long_enough(

@@ -163,8 +163,17 @@ def test_given_held_out_documents_are_kept_out_of_training(books: Path, tmp_path
     read = "".join("".join(decoded(batch)) for batch in data.train_dataloader())
     assert books_in(read) == set("ABEFGHIJKL")
     assert "2 documents of data.paths are held out" in said(data)
-    with pytest.raises(SettingError, match=r"data\.heldout.*leaves no document"):
-        make(books, tmp_path, heldout=[str(books)]).setup("fit")
+
+
+@pytest.mark.parametrize("sources", [None, [{"kind": "text"}]], ids=["paths", "mixture"])
+def test_all_documents_may_be_held_out_where_nothing_is_trained(
+    books: Path, tmp_path: Path, sources: list[dict[str, Any]] | None
+) -> None:
+    data = make(books, tmp_path, heldout=[str(books)], sources=sources)
+    data.setup(None)
+    assert {letter for one in data.heldout_documents() for letter in books_in(one.text)} == set("ABCDEFGHIJKL")
+    with pytest.raises(SettingError, match=r"heldout.*leaves no document.*trainer\.max_steps=0"):
+        data.setup("fit")
 
 
 def test_held_out_documents_of_a_length(books: Path, tmp_path: Path) -> None:
