@@ -52,7 +52,8 @@ class CrossbatchDataModule(pl.LightningDataModule):
         heldout: Files and folders of held-out documents; null takes them out of paths.
         min_tokens: Documents with fewer tokens are left out; null means window.
         max_documents: Documents used at most, drawn with the seed; null uses all.
-        max_document_tokens: Tokens after which a document is cut; null keeps documents whole.
+        max_document_tokens: Tokens after which training and validation cut a document; null cuts none. What is
+            evaluated is read whole.
         max_tokens: Tokens of training documents used at most; null uses all (they are encoded as they are needed).
         text_field: Key of the text in .jsonl objects.
         seed: Of the held-out draw and of the order of documents; epoch e is shuffled with seed + e.
@@ -243,7 +244,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         if paths is None:
             yield from self._open().heldout_documents(1)
             return
-        corpus = Corpus(self._encoder, 1, self.max_document_tokens)
+        corpus = Corpus(self._encoder, 1)
         found = [find_documents([path], text_field=self.text_field, setting=setting).documents for path in paths]
         for turn in itertools.zip_longest(*found):
             for source in turn:

@@ -91,6 +91,12 @@ class Corpus:
         """Ids of ``item`` without special tokens, int32 (tokens,); None when it is too short."""
         return self._long_enough(item, self._source_ids(item.source) if self.may_be_long_enough(item.source) else None)
 
+    def whole(self) -> Corpus:
+        """The same documents, none of them cut."""
+        if self.max_document_tokens is None:
+            return self
+        return Corpus(self.encoder, self.min_tokens, None, self._large_bytes)
+
     def in_order(self, items: Iterable[Item]) -> Iterator[tuple[Item, Ids | None]]:
         """Items with their ``ids``, encoded in threads, a few ahead of what is taken."""
         for item, encoded in self.encoder.in_order(self._ahead, items):

@@ -111,7 +111,7 @@ class TextSettings(FiniteSettings):
         paths: Files and folders; where the data module has none either, the standard library's sources.
         heldout: Files and folders of held-out documents; None takes them out of paths.
         max_documents: Documents used at most.
-        max_document_tokens: Tokens after which a document is cut.
+        max_document_tokens: Tokens after which training and validation cut a document.
         max_tokens: Tokens of training documents used at most.
         text_field: Key of the text in .jsonl objects.
     """
@@ -145,7 +145,7 @@ class HuggingFaceSettings(FiniteSettings):
         revision: Branch, tag or commit on the hub.
         streaming: Read rows as they are needed, without downloading the whole.
         shuffle_buffer: Rows among which the next one is drawn with the seed; 1 keeps the data set's order.
-        max_document_tokens: Tokens after which a document is cut.
+        max_document_tokens: Tokens after which training and validation cut a document.
         text_field: Column of the text.
     """
 

@@ -91,14 +91,15 @@ class Selection:
         return left_out
 
     def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
-        """Held-out documents of at least so many tokens, each encoded when it is asked for."""
+        """Held-out documents of at least so many tokens, whole, each encoded when it is asked for."""
+        corpus = self._corpus.whole()
         for item in self.heldout:
             # One token a byte is the most there can be.
             if item.source.size + 1 < min_tokens:
                 continue
-            ids = self._corpus.ids(item)
+            ids = corpus.ids(item)
             if ids is not None and len(ids) >= min_tokens:
-                yield Document(item.source.name, ids, self._corpus.encoder.tokenizer)
+                yield Document(item.source.name, ids, corpus.encoder.tokenizer)
 
     @property
     def mark(self) -> list[tuple[str, int, int, int | None]]:

@@ -207,6 +207,23 @@ def test_limits_are_kept_and_said(books: Path, tmp_path: Path) -> None:
     assert 190 <= tokens <= 200
 
 
+@pytest.mark.parametrize("sources", [None, [{"kind": "text"}]], ids=["paths", "mixture"])
+def test_documents_are_cut_for_training_and_validation_and_read_whole_by_evaluation(
+    tmp_path: Path, sources: list[dict[str, Any]] | None
+) -> None:
+    for name in ("read", "held", "others"):
+        (tmp_path / f"{name}.txt").write_text(name[0] * 500)
+    data = make(
+        tmp_path / "read.txt", tmp_path, heldout=str(tmp_path / "held.txt"), max_document_tokens=64, sources=sources
+    )
+    (whole,) = data.heldout_documents(min_tokens=400)
+    assert whole.text == "h" * 500
+    (other,) = data.other_documents([str(tmp_path / "others.txt")], "evaluation.distractor_paths")
+    assert other.text == "o" * 500
+    # A batch leaves off the last token, whose successor nobody knows.
+    assert 60 <= "".join(row for batch in data.val_dataloader() for row in decoded(batch)).count("h") <= 64
+
+
 def test_text_is_encoded_only_as_far_as_it_is_read(books: Path, tmp_path: Path) -> None:
     for number in range(40):
         (books / f"extra{number}.txt").write_text("x" * 5000)

@@ -210,16 +210,16 @@ def test_other_documents_can_come_from_other_files(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for number in range(texts):
             (tmp_path / name / f"{number}.txt").write_text(letter * 50)
-    tokens = {"min_tokens": 8, "max_document_tokens": 40}
+    tokens = {"min_tokens": 8, "max_document_tokens": 40}  # cuts what is trained on alone
     data = CrossbatchDataModule(tokenizer="tiny-random-llama", cache_dir=str(tmp_path), **tokens)
     paths = [str(tmp_path / "code"), str(tmp_path / "books")]
     documents = list(data.other_documents(paths, "evaluation.distractor_paths"))
-    assert [(document.text[0], len(document)) for document in documents] == [(one, 40) for one in "cbcc"]
+    assert [(document.text[0], len(document)) for document in documents] == [(one, 50) for one in "cbcc"]
     config = replace(CONFIG, distractor_tokens=[90], distractor_paths=paths)
     taken = select_distractors(iter(documents), documents[1:2], config)  # what is scored is left out
     assert data.tokenizer_object.decode(taken) == "c" * 90
-    with pytest.raises(SettingError, match=r"distractor_tokens.*distractor_paths have 160 tokens.*name more paths"):
-        select_distractors(documents, [], replace(config, distractor_tokens=[161]))
+    with pytest.raises(SettingError, match=r"distractor_tokens.*distractor_paths have 200 tokens.*name more paths"):
+        select_distractors(documents, [], replace(config, distractor_tokens=[201]))
     with pytest.raises(SettingError, match="no such"):
         list(data.other_documents(["no such"], "evaluation.distractor_paths"))
     with pytest.raises(SettingError, match=r"distractor_paths=\['x'\]: are of no use without distractor_tokens"):
