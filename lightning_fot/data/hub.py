@@ -64,11 +64,12 @@ class HuggingFaceSource(MixtureSource):
 
     def heldout(self) -> Iterator[TokenSequence]:
         """The held-out rows."""
-        return (self._sequence(index, ids, cut) for index, ids, cut in self._heldout())
+        held = self._heldout(self._settings.max_document_tokens)
+        return (self._sequence(index, ids, cut) for index, ids, cut in held)
 
     def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
-        """The same as text."""
-        for index, ids, _ in self._heldout():
+        """The same as text, whole."""
+        for index, ids, _ in self._heldout(None):
             if len(ids) >= min_tokens:
                 yield Document(f"{self._settings.dataset}:{index}", ids, self._encoder.tokenizer)
 
@@ -93,12 +94,12 @@ class HuggingFaceSource(MixtureSource):
             if isinstance(text, str) and text.strip():
                 yield index, text
 
-    def _heldout(self) -> Iterator[tuple[int, Ids, bool]]:
+    def _heldout(self, limit: int | None) -> Iterator[tuple[int, Ids, bool]]:
         for index, text in self._texts():
             if index >= HELDOUT_ROWS:
                 return
             if index in self._heldout_rows:
-                ids, cut = self._encoder.encode([text], self._settings.max_document_tokens)
+                ids, cut = self._encoder.encode([text], limit)
                 if len(ids) >= (self._settings.min_tokens or 1):
                     yield index, ids, cut
 

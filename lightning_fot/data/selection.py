@@ -44,6 +44,7 @@ class Selection:
     def __init__(self, settings: SelectionSettings, corpus: Corpus, say: Callable[[str], None]) -> None:
         self._settings = settings
         self._corpus = corpus
+        self._whole = corpus.whole()  # keeps what is encoded, so one for all evaluations
         self._say = say
         self._items: dict[int, list[Item]] = {}
         self.train: list[Item] = []
@@ -92,14 +93,13 @@ class Selection:
 
     def heldout_documents(self, min_tokens: int) -> Iterator[Document]:
         """Held-out documents of at least so many tokens, whole, each encoded when it is asked for."""
-        corpus = self._corpus.whole()
         for item in self.heldout:
             # One token a byte is the most there can be.
             if item.source.size + 1 < min_tokens:
                 continue
-            ids = corpus.ids(item)
+            ids = self._whole.ids(item)
             if ids is not None and len(ids) >= min_tokens:
-                yield Document(item.source.name, ids, corpus.encoder.tokenizer)
+                yield Document(item.source.name, ids, self._whole.encoder.tokenizer)
 
     @property
     def mark(self) -> list[tuple[str, int, int, int | None]]:

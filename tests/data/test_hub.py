@@ -53,6 +53,13 @@ def test_rows_are_shuffled_by_seed_split_and_left_out_when_short(tmp_path: Path,
     assert len(list(one.heldout())) == len(held)
 
 
+def test_rows_are_cut_for_training_and_validation_and_read_whole_by_evaluation(tmp_path: Path) -> None:
+    one = source(rows(tmp_path), max_document_tokens=12)
+    assert max(len(document.ids) for document in one.heldout_documents(1)) > 40
+    assert {len(document) for document in one.heldout()} <= {12, 13, 14}  # with the special tokens
+    assert max(len(document) for document in one.documents(0)) <= 14
+
+
 def test_a_mixture_of_rows_resumes_where_it_was(tmp_path: Path) -> None:
     def data() -> CrossbatchDataModule:
         module = CrossbatchDataModule(

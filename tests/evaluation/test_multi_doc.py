@@ -210,7 +210,7 @@ def test_other_documents_can_come_from_other_files(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for number in range(texts):
             (tmp_path / name / f"{number}.txt").write_text(letter * 50)
-    tokens = {"min_tokens": 8, "max_document_tokens": 40}  # cuts what is trained on alone
+    tokens = {"min_tokens": 8, "max_document_tokens": 40}  # others are read whole
     data = CrossbatchDataModule(tokenizer="tiny-random-llama", cache_dir=str(tmp_path), **tokens)
     paths = [str(tmp_path / "code"), str(tmp_path / "books")]
     documents = list(data.other_documents(paths, "evaluation.distractor_paths"))
