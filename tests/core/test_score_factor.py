@@ -8,8 +8,6 @@ from transformers import PreTrainedModel
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.measures.retrieval import attention_scale
-from lightning_fot.memory.on_disk import load_memory
 from tests.core.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 
 FACTOR = 2.5
@@ -63,28 +61,28 @@ def test_the_plain_backbone_has_no_factor():
 
 def test_what_is_measured_of_attention_has_the_factor_too():
     with attach_memory(tiny_llama(), settings(score_factor=FACTOR)) as lm:
-        assert attention_scale(lm, 1) == pytest.approx(FACTOR / 4)
+        assert lm.attachment.attention_scale(1) == pytest.approx(FACTOR / 4)
 
 
 def test_a_memory_of_another_factor_is_refused(tmp_path):
     ids = tokens(1, 3 * WINDOW)
     with attach_memory(tiny_llama(), settings()) as lm:
         lm.ingest(ids, lm.new_memory()).save(tmp_path)
-        load_memory(lm, tmp_path)
+        lm.load_memory(tmp_path)
     with attach_memory(tiny_llama(), settings(score_factor=FACTOR)) as lm:
         with pytest.raises(SettingError, match="score_factor"):
-            load_memory(lm, tmp_path)
+            lm.load_memory(tmp_path)
         lm.ingest(ids, lm.new_memory()).save(tmp_path)
-        load_memory(lm, tmp_path)
+        lm.load_memory(tmp_path)
     index = tmp_path / "memory.json"
     with attach_memory(tiny_llama(), settings()) as lm:
         with pytest.raises(SettingError, match=r"score_factor: 2\.5 there, 1\.0 here"):
-            load_memory(lm, tmp_path)
+            lm.load_memory(tmp_path)
         lm.ingest(ids, lm.new_memory()).save(tmp_path)
         written = json.loads(index.read_text())
         del written["fingerprint"]["score_factor"]  # as memories were written before there was a factor
         index.write_text(json.dumps(written))
-        assert len(load_memory(lm, tmp_path)) == 3 * WINDOW
+        assert len(lm.load_memory(tmp_path)) == 3 * WINDOW
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "2"])

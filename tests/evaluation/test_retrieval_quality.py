@@ -62,7 +62,7 @@ def test_a_layer_is_read_in_pieces_and_says_the_same(
 ) -> None:
     monkeypatch.setattr("lightning_fot.evaluation.measures.retrieval.MAX_SCORES", 1000)
     generator = torch.Generator().manual_seed(1)
-    layer = MemoryLayer(2, 3, 8, 8, "exact", dtype, torch.device("cpu"))
+    layer = MemoryLayer.empty(2, 3, 8, 8, "exact", dtype, torch.device("cpu"))
     keys = torch.randn(2, 3, 150, 8, generator=generator)
     layer.append(keys, keys, torch.tensor([150, 120]))
     layer.drop_oldest(dropped)

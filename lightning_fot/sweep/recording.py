@@ -85,7 +85,7 @@ def _record(
     found: Found,
     text: str,
 ) -> int:
-    from lightning_fot.library.library import quietly
+    from lightning_fot.pretrained.quiet import quietly
     from lightning_fot.system.progress import JobProgress, format_seconds
     from lightning_fot.system.signals import StopGuard, Stopped
 
