@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def test_a_library_knows_what_it_has_read() -> None:
     said = answers.command("ingest", "library", "text/book0.txt", "text/book1.txt", "text/code", "text/notes.jsonl")
     assert "Nothing to read" in said
     assert "5 documents" in said
-    said = answers.command("ingest", "library", "text/book2.txt")
+    Path("new.txt").write_text("Something that it has not read yet.", encoding="utf-8")
+    said = answers.command("ingest", "library", "new.txt")
     assert "Read 1 document" in said
     assert "6 documents" in said
 
@@ -204,6 +206,15 @@ def test_a_finished_sweep() -> None:
 
 def test_the_report_of_a_run() -> None:
     assert answers.report_answer() == THEN["report"]
+
+
+def test_reports_are_a_module_to_be_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["report", "run"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lightning_fot.report", run_name="__main__")
+    assert ended.value.code == 0
+    assert "run/report.html" in capsys.readouterr().out
+    assert answers.page_text(Path("run/report.html")) == THEN["report"]["page"]
 
 
 @pytest.mark.parametrize("name", ["run", "gate", "lora"])
