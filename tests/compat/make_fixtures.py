@@ -6,8 +6,8 @@
 
 Files that are committed stay as they are: they stand for what users have on their disks, written by the code of the
 commit that added them. Whoever changes on purpose what a command says of them runs ``--answers`` and reads the
-difference. All draws have seeds; only dates and times differ from run to run. Weights are a file of their own, since
-other processors draw others.
+difference. All draws have seeds: from run to run only dates and times differ, and trained weights in
+their last bits (3e-7). The backbone's weights are a file, since other processors draw others.
 """
 
 from __future__ import annotations
