@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_fot.config.data import DataConfig
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.model import ModelConfig
 from lightning_fot.config.run import LIGHTNING, LINKS, TRAINER, RunConfig
-from lightning_fot.errors import SettingError, close_match
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.request.request import Request
 from lightning_fot.request.sections import build, check_names, unknown_setting
 
@@ -53,6 +54,8 @@ def check_settings(request: Request) -> None:
     _follow_backbone(request)
     memory = _build(request).model.memory
     check_retriever(memory.retriever)
+    if request.get("model.lora") is not None and find_spec("peft") is None:
+        raise MissingLibraryError("peft", "pip install 'lightning-fot[lora]'", "model.lora")
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
     _check_files(request)
 

@@ -82,8 +82,7 @@ def _join(section: str, name: object) -> str:
     return f"{section}.{name}" if section else str(name)
 
 
-@cache
-def _types(kind: type) -> dict[str, Any]:
+def _types(kind: Any) -> dict[str, Any]:
     """Types of a dataclass's fields."""
     hints = get_type_hints(kind)
     return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
@@ -94,7 +93,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _section(annotation: Any) -> type | None:
+def _section(annotation: Any) -> Any:
     """The dataclass that a type is or may be."""
     return next((one for one in _options(annotation) if dataclasses.is_dataclass(one)), None)
 
