@@ -36,25 +36,19 @@ _OPTIONS = (
     Option("raw", "continue the text as it is, without the chat template", None, False),
     Option("json", "print one JSON object instead, when the answer is complete", None, False),
 )
-_EPILOG = f"""\
-Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
-Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.
-A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked or
-answered is added to the memory on disk.
-
-The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}."""
-
-
-def _verb(program: str) -> Verb:
-    return Verb(
-        program,
-        _OPTIONS,
-        settings=("model.",),
-        plain=("MEMORY", "[QUESTION…]"),
-        plain_about=("a name below memories/, or a folder", "- reads it from standard input"),
-        about="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
-        epilog=_EPILOG,
-    )
+VERB = Verb(
+    "lightning ask",
+    _OPTIONS,
+    settings=("model.",),
+    plain=("MEMORY", "[QUESTION…]"),
+    plain_about=("a name below memories/, or a folder", "- reads it from standard input"),
+    about="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
+    epilog=f"Settings of the memory that may be given: {', '.join(f'--model.memory.{name}' for name in _FREE)}.\n"
+    "Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.\n"
+    "A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked "
+    "or answered is added to the memory on disk.\n\n"
+    f"The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}.",
+)
 
 
 def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
@@ -71,7 +65,7 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: An argument, the question or the memory cannot be used.
     """
-    verb = _verb(program)
+    verb = replace(VERB, program=program)
     given = read(words, verb)
     if given.help:
         print(verb.help())

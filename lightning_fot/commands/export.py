@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import SettingError
 from lightning_fot.request.words import Option, Verb, read
+
+VERB = Verb(
+    "lightning export",
+    (Option("delta", "write only what training changed, a few megabytes, for --model.backbone", None, False),),
+    plain=("RUN_FOLDER", "OUT"),
+    plain_about=("folder of lightning run or fit", "folder to write, for transformers"),
+    about="Writes the model of a run's last checkpoint as a Hugging Face folder.",
+)
 
 
 def export(words: Sequence[str], program: str, debug: bool = False) -> int:
@@ -24,13 +33,7 @@ def export(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: The run has no checkpoint, its backbone is gone, or the folder cannot be written.
     """
-    verb = Verb(
-        program,
-        (Option("delta", "write only what training changed, a few megabytes, for --model.backbone", None, False),),
-        plain=("RUN_FOLDER", "OUT"),
-        plain_about=("folder of lightning run or fit", "folder to write, for transformers"),
-        about="Writes the model of a run's last checkpoint as a Hugging Face folder.",
-    )
+    verb = replace(VERB, program=program)
     given = read(words, verb)
     if given.help:
         print(verb.help())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_fot.data.text.parts import DocumentSource, Found
 
 DEFAULT_CONFIG = "hnsw"
+VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
 HELP = """\
 Usage: {program} MEMORY PATH… [--config NAME|FILE] [--ckpt_path FILE] [--model.KEY=VALUE …]
 
@@ -52,8 +53,7 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: An argument, a document or the folder cannot be used.
     """
-    verb = Verb(program, (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
-    given = read(words, verb)
+    given = read(words, replace(VERB, program=program))
     if given.help:
         print(HELP.format(program=program, ask=program.replace("ingest", "ask"), default=DEFAULT_CONFIG))
         return 0

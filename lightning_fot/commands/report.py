@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.sweep.runs import headline
 from lightning_fot.sweep.time_split import named_split
 from lightning_fot.system.files import write_json
+
+VERB = Verb(
+    "lightning report",
+    (
+        Option("out", "compare the runs: write report.html there", Path, metavar="FOLDER"),
+        Option("json", "print the headline numbers of each as JSON", None, False),
+    ),
+    plain=("RUN…",),
+    plain_about=("folder of a run or of a sweep",),
+    about="Rebuilds the report of run and sweep folders from their results.json; several runs are compared on one "
+    "page, with --out.",
+)
 
 
 def report(words: Sequence[str], program: str, debug: bool = False) -> int:
@@ -30,17 +43,7 @@ def report(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: A folder holds no results, or the page cannot be written.
     """
-    verb = Verb(
-        program,
-        (
-            Option("out", "compare the runs: write report.html there", Path, metavar="FOLDER"),
-            Option("json", "print the headline numbers of each as JSON", None, False),
-        ),
-        plain=("RUN…",),
-        plain_about=("folder of a run or of a sweep",),
-        about="Rebuilds the report of run and sweep folders from their results.json; several runs are compared on one "
-        "page, with --out.",
-    )
+    verb = replace(VERB, program=program)
     given = read(words, verb)
     if given.help:
         print(verb.help())

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
     from lightning_fot.system.signals import StopGuard
 
 ROOT = Path("sweeps")
-_OPTIONS = (CONFIG, Option("plan", kind=None, default=False), Option("json", kind=None, default=False))
+VERB = Verb(
+    "lightning sweep",
+    (CONFIG, Option("plan", kind=None, default=False), Option("json", kind=None, default=False)),
+    settings=("",),
+)
 HELP = """\
 Usage: {program} --config NAME|FILE [--run_dir FOLDER] [--plan] [--json] [--key.sub=value …]
 
@@ -58,7 +63,7 @@ def sweep(words: Sequence[str], program: str, debug: bool = False) -> int:
         SettingError: A setting cannot work: said before anything is measured.
         MissingLibraryError: The library of a retriever is not installed.
     """
-    given = read(words, Verb(program, _OPTIONS, settings=("",)))
+    given = read(words, replace(VERB, program=program))
     if given.help:
         shipped = ", ".join(sorted(f"sweeps/{path.stem}" for path in (SHIPPED / "sweeps").glob("*.yaml")))
         print(HELP.format(program=program, shipped=shipped))

@@ -178,12 +178,12 @@ def test_questions_to_jsonargparse_stand_alone() -> None:
 
 
 def test_the_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_fot.commands import ask
+    from lightning_fot.commands import ask, export, report
     from lightning_fot.commands.bench import bench
 
-    for verb, options in (("ask", ask._OPTIONS), ("bench", bench._OPTIONS)):
-        assert main([verb, "--help"]) == 0
+    for name, verb in (("ask", ask.VERB), ("bench", bench.VERB), ("report", report.VERB), ("export", export.VERB)):
+        assert main([name, "--help"]) == 0
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= 100
-        for option in options:
+        for option in verb.options:
             assert f"--{option.name}" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,20 +68,19 @@ _OPTIONS = (
 )
 
 
-def _verb(program: str) -> Verb:
-    return Verb(
-        program,
-        _OPTIONS,
-        settings=("model.", "data."),
-        plain=("[FILE]",),
-        plain_about=(
-            ".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and "
-            "optionally <name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
-        ),
-        about="Recall and speed of retrievers on keys and queries of a model, exact search beside them. With --record, "
-        "the keys and queries are recorded first; with --target-recall or --budget-ms, the settings that reach it are "
-        "looked for.",
-    )
+VERB = Verb(
+    "lightning bench",
+    _OPTIONS,
+    settings=("model.", "data."),
+    plain=("[FILE]",),
+    plain_about=(
+        ".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and "
+        "optionally <name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
+    ),
+    about="Recall and speed of retrievers on keys and queries of a model, exact search beside them. With --record, "
+    "the keys and queries are recorded first; with --target-recall or --budget-ms, the settings that reach it are "
+    "looked for.",
+)
 
 
 def _specs(given: Sequence[str], configured: Any) -> list[Any]:
@@ -118,7 +118,7 @@ def bench(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: An argument, the file or a retriever cannot be used.
     """
-    verb = _verb(program)
+    verb = replace(VERB, program=program)
     given = read(words, verb)
     if given.help:
         print(verb.help())
