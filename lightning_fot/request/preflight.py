@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from lightning_fot.config.attending.renamed import modernise
 from lightning_fot.config.backbone import RopeSettings
 from lightning_fot.config.combinations import check_training
 from lightning_fot.config.crossbatch import CrossbatchConfig
@@ -37,7 +38,7 @@ LINKS = {
     "model.crossbatch.w": "data.prev_windows",
 }
 # What the weights of a model with its own memory settings were made for.
-_TRAINED_FOR = ("memory_layers", "window", "positions", "integration", "segments", "dilations")
+_TRAINED_FOR = ("memory_layers", "window", "positions", "attending")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
 
@@ -62,9 +63,10 @@ def check_settings(request: Request) -> None:
         if request.get(target) is not None:
             leader = next(key for key, value in LINKS.items() if value == target)
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
+    request.notes += modernise(request.settings)
     _follow_backbone(request)
     memory = _build(MemoryConfig, request, "model.memory")
-    check_training(memory, _build(CrossbatchConfig, request, "model.crossbatch"))
+    memory = check_training(memory, _build(CrossbatchConfig, request, "model.crossbatch"))
     _build(RopeSettings, request, "model.rope")
     evaluation = _build(EvaluationConfig, request, "evaluation")
     evaluation.check_readings(memory)

@@ -74,9 +74,8 @@ class FocusedTransformer(L.LightningModule):
         rope: Optional[RopeSettings] = None,  # noqa: UP045  (as lr_scheduler)
     ) -> None:
         super().__init__()
-        check_training(memory, crossbatch)
         self.backbone_name = backbone
-        self.memory_config = memory
+        self.memory_config = check_training(memory, crossbatch)
         self.crossbatch_config = crossbatch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
