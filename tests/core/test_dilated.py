@@ -186,10 +186,7 @@ def test_no_token_sees_a_later_one() -> None:
     changed = ids.clone()
     changed[0, 20] += 1
     with attach_memory(model, _dilated()) as lm, torch.no_grad():
-        before, after = (
-            dilated_logits(lm.attachment, ids, PATTERNS)[0],
-            dilated_logits(lm.attachment, changed, PATTERNS)[0],
-        )
+        before, after = (dilated_logits(lm.attachment, text, PATTERNS)[0] for text in (ids, changed))
     assert torch.equal(before[:20], after[:20])
     # Place 24 is in another window, and sees it through the memory layers.
     assert bool((before[32:] != after[32:]).any())
@@ -281,10 +278,11 @@ def test_the_configuration_reads_as_it_trains() -> None:
     ],
 )
 def test_patterns_that_are_none_are_named(change, message: str) -> None:
+    own = {"name": "dilated", "segments": [8, 16], "dilations": [1, 2]}
+    own |= {key: change[key] for key in own if key in change}
+    others = {key: value for key, value in change.items() if key not in own}
     with pytest.raises(SettingError, match=message):
-        own = {"name": "dilated", "segments": [8, 16], "dilations": [1, 2]}
-        own |= {key: change[key] for key in own if key in change}
-        settings(attending=own, **{key: value for key, value in change.items() if key not in own})
+        settings(attending=own, **others)
 
 
 @pytest.mark.parametrize(
@@ -315,11 +313,13 @@ def test_what_needs_a_memory_is_refused() -> None:
         ):
             with pytest.raises(SettingError, match="in place of a memory"):
                 use()
-        with attach_memory(tiny_llama(), _dilated(memory_layers=[1])) as one_layer:
-            with pytest.raises(SettingError, match="in place of a memory"):
-                batched.read(one_layer.attachment, ids[0], one_layer.new_memory())
         with pytest.raises(SettingError, match="no whole windows"):
             dilated_logits(lm.attachment, ids[:, 1:], PATTERNS)
+    with (
+        attach_memory(tiny_llama(), _dilated(memory_layers=[1])) as lm,
+        pytest.raises(SettingError, match="in place of a memory"),
+    ):
+        batched.read(lm.attachment, ids[0], lm.new_memory())
     for readings, memory in ((["memory"], _dilated()), (["dilated"], settings()), (["dilated", "memory"], _dilated())):
         with pytest.raises(SettingError, match="readings="):
             EvaluationConfig(readings=readings).check_readings(memory)

@@ -13,6 +13,7 @@ from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig, RopeSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures import whole_text
+from lightning_fot.evaluation.measures.scoring import score_continuations
 from lightning_fot.evaluation.measures.whole_text import read_whole
 from lightning_fot.model.attention.rectified import rectified_attention
 from lightning_fot.model.backbone.stretch import stretch_positions
@@ -176,6 +177,8 @@ def test_what_cannot_be_read_so_is_named() -> None:
     config = MemoryConfig(memory_layers=[], attending=RECTIFIED)
     with attach_memory(model, config) as lm, pytest.raises(SettingError, match="while generating"):
         lm.generate(tokens(1, 4), max_new_tokens=2)
+    with attach_memory(model, config) as lm, pytest.raises(SettingError, match="is not served while scoring"):
+        score_continuations(lm, [1, 2], [[3]])
 
 
 @pytest.mark.parametrize("overlap", [4, 8])

@@ -22,7 +22,6 @@ _OLD: dict[str, dict[str, Any]] = {
     "rectified": {"max_distance": None},
     "gate": {"integration": "softmax"},
 }
-OLD_KEYS = tuple(key for keys in _OLD.values() for key in keys)
 _LAYOUT = "previous_window"
 
 
@@ -41,6 +40,10 @@ class OldMemorySettings:
     max_distance: InitVar[int | None] = None
     segments: InitVar[list[int] | None] = None
     dilations: InitVar[list[int] | None] = None
+
+
+# In the order in which ``__post_init__`` is given them.
+OLD_KEYS = tuple(OldMemorySettings.__dataclass_fields__)
 
 
 def in_new_words(attending: str | dict[str, Any] | None, old: Mapping[str, Any]) -> dict[str, Any] | None:
