@@ -111,15 +111,21 @@ def modernise(settings: Mapping[str, Any]) -> list[str]:
     Returns:
         What to say on screen.
     """
-    model, notes = settings.get("model"), []
+    model = settings.get("model")
     if not isinstance(model, dict):
         return []
+    notes: list[str] = []
     memory, crossbatch = model.get("memory"), model.get("crossbatch")
     if isinstance(memory, Mapping):
         model["memory"] = current(memory)
         note = told(memory, model["memory"].get("attending"))
         notes += [] if note is None else [note]
-    if isinstance(crossbatch, Mapping) and crossbatch.get("layout") == _LAYOUT:
+    kept = model.get("memory") or {}
+    if isinstance(crossbatch, Mapping) and crossbatch.get("layout") == _LAYOUT and isinstance(kept, Mapping):
+        # Beside another way it stays, and is refused by its own name.
+        if kept.get("attending") is None:
+            model["memory"] = {**kept, "attending": {"name": _LAYOUT}}
+            model["crossbatch"] = {**crossbatch, "layout": "packed"}
         notes.append(_layout_note())
     return notes
 
