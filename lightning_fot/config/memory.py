@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
 from lightning_fot.config.attending import registry, renamed
@@ -11,7 +11,7 @@ from lightning_fot.errors import SettingError, check_at_least, check_factor
 
 
 @dataclass
-class MemoryConfig(renamed.OldMemorySettings):
+class MemoryConfig:
     """Which layers get a memory, and how they read it (the arguments of ``attach_memory``).
 
     Args:
@@ -27,6 +27,7 @@ class MemoryConfig(renamed.OldMemorySettings):
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
         score_factor: Factor on all scores of memory layers, beside the backbone's own (1/√D). In a larger memory more
             pairs come close to the best one, and together they outweigh it: above 1 attention is sharper.
+        integration: Not kept: an older word for what ``attending`` says.
         dtype: Stored dtype of keys and values: ``float32``, ``bfloat16`` or ``int8`` (a byte a coordinate and a scale a
             vector); None takes the model's.
         capacity: Tokens kept a row, oldest out; None keeps all.
@@ -34,6 +35,9 @@ class MemoryConfig(renamed.OldMemorySettings):
             than RAM; None keeps all in RAM. The file is gone with the process; ``Memory.save`` is what lasts.
         offload: What goes there: ``values`` (keys are searched, so they stay in RAM) or ``all``.
         last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
+        max_distance: As ``integration``.
+        segments: As ``integration``.
+        dilations: As ``integration``.
         attending: Another way of attending, for comparison: a name, or ``{"name": ..., **arguments}``; each has a file
             in ``config/attending``. None is FoT's own: one softmax over local and retrieved pairs.
 
@@ -50,11 +54,15 @@ class MemoryConfig(renamed.OldMemorySettings):
     sink_tokens: int = 0
     skip_window_start: int = 0
     score_factor: float = 1.0
+    integration: InitVar[str | None] = None
     dtype: Literal["float32", "bfloat16", "int8"] | None = None
     capacity: int | None = None
     offload_dir: str | None = None
     offload: Literal["values", "all"] = "values"
     last_context_length: int | None = None
+    max_distance: InitVar[int | None] = None
+    segments: InitVar[list[int] | None] = None
+    dilations: InitVar[list[int] | None] = None
     attending: str | dict[str, Any] | None = None
 
     def __post_init__(self, *old: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
 from typing import Any
 
 from lightning_fot.config.attending.base import SETTING
@@ -22,28 +21,9 @@ _OLD: dict[str, dict[str, Any]] = {
     "rectified": {"max_distance": None},
     "gate": {"integration": "softmax"},
 }
+# Arguments of ``MemoryConfig`` that are not kept, in their order there.
+OLD_KEYS = ("integration", "max_distance", "segments", "dilations")
 _LAYOUT = "previous_window"
-
-
-@dataclass(kw_only=True)
-class OldMemorySettings:
-    """Arguments of ``MemoryConfig`` that are not kept: ``attending`` takes their place.
-
-    Args:
-        integration: Replaced: ``gate`` is ``attending={"name": "gate"}``.
-        max_distance: Replaced: ``attending={"name": "rectified", "max_distance": ...}``.
-        segments: Replaced: ``attending={"name": "dilated", "segments": ..., "dilations": ...}``.
-        dilations: As ``segments``.
-    """
-
-    integration: InitVar[str | None] = None
-    max_distance: InitVar[int | None] = None
-    segments: InitVar[list[int] | None] = None
-    dilations: InitVar[list[int] | None] = None
-
-
-# In the order in which ``__post_init__`` is given them.
-OLD_KEYS = tuple(OldMemorySettings.__dataclass_fields__)
 
 
 def in_new_words(attending: str | dict[str, Any] | None, old: Mapping[str, Any]) -> dict[str, Any] | None:
