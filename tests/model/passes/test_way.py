@@ -28,9 +28,11 @@ from lightning_fot.evaluation.measures.scoring import plain_tokens
 from lightning_fot.evaluation.measures.whole_text import read_whole
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.passes import way as ways
+from lightning_fot.model.passes import ways as shipped_ways
 from lightning_fot.model.passes.base import LayerCall, Pass
 from lightning_fot.model.passes.way import WayOfAttending
 from lightning_fot.training.batch_logits import batch_logits
+from tests.support.markdown_blocks import ROOT, blocks, section
 from tests.support.models import WINDOW, settings, tiny_llama, tokens
 from tests.support.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 
@@ -192,6 +194,27 @@ def test_the_self_test_compares_its_passes_with_the_plain_backbone() -> None:
     ways._WAYS["sliding"] = WrongWay
     with pytest.raises(SettingError, match="differ from the plain backbone"):
         attach_memory(tiny_llama(), _config())
+
+
+def test_a_file_in_the_folder_is_enough(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the page, which has its settings in its own file: they are told when the model is attached."""
+    page = (ROOT / "docs" / "extending_passes.md").read_text(encoding="utf-8")
+    (tmp_path / "band.py").write_text(blocks(section(page, "A whole one"), "python")[0], encoding="utf-8")
+    monkeypatch.setattr(shipped_ways, "__path__", [*shipped_ways.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_shipped", lambda: ("band",))
+    model, ids = tiny_llama(), tokens(2, WINDOW)
+    config = MemoryConfig(memory_layers=[], window=WINDOW, attending={"name": "band", "width": WIDTH})
+    wrong = MemoryConfig(memory_layers=[], window=WINDOW, attending={"name": "band", "widht": WIDTH})
+    try:
+        with attach_memory(model, config) as lm, torch.no_grad():
+            expected = torch.stack([_expected(model, row) for row in ids])
+            assert float((lm(ids).logits - expected).abs().max()) < 2e-4
+        with pytest.raises(SettingError, match=r"attending\.widht=5.*width"):
+            attach_memory(model, wrong)
+        with pytest.raises(SettingError, match="while generating"):
+            attach_memory(model, config).generate(ids, max_new_tokens=1)
+    finally:
+        del ways._WAYS["band"], registry._REGISTERED["band"], sys.modules[f"{shipped_ways.__name__}.band"]
 
 
 def test_settings_are_told_without_torch() -> None:
