@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.attending.renamed import OLD_KEYS
 from lightning_fot.errors import SettingError
 from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.pretrained.quiet import quietly
@@ -114,9 +115,10 @@ def _with(library: Library, settings: list[str], program: str) -> Any:
     model = library.model
     if not settings:
         return model
+    fixed = {*model.memory, *OLD_KEYS} - set(_FREE)
     for key, value in assignments(settings):
         name = key.removeprefix("model.memory.").partition(".")[0]
-        if not key.startswith("model.memory.") or (name not in _FREE and name in model.memory):
+        if not key.startswith("model.memory.") or name in fixed:
             raise SettingError(
                 key, value, f"is fixed by what wrote {library.path}",
                 f"Leave it out; free are {', '.join(_FREE)}.",

@@ -71,9 +71,11 @@ def _model_settings(file: Path) -> dict[str, Any]:
     """The section ``model`` of a run's resolved configuration."""
     import yaml
 
+    from lightning_fot.config.attending.renamed import current
+
     try:
         model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
-        return {**model, "backbone": str(model["backbone"]), "memory": dict(model["memory"])}
+        return {**model, "backbone": str(model["backbone"]), "memory": current(model["memory"])}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise SettingError(
             "RUN_FOLDER", str(file.parent), "has no config.yaml of a run", "Give a folder of lightning run or fit."
@@ -90,13 +92,16 @@ def _export(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
 
 
 def _export_delta(settings: dict[str, Any], checkpoint: Path, target: Path) -> int:
+    from lightning_fot.config.attending import registry
+    from lightning_fot.config.attending.base import SETTING
     from lightning_fot.pretrained.backbones import load_backbone
     from lightning_fot.pretrained.delta import write_delta
     from lightning_fot.training.opening import open_trained
 
-    if settings["memory"].get("integration") == "gate":
+    way = registry.read(settings["memory"].get("attending"))
+    if way.learns:
         raise SettingError(
-            "model.memory.integration", "gate", "has trained gates, which are no difference", "Leave out --delta."
+            SETTING, way.name, "has trained parameters of its own, which are no difference", "Leave out --delta."
         )
     module, steps = open_trained(settings, checkpoint)
     base = load_backbone(settings["backbone"], settings.get("dtype", "float32"))

@@ -41,4 +41,4 @@ class ModelConfig:
             ("validation", ("single", "multi")),
         ):
             check_choice(f"model.{name}", getattr(self, name), choices)
-        check_training(self.memory, self.crossbatch)
+        self.memory = check_training(self.memory, self.crossbatch)

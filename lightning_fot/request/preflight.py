@@ -17,6 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.config.attending.renamed import modernise
 from lightning_fot.config.data import DataConfig
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.model import ModelConfig
@@ -28,7 +29,7 @@ from lightning_fot.request.sections import build, check_names, unknown_setting
 # Verbs whose data are those of the section ``data``; others read the model's settings alone.
 _JOBS = ("run", "fit", "validate", "test")
 # What the weights of a model with its own memory settings were made for.
-_TRAINED_FOR = ("memory_layers", "window", "positions", "integration", "segments", "dilations")
+_TRAINED_FOR = ("memory_layers", "window", "positions", "attending")
 _PATHS = ("data.paths", "data.heldout", "evaluation.distractor_paths")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
@@ -45,6 +46,7 @@ def check_settings(request: Request) -> None:
     """
     from lightning_fot.retrievers.registry import check_retriever
 
+    request.notes += modernise(request.settings)
     check_names(request.settings, RunConfig)
     _check_trainer(request.get("trainer"))
     for leader, target in LINKS.items():

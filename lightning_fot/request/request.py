@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.request.words import Option, Verb, asks_for_itself, assignments, read
 from lightning_fot.system.package import shipped
@@ -225,10 +226,12 @@ def _overlay(base: Any, top: Any) -> Any:
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(base, top)
-    # A later file's retriever replaces the earlier one's: arguments of another backend make no sense.
-    retriever = OmegaConf.select(top, RETRIEVER)
-    if retriever is not None:
-        OmegaConf.update(merged, RETRIEVER, retriever, merge=False)
+    # A later file's retriever replaces the earlier one's: arguments of another backend make no sense. So do ways of
+    # attending.
+    for key in (RETRIEVER, SETTING):
+        chosen = OmegaConf.select(top, key)
+        if chosen is not None:
+            OmegaConf.update(merged, key, chosen, merge=False)
     return merged
 
 

@@ -74,12 +74,12 @@ class FocusedTransformer(L.LightningModule):
         rope: Optional[RopeSettings] = None,  # noqa: UP045  (as lr_scheduler)
     ) -> None:
         super().__init__()
-        ModelConfig(
+        checked = ModelConfig(
             backbone, memory, crossbatch, optimizer, lr_scheduler, trainable, dtype, lora, gradient_checkpointing,
             weight_decay_on, validation, rope,
         )  # fmt: skip
         self.backbone_name = backbone
-        self.memory_config = memory
+        self.memory_config = checked.memory
         self.crossbatch_config = crossbatch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

@@ -24,7 +24,7 @@ SETTINGS = [
     {"last_context_length": 6},
     {"overlap": 5, "sink_tokens": 2},
     {"positions": "none"},
-    {"integration": "gate"},
+    {"attending": "gate"},
 ]
 
 
@@ -73,7 +73,7 @@ def test_nothing_to_score_is_named():
 
 def test_models_that_are_plain_up_to_a_window():
     assert plain_tokens(settings()) == WINDOW
-    assert plain_tokens(settings(positions="none")) == plain_tokens(settings(integration="gate")) == 0
+    assert plain_tokens(settings(positions="none")) == plain_tokens(settings(attending="gate")) == 0
 
 
 def test_answers_come_back_in_order():
