@@ -319,9 +319,9 @@ class TestExport:
     @pytest.mark.parametrize(
         ("words", "reason"),
         [
-            ([], "must be a run folder and a folder to write"),
-            (["RUN"], "must be a run folder and a folder to write"),
-            (["RUN", "OUT", "--force"], "must be a run folder and a folder to write"),
+            ([], "RUN_FOLDER=None: is missing"),
+            (["RUN"], "OUT=None: is missing"),
+            (["RUN", "OUT", "--force"], "--force=None: is not an option of export"),
             (["RUN", "OUT", "--delta"], "has trained gates, which are no difference"),
             (["nowhere", "OUT"], "has no config.yaml of a run"),
             (["untrained", "OUT"], "has no checkpoints/last.ckpt"),
