@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 # Builds an editable wheel of the project by hand. While the file DOOR exists it waits, and says so.
 _BACKEND = """
@@ -161,6 +161,10 @@ def test_installs_once_and_hands_on_words_and_exit_codes(checkout: _Checkout, tm
     assert not _installs(checkout.start())
     assert not _installs(checkout.start("test"))
 
+
+@pytest.mark.slow
+def test_installs_again_what_has_changed(checkout: _Checkout) -> None:
+    assert ".[gguf,test]" in checkout.start("test").stdout
     # Other pins, other requirements, another version: all that was asked for is installed anew.
     for name in ("constraints.txt", "pyproject.toml", "lightning_fot/__init__.py"):
         with (checkout.folder / name).open("a") as file:
