@@ -19,7 +19,7 @@ from _timing import GIB, available_bytes, fits
 from torch import Tensor
 
 from lightning_fot import Memory, MemoryConfig, attach_memory
-from lightning_fot.lm import MemoryLM
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
 if TYPE_CHECKING:

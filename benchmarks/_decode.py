@@ -16,14 +16,14 @@ from _report import Row, table
 from _rivals import ROOM, FullCache, greedy
 from _timing import GIB, Stamps, available_bytes, bandwidth, fits, interleave, ratio
 
-from lightning_fot.evaluation.retrieval import attention_scale, retrieval_quality
+from lightning_fot.evaluation.measures.retrieval import attention_scale, retrieval_quality
 from lightning_fot.retrievers.base import Retriever
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_fot import Memory
-    from lightning_fot.lm import MemoryLM
+    from lightning_fot.model.lm import MemoryLM
 
 TITLE = "b. One token with {} tokens in memory (aim at 131072: 10 times faster than a full cache)"
 NOTES = """\

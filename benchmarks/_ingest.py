@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_fot import Memory
-    from lightning_fot.lm import MemoryLM
+    from lightning_fot.model.lm import MemoryLM
 
 TITLE = "c. Reading at {} tokens in memory, as share of the bare backbone's speed (aim: 0.9, exact and faiss_ivf)"
 NOTES = """\

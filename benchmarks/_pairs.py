@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.retrieval import Capture
-from lightning_fot.lm import MemoryLM
+from lightning_fot.evaluation.measures.retrieval import Capture
+from lightning_fot.model.lm import MemoryLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

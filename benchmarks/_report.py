@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.doctor import environment
+from lightning_fot.system.environment import environment
 
 Row = dict[str, Any]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_fot import MemoryConfig, attach_memory, passes
-from lightning_fot.crossbatch import crossbatch_attention
-from lightning_fot.lm import MemoryLM
+from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot.model.attention.crossbatch import crossbatch_attention
+from lightning_fot.model.lm import MemoryLM
+from lightning_fot.model.passes import base as passes
 from lightning_fot.pretrained import load_backbone
 
 Table = list[list[int]]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig
 from lightning_fot.callbacks import RetrievalRecall, RetrievalSpeed
 from lightning_fot.pretrained import load_tokenizer
-from lightning_fot.request import find_config
+from lightning_fot.request.request import find_config
 
 FILES = ("argparse.py", "ast.py", "doctest.py", "tarfile.py", "typing.py", "zipfile.py")
 

@@ -29,7 +29,7 @@ from _scan import measure_scan
 from _subjects import Asked, Bench
 from _wrapper import measure_wrapper
 
-from lightning_fot.bench_command import SHIPPED_KEYS
+from lightning_fot.bench.measure import SHIPPED_KEYS
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers import available_retrievers, check_retriever
 

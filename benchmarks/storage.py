@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.lm import MemoryLM
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "int8")

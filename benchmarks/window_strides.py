@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.cache import MemoryCache
-from lightning_fot.doctor import environment
-from lightning_fot.generation import forward_cached, while_generating
-from lightning_fot.lm import MemoryLM
+from lightning_fot.model.lm import MemoryLM
+from lightning_fot.model.passes.local_window import MemoryCache
+from lightning_fot.model.reading.generation import forward_cached, while_generating
 from lightning_fot.pretrained import load_backbone, load_tokenizer
+from lightning_fot.system.environment import environment
 
 # The language reference that Python brings with it, and long modules of its library.
 MODULES = ("argparse", "inspect", "tarfile", "typing", "zipfile", "subprocess", "smtplib", "optparse")

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 from lightning_fot._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_fot.backbone import attach_memory as attach_memory
-    from lightning_fot.config import CrossbatchConfig as CrossbatchConfig
-    from lightning_fot.config import EvaluationConfig as EvaluationConfig
-    from lightning_fot.config import MemoryConfig as MemoryConfig
+    from lightning_fot.config.crossbatch import CrossbatchConfig as CrossbatchConfig
+    from lightning_fot.config.evaluation import EvaluationConfig as EvaluationConfig
+    from lightning_fot.config.memory import MemoryConfig as MemoryConfig
     from lightning_fot.data.datamodule import CrossbatchDataModule as CrossbatchDataModule
-    from lightning_fot.memory import Memory as Memory
-    from lightning_fot.module import FocusedTransformer as FocusedTransformer
-    from lightning_fot.opening import attach_pretrained as attach_pretrained
+    from lightning_fot.memory.memory import Memory as Memory
+    from lightning_fot.model.attach import attach_memory as attach_memory
+    from lightning_fot.model.attach import attach_pretrained as attach_pretrained
+    from lightning_fot.training.module import FocusedTransformer as FocusedTransformer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach_memory": "backbone",
-    "attach_pretrained": "opening",
-    "CrossbatchConfig": "config",
+    "attach_memory": "model.attach",
+    "attach_pretrained": "model.attach",
+    "CrossbatchConfig": "config.crossbatch",
     "CrossbatchDataModule": "data.datamodule",
-    "EvaluationConfig": "config",
-    "FocusedTransformer": "module",
-    "Memory": "memory",
-    "MemoryConfig": "config",
+    "EvaluationConfig": "config.evaluation",
+    "FocusedTransformer": "training.module",
+    "Memory": "memory.memory",
+    "MemoryConfig": "config.memory",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

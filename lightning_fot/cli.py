@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_fot._shim import CONFIG_VERBS, OTHER_VERBS
+from lightning_fot.commands.retrievers import _retrievers
+from lightning_fot.commands.script import CONFIG_VERBS, OTHER_VERBS
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.openmp import wait_briefly
-from lightning_fot.ranks import rank, share_folder
+from lightning_fot.system.openmp import wait_briefly
+from lightning_fot.system.ranks import rank, share_folder
 
 if TYPE_CHECKING:
-    from lightning_fot.request import Request
+    from lightning_fot.request.request import Request
 
 HELP = """\
 lightning-fot: a memory of long documents for Llama-style models (Focused Transformer)
@@ -100,7 +101,7 @@ def program_name() -> str:
 
 def _dispatch(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        from lightning_fot.request import SHIPPED
+        from lightning_fot.request.request import SHIPPED
 
         configs = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
         print(HELP.format(program=program_name(), configs=configs))
@@ -112,33 +113,33 @@ def _dispatch(words: list[str], debug: bool) -> int:
         return 0
     verb, rest = words[0], words[1:]
     if verb == "sweep":
-        from lightning_fot.sweep_command import sweep
+        from lightning_fot.commands.sweep import sweep
 
         return sweep(rest, f"{program_name()} sweep", debug)
     if verb == "report":
-        from lightning_fot.report_command import report
+        from lightning_fot.commands.report import report
 
         return report(rest, f"{program_name()} report")
     if verb in CONFIG_VERBS:
         return _with_config(verb, rest, debug)
     if verb == "bench":
-        from lightning_fot.bench_command import bench
+        from lightning_fot.commands.bench.bench import bench
 
         return bench(rest, f"{program_name()} bench")
     if verb == "ingest":
-        from lightning_fot.ingest_command import ingest
+        from lightning_fot.commands.ingest import ingest
 
         return ingest(rest, f"{program_name()} ingest", debug)
     if verb == "ask":
-        from lightning_fot.ask_command import ask
+        from lightning_fot.commands.ask import ask
 
         return ask(rest, f"{program_name()} ask", debug)
     if verb == "export":
-        from lightning_fot.export_command import export
+        from lightning_fot.commands.export import export
 
         return export(rest, f"{program_name()} export")
     if verb == "lm-eval":
-        from lightning_fot.lm_eval_command import lm_eval
+        from lightning_fot.commands.lm_eval import lm_eval
 
         return lm_eval(rest, f"{program_name()} lm-eval")
     if verb in OTHER_VERBS:
@@ -154,32 +155,15 @@ def _dispatch(words: list[str], debug: bool) -> int:
 
 
 def _doctor() -> int:
-    from lightning_fot.doctor import doctor
+    from lightning_fot.commands.doctor import doctor
 
     return doctor()
 
 
-def _retrievers() -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from lightning_fot.retrievers import available_retrievers
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("retriever", "from", "version", "state"):
-        table.add_column(title, overflow="fold")
-    for name, info in available_retrievers().items():
-        state = "ready" if info.importable else f"{info.error or 'cannot be imported'}. {info.install or ''}".strip()
-        table.add_row(name, info.source, info.version or "", state)
-    # What a broken plug-in says may look like markup.
-    Console(markup=False).print(table)
-    return 0
-
-
 def _with_config(verb: str, words: list[str], debug: bool) -> int:
-    from lightning_fot.preflight import check_folder, check_settings, required_bytes
-    from lightning_fot.request import read_request
-    from lightning_fot.run_folder import choose
+    from lightning_fot.commands.job.choice import choose
+    from lightning_fot.request.preflight import check_folder, check_settings, required_bytes
+    from lightning_fot.request.request import read_request
 
     program = program_name()
     if verb == "predict":
@@ -205,7 +189,7 @@ def _with_config(verb: str, words: list[str], debug: bool) -> int:
     if verb in ("validate", "test"):
         checkpoint = choose(request)[1] if request.get("ckpt_path") is not None else None
         _say(request)
-        from lightning_fot.run import check
+        from lightning_fot.commands.job.job import check
 
         return check(request, _arguments(request), checkpoint, debug=debug)
     folder, checkpoint = choose(request)
@@ -213,7 +197,7 @@ def _with_config(verb: str, words: list[str], debug: bool) -> int:
         share_folder(folder.path)
     check_folder(folder.path, required_bytes(request))
     _say(request)
-    from lightning_fot.run import run
+    from lightning_fot.commands.job.job import run
 
     return run(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
 
@@ -230,8 +214,8 @@ def _arguments(request: Request) -> list[str]:
 
 def _complete_parse(arguments: list[str]) -> int:
     """Lets jsonargparse print its help or the resolved configuration."""
-    from lightning_fot.parsing import parse, quiet
-    from lightning_fot.request import Request
+    from lightning_fot.commands.job.parsing import parse, quiet
+    from lightning_fot.request.request import Request
 
     quiet()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 class SettingError(ValueError):
@@ -89,3 +91,9 @@ class MissingLibraryError(ImportError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.library, self.install, self.needed_for, self.reason))
+
+
+def close_match(word: str, choices: Iterable[str]) -> str:
+    """``Did you mean X? `` or nothing."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}? " if near else ""

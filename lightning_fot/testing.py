@@ -24,11 +24,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fot.bench import load_qk, measure_retriever
+from lightning_fot.bench.measure import load_qk, measure_retriever
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.base import Retriever
+from lightning_fot.retrievers.keys.scan import topk_rows
 from lightning_fot.retrievers.registry import create_retriever
-from lightning_fot.retrievers.scan import topk_rows
 
 
 @cache

@@ -12,12 +12,12 @@ import pytest
 import torch
 from markdown_blocks import ROOT, blocks, section
 
-from lightning_fot.bench_command import _parser as bench_parser
 from lightning_fot.cli import VERBS, main
-from lightning_fot.lm_eval_command import split
-from lightning_fot.lm_eval_settings import model_settings
-from lightning_fot.preflight import check_settings
-from lightning_fot.request import read_request
+from lightning_fot.commands.bench.bench import _parser as bench_parser
+from lightning_fot.commands.lm_eval import split
+from lightning_fot.request.harness import model_settings
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import read_request
 from lightning_fot.retrievers import PerBankRetriever, create_retriever
 from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import SearchConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import markdown_blocks
 import pytest
 
-from lightning_fot.request import find_config, read_request
+from lightning_fot.request.request import find_config, read_request
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 blocks = partial(markdown_blocks.blocks, README)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_fot.callbacks.sampled import SampledCallback, streams
 from lightning_fot.evaluation.tasks.distraction import FIELDS, distraction, read_alone
-from lightning_fot.module import FocusedTransformer
+from lightning_fot.training.module import FocusedTransformer
 
 
 class MemoryAttention(SampledCallback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.callbacks.sampled import SampledCallback
-from lightning_fot.module import FocusedTransformer
+from lightning_fot.training.module import FocusedTransformer
 
 
 class MemorySize(SampledCallback):

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_fot.callbacks.budget import Budget
 from lightning_fot.callbacks.stream import TextStream
+from lightning_fot.config.retriever import retriever_label
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.by_position import quality_by_position
-from lightning_fot.evaluation.plan import retriever_label
-from lightning_fot.evaluation.retrieval import measure_live, sample_rows
-from lightning_fot.layers import evaluation_mode
-from lightning_fot.module import FocusedTransformer
+from lightning_fot.evaluation.measures.by_position import quality_by_position
+from lightning_fot.evaluation.measures.retrieval import measure_live, sample_rows
+from lightning_fot.model.backbone.layers import evaluation_mode
+from lightning_fot.training.module import FocusedTransformer
 
 Row = dict[str, Any]
 

@@ -12,9 +12,9 @@ import lightning as L
 
 from lightning_fot.callbacks.probe import RetrievalProbe
 from lightning_fot.callbacks.sampled import SampledCallback
+from lightning_fot.config.retriever import retriever_label
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.plan import retriever_label
-from lightning_fot.module import FocusedTransformer
+from lightning_fot.training.module import FocusedTransformer
 
 _LOSS = "train/loss"
 
@@ -121,8 +121,8 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         from lightning_fot.report import write_page
-        from lightning_fot.report.cells import rows_as_csv
-        from lightning_fot.run_folder import write_json, write_text
+        from lightning_fot.report.content.cells import rows_as_csv
+        from lightning_fot.system.files import write_json, write_text
 
         folder = self._folder(trainer)
         results = self._results(trainer, module)
@@ -131,7 +131,7 @@ class RunReport(L.Callback):
         self.written = write_page(results, folder)
 
     def _results(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        from lightning_fot.doctor import environment
+        from lightning_fot.system.environment import environment
 
         losses = [row[_LOSS] for row in self._rows if _LOSS in row]
         results: dict[str, Any] = {

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_fot.callbacks.budget import Budget
-from lightning_fot.config import CrossbatchConfig
+from lightning_fot.config.crossbatch import CrossbatchConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.layers import evaluation_mode
-from lightning_fot.module import FocusedTransformer
+from lightning_fot.model.backbone.layers import evaluation_mode
+from lightning_fot.training.module import FocusedTransformer
 
 
 class SampledCallback(L.Callback, ABC):

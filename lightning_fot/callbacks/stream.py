@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fot.config import CrossbatchConfig
+from lightning_fot.config.crossbatch import CrossbatchConfig
 
 
 class TextStream:

@@ -9,19 +9,19 @@ from lightning_fot._lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_fot.data.datamodule import CrossbatchDataModule as CrossbatchDataModule
-    from lightning_fot.data.documents import Document as Document
-    from lightning_fot.data.passkey import PasskeyExample as PasskeyExample
-    from lightning_fot.data.passkey import passkey_prompt as passkey_prompt
-    from lightning_fot.data.readers import check_paths as check_paths
-    from lightning_fot.data.readers import find_documents as find_documents
+    from lightning_fot.data.mixture.passkey import PasskeyExample as PasskeyExample
+    from lightning_fot.data.mixture.passkey import passkey_prompt as passkey_prompt
+    from lightning_fot.data.text.documents import Document as Document
+    from lightning_fot.data.text.readers import check_paths as check_paths
+    from lightning_fot.data.text.readers import find_documents as find_documents
 
 _HOME = {
     "CrossbatchDataModule": "datamodule",
-    "Document": "documents",
-    "PasskeyExample": "passkey",
-    "check_paths": "readers",
-    "find_documents": "readers",
-    "passkey_prompt": "passkey",
+    "Document": "text.documents",
+    "PasskeyExample": "mixture.passkey",
+    "check_paths": "text.readers",
+    "find_documents": "text.readers",
+    "passkey_prompt": "mixture.passkey",
 }
 
 __all__ = sorted(_HOME)

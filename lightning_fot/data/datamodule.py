@@ -13,15 +13,15 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fot.data.documents import Corpus, Document, Item
+from lightning_fot.config.sources import FOR_TEXT, check_taken, read_sources
 from lightning_fot.data.feeds import Feed, MixtureFeed, PathsFeed
-from lightning_fot.data.kinds import FOR_TEXT, check_taken, read_sources
-from lightning_fot.data.loader import Batch, RowLoader, TrainPosition, to_tensors
-from lightning_fot.data.readers import find_documents
-from lightning_fot.data.rows import BatchSequence, RowPlan
-from lightning_fot.data.selection import SelectionSettings
-from lightning_fot.data.sequences import Specials
-from lightning_fot.data.tokens import TextEncoder, Vocabulary, default_cache_dir
+from lightning_fot.data.rows.loader import Batch, RowLoader, TrainPosition, to_tensors
+from lightning_fot.data.rows.plan import BatchSequence, RowPlan
+from lightning_fot.data.rows.sequences import Specials
+from lightning_fot.data.text.documents import Corpus, Document, Item
+from lightning_fot.data.text.readers import find_documents
+from lightning_fot.data.text.selection import SelectionSettings
+from lightning_fot.data.text.tokens import TextEncoder, Vocabulary, default_cache_dir
 from lightning_fot.errors import SettingError
 
 # Encoded before training starts, so that progress is seen; what training needs beyond is encoded as it goes.
@@ -60,7 +60,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
         cache_dir: Folder for encoded text; null means lightning_fot/tokens in the user's cache folder.
         sources: A mixture, such as [{kind: text, paths: [books/], weight: 3}, {kind: passkey}]; its sources of kind
             text take paths, heldout and the like from above, where they have none of their own.
-            Kinds: text, huggingface, dictionary, passkey, instructions (see lightning_fot.data.kinds for their keys).
+            Kinds: text, huggingface, dictionary, passkey, instructions; their keys are in lightning_fot.config.sources.
             It has no end, but for sources with passes: the trainer's max_steps ends the training.
 
     Raises:
@@ -152,7 +152,7 @@ class CrossbatchDataModule(pl.LightningDataModule):
     def tokenizer_object(self) -> Any:
         """The tokenizer itself, loaded when first asked for; may be set to one that is loaded already."""
         if self._tokenizer_object is None:
-            from lightning_fot.pretrained import backbone_config, check_backbone, load_tokenizer
+            from lightning_fot.pretrained.backbones import backbone_config, check_backbone, load_tokenizer
 
             self._tokenizer_object = load_tokenizer(self.tokenizer)
             config = backbone_config(self.tokenizer)

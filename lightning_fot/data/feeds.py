@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning_fot.data.assemble import check_enough, exhausted, open_sources
-from lightning_fot.data.documents import Corpus, Document, Item
-from lightning_fot.data.finite import TextSource, text_sequence
-from lightning_fot.data.kinds import SourceSettings
-from lightning_fot.data.mixture import Mixture
-from lightning_fot.data.readers import too_short
-from lightning_fot.data.rows import Epoch, Pass, RowPlan, Supply
-from lightning_fot.data.selection import Selection, SelectionSettings
-from lightning_fot.data.sequences import Specials, TokenSequence
-from lightning_fot.data.tokens import TextEncoder
+from lightning_fot.config.sources import SourceSettings
+from lightning_fot.data.mixture.assemble import check_enough, exhausted, open_sources
+from lightning_fot.data.mixture.base import Mixture
+from lightning_fot.data.mixture.texts import TextSource, text_sequence
+from lightning_fot.data.rows.plan import Epoch, Pass, RowPlan, Supply
+from lightning_fot.data.rows.sequences import Specials, TokenSequence
+from lightning_fot.data.text.documents import Corpus, Document, Item
+from lightning_fot.data.text.readers import too_short
+from lightning_fot.data.text.selection import Selection, SelectionSettings
+from lightning_fot.data.text.tokens import TextEncoder
 from lightning_fot.errors import SettingError
 
 Say = Callable[[str], None]

@@ -16,47 +16,45 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.decoding import measure_decoding, searched_exactly
-from lightning_fot.evaluation.multi_doc import measure_distraction
-from lightning_fot.evaluation.passkey import (
+from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.retriever import EXACT, NONE, retriever_label
+from lightning_fot.evaluation.measures.multi_doc import measure_distraction
+from lightning_fot.evaluation.measures.passkey import (
     answer_is_found,
     passkey_examples,
     shared_memories,
     split_prompt,
     whole_answer_is_found,
 )
-from lightning_fot.evaluation.perplexity import (
+from lightning_fot.evaluation.measures.perplexity import (
     block_sums,
     losses_of_whole,
     losses_with_memory,
     losses_without_memory,
 )
+from lightning_fot.evaluation.measures.retrieval import Capture, index_used, measure_capture, quality_in_run
 from lightning_fot.evaluation.plan import (
-    EXACT,
     INGEST_COST,
     LOCAL_COST,
-    NONE,
     SO_FAR,
-    WHOLE,
     HasIds,
     Phase,
     is_measured,
     phases,
-    retriever_label,
     select_documents,
 )
-from lightning_fot.evaluation.retrieval import Capture, index_used, measure_capture, quality_in_run
 from lightning_fot.evaluation.rows import Record, summarise
-from lightning_fot.evaluation.split import Split, Stopwatch
+from lightning_fot.evaluation.speed.decoding import measure_decoding, searched_exactly
+from lightning_fot.evaluation.speed.split import Split, Stopwatch
 from lightning_fot.evaluation.tasks.runner import TaskRunner
 from lightning_fot.evaluation.tasks.texts import Texts
-from lightning_fot.layers import evaluation_mode
+from lightning_fot.model.backbone.layers import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lightning_fot.config import EvaluationConfig
-    from lightning_fot.lm import MemoryLM
+    from lightning_fot.config.evaluation import EvaluationConfig
+    from lightning_fot.model.lm import MemoryLM
 
 
 class Progress(Protocol):

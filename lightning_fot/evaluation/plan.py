@@ -5,20 +5,17 @@ A phase is the unit of progress and of resuming: its name is the key of its reco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.retriever import EXACT, NONE, index_size, retriever_label
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers.registry import layer_specs
 
 if TYPE_CHECKING:
-    from lightning_fot.config import EvaluationConfig
+    from lightning_fot.config.evaluation import EvaluationConfig
 
-NONE = "none"
-EXACT = "exact"
-# Readings that leave no memory behind, in words.
-WHOLE = {"full_context": "full context", "previous_window": "previous window", "dilated": "dilated attention"}
 # What stands for one pass of one token through the whole model, logits included. Measured on SmolLM2-135M with memory
 # layers 10 and 20 of 30; other models shift all phases alike, so that an estimate of the time left stays useful.
 INGEST_COST = 0.55
@@ -31,8 +28,6 @@ ATTENTION_TOKENS = 8192
 GRID = 5
 # What the name of a phase gets where a record holds only what it has measured so far.
 SO_FAR = " (so far)"
-# Keys a bank below which every retriever searches exactly, unless its specification says otherwise.
-MIN_INDEX_SIZE = 16384
 
 
 class HasIds(Protocol):
@@ -69,34 +64,6 @@ class Phase:
     memory: str
     context_tokens: int
     cost: float
-
-
-def retriever_label(spec: Any) -> str:
-    """How a row of results calls a retriever given as name, ``{"name": …}``, class path or factory.
-
-    Example:
-        >>> retriever_label("hnsw"), retriever_label({"name": "package.module.MyIndex", "M": 8})
-        ('hnsw', 'MyIndex')
-        >>> retriever_label({"layers": {18: {"name": "scann"}, 20: "hnsw"}})
-        'scann+hnsw'
-    """
-    by_layer = layer_specs(spec)
-    if by_layer is not None:
-        return "+".join(dict.fromkeys(retriever_label(by_layer[layer]) for layer in sorted(by_layer)))
-    if isinstance(spec, Mapping):
-        spec = spec.get("name", spec.get("class_path", "retriever"))
-    if isinstance(spec, str):
-        return spec.rpartition(".")[2]
-    return str(getattr(spec, "__name__", type(spec).__name__))
-
-
-def index_size(spec: Any) -> int:
-    """Keys a bank from which a retriever given by ``spec`` builds an index; the first of its layers to have one."""
-    by_layer = layer_specs(spec)
-    if by_layer is not None:
-        return min(index_size(one) for one in by_layer.values())
-    given = spec.get("min_index_size") if isinstance(spec, Mapping) else None
-    return MIN_INDEX_SIZE if given is None else int(given)
 
 
 def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int | None = None) -> list[Phase]:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_fot.evaluation.passkey import wilson
-from lightning_fot.evaluation.perplexity import Estimate, difference, estimate
-from lightning_fot.evaluation.plan import EXACT, NONE, phases, retriever_label
-from lightning_fot.evaluation.split import split_rows
+from lightning_fot.config.retriever import EXACT, NONE, retriever_label
+from lightning_fot.evaluation.measures.passkey import wilson
+from lightning_fot.evaluation.measures.perplexity import Estimate, difference, estimate
+from lightning_fot.evaluation.plan import phases
+from lightning_fot.evaluation.speed.split import split_rows
 from lightning_fot.evaluation.tasks.summary import summarised
 
 if TYPE_CHECKING:
-    from lightning_fot.config import EvaluationConfig
+    from lightning_fot.config.evaluation import EvaluationConfig
 
 Record = list[dict[str, Any]]
 # Fifths of the filler: parts of the passkey's heat map.
@@ -24,7 +25,7 @@ _DEPTHS = 5
 def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever: Any) -> dict[str, Any]:
     """Rows of ``results.json`` from the records that there are, complete or not.
 
-    Perplexity rows: ``value`` with ``standard_error`` (see :func:`~lightning_fot.evaluation.perplexity.estimate`; by
+    Perplexity rows: ``value`` with ``standard_error`` (see ``measures.perplexity.estimate``; by
     the delta method), ``nll`` in nats a token, ``gain_nats`` over no memory on the same tokens with its paired
     standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory ``none`` is each window of the
     target alone, the same at every context length.
@@ -53,7 +54,7 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
 
     Time rows: ``seconds`` of a ``step`` (``reading``, ``scoring``, ``asking``, ``decoding``) of a ``task`` over its
     ``tokens``, and what they went into: ``model_s``, ``search_s``, ``insert_s``, ``build_s``; ``beside_s`` is building
-    in another thread (:class:`~lightning_fot.evaluation.split.Split`). Decoding rows: ``ms_p50`` of a token beside
+    in another thread (``speed.split.Split``). Decoding rows: ``ms_p50`` of a token beside
     ``memory_tokens``. They and the retrieval rows have the machine's bound beside them: ``limit_ms``, ``limit_by``
     (``bandwidth`` or ``products``) of ``limit_amount`` (bytes, operations) at ``limit_rate``, and ``of_limit``, how
     much of it is reached.

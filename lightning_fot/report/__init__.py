@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.report import figures, html, time_tables
-from lightning_fot.report.cells import rows_as_csv
-from lightning_fot.report.read import load_results
-from lightning_fot.report.tables import print_tables
+from lightning_fot.report import page as html
+from lightning_fot.report.content import time_tables
+from lightning_fot.report.content.cells import rows_as_csv
+from lightning_fot.report.content.read import load_results
+from lightning_fot.report.content.tables import print_tables
+from lightning_fot.report.drawing import figures
 
 __all__ = ["load_results", "print_tables", "write_page", "write_report"]
 

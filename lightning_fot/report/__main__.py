@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_fot.errors import MissingLibraryError
-from lightning_fot.report import figures, load_results, write_report
+from lightning_fot.report import load_results, write_report
+from lightning_fot.report.drawing import figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from lightning_fot.report import formats, read, time_tables
-from lightning_fot.report.cells import Table
+from lightning_fot.report.content import formats, read, time_tables
+from lightning_fot.report.content.cells import Table
 
 # Colour classes of the style sheet; the model is what is there without a memory.
 COLORS = {"model": "k-none", "search": "c0", "insert": "c1", "build": "c2"}

@@ -15,15 +15,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import SETTING, TransformSpec, check_value, resolve_transform
 from lightning_fot.errors import SettingError
-from lightning_fot.permissions import follow_umask
-from lightning_fot.retrievers.answers import stacked
-from lightning_fot.retrievers.checks import all_finite, checked_banks
-from lightning_fot.retrievers.removed import Removed
-from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
-from lightning_fot.retrievers.settings import SETTING, TransformSpec, check_value, resolve_transform
+from lightning_fot.retrievers.keys.checks import all_finite, checked_banks
+from lightning_fot.retrievers.keys.removed import Removed
+from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
+from lightning_fot.retrievers.keys.store import KeyStore
 from lightning_fot.retrievers.stats import RetrieverStats
-from lightning_fot.retrievers.store import KeyStore
+from lightning_fot.system.files import follow_umask
 
 
 class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it searches, and exact search is complete

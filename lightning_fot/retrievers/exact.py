@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_fot.retrievers.base import Retriever
-from lightning_fot.retrievers.int8_scan import best_of_coded, fits, products_are_exact
-from lightning_fot.retrievers.scan import Block, best_of, topk_blocks
+from lightning_fot.retrievers.keys.int8_scan import best_of_coded, fits, products_are_exact
+from lightning_fot.retrievers.keys.scan import Block, best_of, topk_blocks
 
 _FEW_QUERIES = 8
 _ENOUGH_ROWS = 8192

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_fot.retrievers.libraries import require
+from lightning_fot.config.retriever import TransformSpec, check_value
+from lightning_fot.retrievers.optional import require
 from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
-from lightning_fot.retrievers.settings import TransformSpec, check_value
 
 _KEYS_A_CELL = 39  # below this faiss calls the training set too small
 _TRAINED_A_CELL = 64  # keys that k-means looks at, and its rounds: more of either found no more neighbours

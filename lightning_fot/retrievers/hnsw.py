@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_fot.retrievers.building import check_job
-from lightning_fot.retrievers.libraries import require
+from lightning_fot.config.retriever import TransformSpec, check_value
+from lightning_fot.retrievers.index.jobs import check_job
+from lightning_fot.retrievers.optional import require
 from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
-from lightning_fot.retrievers.settings import TransformSpec, check_value
 
 _STEP = 4096  # keys linked in between two looks whether the graph is still wanted
 

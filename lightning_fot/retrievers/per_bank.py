@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import TransformSpec
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.retrievers.answers import Rows, merged_few, stacked
 from lightning_fot.retrievers.base import Retriever
-from lightning_fot.retrievers.building import StoppedError, in_background, submit
-from lightning_fot.retrievers.built import Built
-from lightning_fot.retrievers.built import Index as Index
-from lightning_fot.retrievers.checks import checked_banks
-from lightning_fot.retrievers.construct import BuildJob
-from lightning_fot.retrievers.duplicates import Groups
-from lightning_fot.retrievers.reservoir import QueryReservoir
-from lightning_fot.retrievers.scan import best_of, pad_rows, rescore, topk_blocks
-from lightning_fot.retrievers.settings import TransformSpec
-from lightning_fot.retrievers.store import KeyStore
+from lightning_fot.retrievers.index.answers import Rows, merged_few
+from lightning_fot.retrievers.index.build import BuildJob
+from lightning_fot.retrievers.index.built import Built
+from lightning_fot.retrievers.index.built import Index as Index
+from lightning_fot.retrievers.index.duplicates import Groups
+from lightning_fot.retrievers.index.jobs import StoppedError, in_background, submit
+from lightning_fot.retrievers.index.reservoir import QueryReservoir
+from lightning_fot.retrievers.keys.checks import checked_banks
+from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
+from lightning_fot.retrievers.keys.store import KeyStore
 
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05

@@ -20,7 +20,7 @@ from threading import Thread
 from time import monotonic
 from typing import IO, Any
 
-from lightning_fot.retrievers.settings import COMMON_ARGUMENTS
+from lightning_fot.config.retriever import COMMON_ARGUMENTS
 
 LIMIT = "LIGHTNING_FOT_IMPORT_SECONDS"
 _USUAL_SECONDS = 30.0

@@ -11,9 +11,9 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.retriever import COMMON_ARGUMENTS, SETTING, check_value, layer_specs
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers.plugins import LIMIT, ImportTimeoutError, constructor_arguments, describe, load, try_out
-from lightning_fot.retrievers.settings import COMMON_ARGUMENTS, SETTING, check_value
 
 if TYPE_CHECKING:
     from lightning_fot.retrievers.base import Retriever
@@ -101,51 +101,6 @@ def available_retrievers() -> dict[str, RetrieverInfo]:
             f"pip install --force-reinstall {distribution}" if error else None,
         )
     return found
-
-
-def layer_specs(spec: Any) -> dict[int, Any] | None:
-    """The specifications of a retriever setting that has one a layer, ``{"layers": {18: spec, 20: spec}}``.
-
-    Returns:
-        By layer, counted from 0; None where the setting is one for all layers.
-
-    Raises:
-        SettingError: It is not of that form.
-    """
-    if not isinstance(spec, Mapping) or "layers" not in spec:
-        return None
-    layers, others = spec["layers"], [str(key) for key in spec if key != "layers"]
-    if others:
-        raise SettingError(f"{SETTING}.{others[0]}", spec[others[0]], "stands beside layers", "Write it in each layer.")
-    if not isinstance(layers, Mapping) or not layers:
-        raise SettingError(f"{SETTING}.layers", layers, "names no layer", "Write {18: hnsw, 20: {name: scann}}.")
-    found: dict[int, Any] = {}
-    for key, value in layers.items():
-        # JSON and checkpoints make words of the numbers.
-        if isinstance(key, bool) or not str(key).isdecimal():
-            raise SettingError(f"{SETTING}.layers", key, "is no layer", "Write the layer's number, counted from 0.")
-        found[int(key)] = value
-    return found
-
-
-def layer_spec(spec: Any, layer: int | None) -> Any:
-    """The specification for one memory layer, of one for all layers or one a layer.
-
-    Args:
-        spec: As ``MemoryConfig.retriever``.
-        layer: Layer, counted from 0; None for keys of an unknown one.
-
-    Raises:
-        SettingError: There are specifications by layer, and none for this one.
-    """
-    found = layer_specs(spec)
-    if found is None:
-        return spec
-    if layer not in found:
-        raise SettingError(
-            f"{SETTING}.layers", sorted(found), f"lacks layer {layer}", "Name every memory layer, counted from 0."
-        )
-    return found[layer]
 
 
 def check_retriever(spec: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_fot.retrievers.libraries import require
+from lightning_fot.config.retriever import TransformSpec, check_value
+from lightning_fot.retrievers.optional import require
 from lightning_fot.retrievers.per_bank import Index, PerBankRetriever
-from lightning_fot.retrievers.settings import TransformSpec, check_value
 
 
 class ScannRetriever(PerBankRetriever):

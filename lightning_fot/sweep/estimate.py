@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_fot.progress import format_seconds
+from lightning_fot.system.progress import format_seconds
 
 
 class Spent:

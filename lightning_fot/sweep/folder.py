@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.run_folder import write_json
+from lightning_fot.system.files import write_json
 
 STALE_S = 60.0
 _BEAT_S = 5.0

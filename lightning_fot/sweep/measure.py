@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.bench import BuiltRetriever, Truth, layer_of, load_metadata, load_qk, scale_of, times
-from lightning_fot.evaluation.limits import scan_limit, scanned_bytes
-from lightning_fot.sweep.settings import Build, SweepConfig, digest
+from lightning_fot.bench.measure import BuiltRetriever, Truth, layer_of, load_metadata, load_qk, scale_of, times
+from lightning_fot.evaluation.speed.limits import scan_limit, scanned_bytes
+from lightning_fot.sweep.grid import Build, digest
+from lightning_fot.sweep.settings import SweepConfig
 
 _MOST_CALLS = 300
 _TURNS = 3

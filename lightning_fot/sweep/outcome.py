@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.doctor import environment
-from lightning_fot.report.cells import rows_as_csv
-from lightning_fot.run_folder import write_json, write_text
+from lightning_fot.report.content.cells import rows_as_csv
 from lightning_fot.sweep.cost_model import cost_model
-from lightning_fot.sweep.settings import label_of
+from lightning_fot.sweep.grid import label_of
 from lightning_fot.sweep.time_split import index_split, named_split
+from lightning_fot.system.environment import environment
+from lightning_fot.system.files import write_json, write_text
 
 if TYPE_CHECKING:
     from lightning_fot.sweep.folder import SweepFolder
@@ -126,8 +126,8 @@ class Outcome:
         """The tables, for a terminal or as plain text, and where the files are."""
         from rich.console import Console
 
-        from lightning_fot.report.sweep import brief_tables
-        from lightning_fot.report.tables import print_table
+        from lightning_fot.report.content.sweep_tables import brief_tables
+        from lightning_fot.report.content.tables import print_table
 
         console = Console()
         for table in brief_tables(results):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.run_folder import RunFolder, write_text
-from lightning_fot.sweep.settings import combinations, digest, label_of
+from lightning_fot.sweep.grid import combinations, digest, label_of
+from lightning_fot.system.files import write_text
+from lightning_fot.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

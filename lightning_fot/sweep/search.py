@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.sweep.settings import Build, digest
+from lightning_fot.errors import SettingError
+from lightning_fot.sweep.grid import Build, digest
+from lightning_fot.sweep.space import check_optuna
 
 if TYPE_CHECKING:
     from lightning_fot.sweep.folder import SweepFolder
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 
 JOURNAL = "search.journal"
 _SMALLEST = ("recall_worst_head",)
-
-
-def check_optuna() -> None:
-    """Refuses to go on without Optuna.
-
-    Raises:
-        MissingLibraryError: It is not installed.
-    """
-    if find_spec("optuna") is None:
-        raise MissingLibraryError("optuna", "pip install 'lightning-fot[optuna]'", "sweep.search")
 
 
 class Search:

@@ -7,11 +7,11 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
 
-from lightning_fot.errors import SettingError
-from lightning_fot.request import close_match
-from lightning_fot.sweep.settings import Build, check_count
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
+from lightning_fot.sweep.grid import Build, check_count
 
 # What is known of an index by the name that a search may ask for; the other way round where less is better.
 INDEX_MEASURES = (
@@ -222,3 +222,13 @@ class SearchConfig:
             for space in self._spaces[name]
         )
         return Build({"name": name, **build}, (query,))
+
+
+def check_optuna() -> None:
+    """Refuses to go on without Optuna.
+
+    Raises:
+        MissingLibraryError: It is not installed.
+    """
+    if find_spec("optuna") is None:
+        raise MissingLibraryError("optuna", "pip install 'lightning-fot[optuna]'", "sweep.search")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_fot.report.sweep_findings import ENOUGH
+from lightning_fot.report.content.sweep_findings import ENOUGH
 
 Row = Mapping[str, Any]
 

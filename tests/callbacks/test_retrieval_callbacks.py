@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_fot.callbacks import RetrievalRecall, RetrievalSpeed
 from lightning_fot.callbacks.probe import RetrievalProbe
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.retrieval import live_quality
+from lightning_fot.evaluation.measures.retrieval import live_quality
 from tests.callbacks.runs import WINDOW, Rows, loader, module, stream, trainer
 
 HNSW = {"name": "hnsw", "min_index_size": 32}

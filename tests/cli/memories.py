@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.library import Library
+from lightning_fot.library.library import Library
 
 # Exact search: what is found does not depend on when an index was built.
 SETTINGS = (
@@ -55,7 +55,9 @@ class Contents:
 def contents(folder: Path) -> Contents:
     """Opens a memory with the library's own model."""
     library = Library.read(folder)
-    lm, _ = library.model.open()
+    from lightning_fot.training.opening import open_model
+
+    lm, _ = open_model(library.model)
     memory = library.load(lm)
     documents = [
         (one.name, one.tokens, one.stored, memory.log.tokens(one.number, 0, one.tokens).tolist())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_fot.cli import main
-from lightning_fot.library import Library
+from lightning_fot.library.library import Library
 from tests.cli.memories import SETTINGS, backbone, books
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
@@ -59,7 +59,9 @@ def answered(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 def expected(name: str, prompt: str, count: int, **options: Any) -> tuple[str, list[Any], Any]:
     """The continuation of a prompt by a direct call, the passages of it, and the tokenizer."""
     library = Library.read(Path("memories") / name)
-    lm, tokenizer = library.model.open()
+    from lightning_fot.training.opening import open_model
+
+    lm, tokenizer = open_model(library.model)
     memory = library.load(lm)
     ids = torch.tensor([[byte + 3 for byte in prompt.encode()]])
     options = {"do_sample": False, **options}

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_fot import doctor
 from lightning_fot.cli import main
+from lightning_fot.commands import doctor
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from lightning_fot.commands.job.parsing import JobCLI, explain, parse
 from lightning_fot.errors import SettingError
-from lightning_fot.parsing import JobCLI, explain, parse
-from lightning_fot.preflight import check_settings
-from lightning_fot.request import SHIPPED, Request, find_config, read_request
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import SHIPPED, Request, find_config, read_request
 from lightning_fot.retrievers import check_retriever
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))

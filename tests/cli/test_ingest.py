@@ -18,7 +18,7 @@ import torch
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.cli import main
-from lightning_fot.library import Library
+from lightning_fot.library.library import Library
 from lightning_fot.pretrained import load_backbone
 from tests.cli.memories import SETTINGS, Contents, backbone, books, contents, text
 
@@ -233,10 +233,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 # disk (0: never), until one comes to its end. Everything is saved as often as possible.
 _DRIVER = """
 import json, os, signal, sys
-import lightning_fot.reading, lightning_fot.backbone, lightning_fot.opening, transformers
+import lightning_fot.library.ingest, lightning_fot.model.attach, transformers
 from lightning_fot.cli import main
 
-lightning_fot.reading.SAVE_EVERY_S = lightning_fot.reading.SAVE_AT_END_S = 0.0
+lightning_fot.library.ingest.SAVE_EVERY_S = lightning_fot.library.ingest.SAVE_AT_END_S = 0.0
 number, moments, words = json.loads(sys.argv[1])
 codes = []
 for moment in moments:

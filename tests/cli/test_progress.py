@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lightning_fot.progress import JobProgress, format_seconds
+from lightning_fot.system.progress import JobProgress, format_seconds
 
 
 class _Clock:

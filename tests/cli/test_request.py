@@ -3,8 +3,8 @@
 import pytest
 
 from lightning_fot.errors import SettingError
-from lightning_fot.preflight import check_settings
-from lightning_fot.request import read_request
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import read_request
 
 
 def retriever(*words):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_fot.commands.job.choice import choose
 from lightning_fot.errors import SettingError
-from lightning_fot.preflight import check_folder
-from lightning_fot.request import Request
-from lightning_fot.run_folder import RunFolder, choose, write_json, write_text
+from lightning_fot.request.preflight import check_folder
+from lightning_fot.request.request import Request
+from lightning_fot.system.files import write_json, write_text
+from lightning_fot.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

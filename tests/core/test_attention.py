@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fot.attention import Retrieved, Shown, attend
+from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.model.attention.softmax import attend
 
 
 def random(seed, *shape):

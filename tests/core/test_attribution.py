@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_fot import attach_memory
-from lightning_fot.attention import Retrieved, attend
-from lightning_fot.attribution import AttentionTrace, best_windows
 from lightning_fot.errors import SettingError
-from lightning_fot.lm import MemoryLM
 from lightning_fot.memory import Memory
+from lightning_fot.memory.found import Retrieved
+from lightning_fot.memory.passages import AttentionTrace, best_windows
+from lightning_fot.model.attention.softmax import attend
+from lightning_fot.model.lm import MemoryLM
 from tests.core.models import settings, tiny_llama, tokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_fot import attach_memory
-from lightning_fot.crossbatch import paper_rows
-from lightning_fot.parsing import parse
-from lightning_fot.request import SHIPPED, read_request
+from lightning_fot.commands.job.parsing import parse
+from lightning_fot.model.attention.crossbatch import paper_rows
+from lightning_fot.request.request import SHIPPED, read_request
 from tests.core.models import WINDOW, settings, tiny_llama, tokens
 
 

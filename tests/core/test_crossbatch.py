@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_fot import CrossbatchConfig, attach_memory
-from lightning_fot.crossbatch import packed_rows, paper_rows, row_table
 from lightning_fot.errors import SettingError
+from lightning_fot.model.attention.crossbatch import packed_rows, paper_rows, row_table
 from tests.core.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 
 

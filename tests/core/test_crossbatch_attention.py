@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_fot import shared_windows
-from lightning_fot.crossbatch import crossbatch_attention, packed_rows, paper_rows
-from lightning_fot.partial_attention import attend_part, fused, join, part_gradients
-from lightning_fot.shared_windows import runs_of
+from lightning_fot.model.attention import shared_windows
+from lightning_fot.model.attention.crossbatch import crossbatch_attention, packed_rows, paper_rows
+from lightning_fot.model.attention.partial import attend_part, fused, join, part_gradients
+from lightning_fot.model.attention.shared_windows import runs_of
 
 SIX = [(2, False, 1), (3, True, 4), (6, True, 4), (7, True, 4), (2, True, 2), (3, False, 2)]
 TABLES = {f"packed {setting}": packed_rows(8, setting[2], setting[0], setting[1]) for setting in SIX} | {

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from lightning_fot import MemoryConfig, attach_pretrained
 from lightning_fot.cli import main
 from lightning_fot.config import CrossbatchConfig
-from lightning_fot.delta import write_delta
 from lightning_fot.errors import SettingError
-from lightning_fot.module import FocusedTransformer
-from lightning_fot.opening import pretrained_settings
 from lightning_fot.pretrained import check_backbone, load_backbone, load_tokenizer
+from lightning_fot.pretrained.delta import write_delta
+from lightning_fot.pretrained.memory_settings import pretrained_settings
+from lightning_fot.training.module import FocusedTransformer
 
 MEMORY = {"memory_layers": [1, 3], "window": 16, "top_k": 8, "retriever": "exact"}
 

@@ -21,19 +21,19 @@ from lightning_fot import (
     attach_memory,
     attach_pretrained,
 )
+from lightning_fot.commands.job.parsing import parse
 from lightning_fot.config import RopeSettings
-from lightning_fot.dilated import dilated_attention, first_needed
-from lightning_fot.dilated_pass import dilated_logits
+from lightning_fot.config.schedule import ScheduleConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.lm_eval_scoring import plain_tokens, score_continuations
-from lightning_fot.parsing import parse
-from lightning_fot.preflight import check_settings
+from lightning_fot.evaluation.measures.scoring import plain_tokens, score_continuations
+from lightning_fot.evaluation.measures.whole_text import read_whole
+from lightning_fot.model.attention.dilated import dilated_attention, first_needed
+from lightning_fot.model.backbone.stretch import stretch_positions
 from lightning_fot.pretrained import load_tokenizer
-from lightning_fot.request import SHIPPED, read_request
-from lightning_fot.rope import stretch_positions
-from lightning_fot.schedules import ScheduleConfig
-from lightning_fot.whole_text import read_whole
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import SHIPPED, read_request
+from lightning_fot.training.batch_logits import dilated_logits
 from tests.core.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 from tests.core.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fot.documents import CONTEXT_TOKENS, TokenLog, TokensRead
+from lightning_fot.memory.token_log import CONTEXT_TOKENS, TokenLog, TokensRead
 
 
 @dataclass

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import StoppingCriteria
 
 from lightning_fot import attach_memory
-from lightning_fot.cache import MemoryCache
 from lightning_fot.errors import SettingError
+from lightning_fot.model.passes.local_window import MemoryCache
 from tests.core.models import VOCABULARY, WINDOW, settings, tiny_llama, tokens
 from tests.core.stride_oracle import Text, logits_of
 

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from lightning_fot import attach_memory
-from lightning_fot.cache import MemoryCache
 from lightning_fot.errors import SettingError
 from lightning_fot.memory import Memory
+from lightning_fot.model.passes.local_window import MemoryCache
 from tests.core.models import VOCABULARY, settings, tiny_llama, tokens
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}

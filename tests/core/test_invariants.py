@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lightning_fot import attach_memory
-from lightning_fot.cache import MemoryCache
+from lightning_fot.model.passes.local_window import MemoryCache
 from tests.core.models import VOCABULARY, WINDOW, settings, tiny_llama, tokens
 from tests.core.oracle import dense_logits
 

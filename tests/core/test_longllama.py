@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.cli import main
+from lightning_fot.commands.job.parsing import parse
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.longllama import memory_settings
-from lightning_fot.parsing import parse
-from lightning_fot.preflight import check_settings
 from lightning_fot.pretrained import check_backbone, load_backbone, load_tokenizer
-from lightning_fot.request import read_request
+from lightning_fot.pretrained.longllama import memory_settings
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import read_request
 from tests.core.models import tiny_llama, tokens
 from tests.core.oracle import dense_logits
 
@@ -142,7 +142,7 @@ def test_its_code_is_never_run_and_the_hub_is_read_as_a_folder(tmp_path, folder)
     (snapshots / "refs" / "main").write_text("0" * 40)
     script = f"""
 import sys
-from lightning_fot.opening import pretrained_settings
+from lightning_fot.pretrained.memory_settings import pretrained_settings
 assert pretrained_settings("owner/long") == pretrained_settings({str(folder)!r})
 assert pretrained_settings("owner/long")["memory_layers"] == [1, 3]
 assert "torch" not in sys.modules

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_fot import attach_memory
-from lightning_fot.documents import TokensRead
 from lightning_fot.errors import SettingError
+from lightning_fot.memory.token_log import TokensRead
 from tests.core.models import settings, tiny_llama, tokens
 
 
@@ -60,7 +60,7 @@ def test_saving_again_replaces_the_old_one_whole(lm, tmp_path):
 
 def test_a_save_that_dies_leaves_the_old_memory(lm, tmp_path, monkeypatch):
     lm.ingest(tokens(1, 20), lm.new_memory()).save(tmp_path)
-    import lightning_fot.persistence as persistence
+    import lightning_fot.memory.on_disk as persistence
 
     def dies(path, text):
         raise KeyboardInterrupt

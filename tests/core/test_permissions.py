@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.backbone_settings import LoraSettings
 from lightning_fot.config import CrossbatchConfig
-from lightning_fot.module import FocusedTransformer
-from lightning_fot.parameters import save_adapter
-from lightning_fot.permissions import follow_umask
+from lightning_fot.config.backbone import LoraSettings
 from lightning_fot.pretrained import load_backbone
 from lightning_fot.retrievers import create_retriever
+from lightning_fot.system.files import follow_umask
+from lightning_fot.training.module import FocusedTransformer
+from lightning_fot.training.parameters import save_adapter
 
 MEMORY = MemoryConfig(memory_layers=[1, 3], window=16, top_k=4)
 

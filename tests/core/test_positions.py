@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from lightning_fot.positions import find_rotary, rotate, unrotate
+from lightning_fot.model.attention.rotary import find_rotary, rotate, unrotate
 from tests.core.test_attach import CASES, family
 
 

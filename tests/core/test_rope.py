@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import RopeSettings
 from lightning_fot.errors import SettingError
-from lightning_fot.module import FocusedTransformer
-from lightning_fot.rope import stretch_positions
+from lightning_fot.model.backbone.stretch import stretch_positions
+from lightning_fot.training.module import FocusedTransformer
 from tests.core.models import tiny_llama, tokens
 from tests.core.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 

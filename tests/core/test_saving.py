@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.cli import main
 from lightning_fot.errors import SettingError
-from lightning_fot.opening import pretrained_settings
 from lightning_fot.pretrained import load_backbone, load_tokenizer
+from lightning_fot.pretrained.memory_settings import pretrained_settings
 from lightning_fot.retrievers import create_retriever
 from tests.core.models import settings, tiny_llama, tokens
 

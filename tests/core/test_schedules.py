@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig
-from lightning_fot.crossbatch import row_table
+from lightning_fot.config.schedule import ScheduleConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.schedules import ScheduleConfig
+from lightning_fot.model.attention.crossbatch import row_table
 
 
 def test_values_change_at_their_steps():
@@ -33,7 +33,7 @@ def test_draws_are_a_function_of_seed_and_step():
     assert 0.45 < sum(a == b for a, b in zip(drawn, other, strict=True)) / 2000 < 0.55
     # Another process, as another rank is, whose hashes of strings differ.
     code = (
-        "from lightning_fot.schedules import ScheduleConfig as S;"
+        "from lightning_fot.config.schedule import ScheduleConfig as S;"
         "print([S('draw', [2, 128], seed=5).count(n) for n in range(50)])"
     )
     for seed in ("1", "2"):

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.retrieval import attention_scale
-from lightning_fot.persistence import load_memory
+from lightning_fot.evaluation.measures.retrieval import attention_scale
+from lightning_fot.memory.on_disk import load_memory
 from tests.core.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 
 FACTOR = 2.5

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from lightning_fot import attach_pretrained
-from lightning_fot.data.passkey import passkey_prompt
-from lightning_fot.delta import SHIPPED
+from lightning_fot.data.mixture.passkey import passkey_prompt
 from lightning_fot.pretrained import load_tokenizer
+from lightning_fot.pretrained.delta import SHIPPED
 
 NAME = "smollm2-135m-fot"
 

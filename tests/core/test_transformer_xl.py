@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig, attach_memory
+from lightning_fot.commands.job.parsing import parse
 from lightning_fot.config import RopeSettings
+from lightning_fot.config.schedule import ScheduleConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.parsing import parse
-from lightning_fot.preflight import check_settings
-from lightning_fot.previous_window import previous_window_logits
-from lightning_fot.request import SHIPPED, read_request
-from lightning_fot.rope import stretch_positions
-from lightning_fot.schedules import ScheduleConfig
-from lightning_fot.whole_text import read_whole
+from lightning_fot.evaluation.measures.whole_text import read_whole
+from lightning_fot.model.backbone.stretch import stretch_positions
+from lightning_fot.request.preflight import check_settings
+from lightning_fot.request.request import SHIPPED, read_request
+from lightning_fot.training.batch_logits import previous_window_logits
 from tests.core.models import settings, tiny_llama, tiny_qwen3, tokens
 from tests.core.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 

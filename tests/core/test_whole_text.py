@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from lightning_fot import MemoryConfig, attach_memory, whole_text
+from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig, RopeSettings
 from lightning_fot.errors import SettingError
-from lightning_fot.module import FocusedTransformer
-from lightning_fot.rectified import rectified_attention
-from lightning_fot.rope import stretch_positions
-from lightning_fot.whole_text import read_whole
+from lightning_fot.evaluation.measures import whole_text
+from lightning_fot.evaluation.measures.whole_text import read_whole
+from lightning_fot.model.attention.rectified import rectified_attention
+from lightning_fot.model.backbone.stretch import stretch_positions
+from lightning_fot.training.module import FocusedTransformer
 from tests.core.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 from tests.core.pair_oracle import causal, pair_logits, plain_frequencies, turned
 

@@ -10,9 +10,9 @@ import pytest
 from byte_tokenizer import ByteTokenizer
 
 from lightning_fot import CrossbatchDataModule
-from lightning_fot.data.hub import HuggingFaceSource
-from lightning_fot.data.kinds import HuggingFaceSettings
-from lightning_fot.data.tokens import TextEncoder
+from lightning_fot.config.sources import HuggingFaceSettings
+from lightning_fot.data.mixture.hub import HuggingFaceSource
+from lightning_fot.data.text.tokens import TextEncoder
 from lightning_fot.errors import SettingError
 
 pytest.importorskip("datasets")

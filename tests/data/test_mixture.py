@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fot.data.mixture import Mixture, MixtureSource
-from lightning_fot.data.rows import IGNORED, BatchSequence, Epoch, RowPlan
-from lightning_fot.data.sequences import TextSequence, TokenSequence
+from lightning_fot.data.mixture.base import Mixture, MixtureSource
+from lightning_fot.data.rows.plan import IGNORED, BatchSequence, Epoch, RowPlan
+from lightning_fot.data.rows.sequences import TextSequence, TokenSequence
 from lightning_fot.errors import SettingError
 
 PAD = 0

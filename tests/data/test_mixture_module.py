@@ -13,7 +13,7 @@ from fast_tokenizer import byte_level
 from runs import Recorder, trainer
 
 from lightning_fot import CrossbatchDataModule
-from lightning_fot.data.dictionary import DictionaryTokens
+from lightning_fot.data.mixture.dictionary import DictionaryTokens
 from lightning_fot.errors import SettingError
 
 WINDOW = 8

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from byte_tokenizer import ByteTokenizer
 
-from lightning_fot.data.passkey import LARGEST_NUMBER, passkey_prompt
+from lightning_fot.data.mixture.passkey import LARGEST_NUMBER, passkey_prompt
 from lightning_fot.errors import SettingError
 from lightning_fot.pretrained import load_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_fot.data.readers import check_paths, find_documents, standard_library
-from lightning_fot.data.sources import DocumentSource, Found
+from lightning_fot.data.text.parts import DocumentSource, Found
+from lightning_fot.data.text.readers import check_paths, find_documents, standard_library
 from lightning_fot.errors import SettingError
 
 
@@ -77,7 +77,7 @@ def test_a_file_found_binary_only_when_read_is_left_out_and_counted(tmp_path: Pa
 
 
 def test_blocks_of_a_large_file_are_read_only_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fot.data.sources.BLOCK_BYTES", 3)
+    monkeypatch.setattr("lightning_fot.data.text.parts.BLOCK_BYTES", 3)
     text = "aé" * 10 + "b"
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     (source,) = find_documents([str(tmp_path)]).documents
@@ -123,7 +123,7 @@ def test_a_bad_jsonl_line_names_file_and_line(tmp_path: Path, bad: str) -> None:
 
 
 def test_a_large_jsonl_is_read_only_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fot.data.readers.LARGE_FILE_BYTES", 10)
+    monkeypatch.setattr("lightning_fot.data.text.readers.LARGE_FILE_BYTES", 10)
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n' * 3 + "never read")
     assert len(find_documents([str(path)], max_documents=2).documents) == 2

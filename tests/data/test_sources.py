@@ -11,19 +11,14 @@ import pytest
 from byte_tokenizer import BOS, EOS, PAD, ByteTokenizer
 from fast_tokenizer import CHATML, byte_level, sentence_piece
 
-from lightning_fot.data.dictionary import DictionarySource, DictionaryTokens
-from lightning_fot.data.finite import InstructionsSource
-from lightning_fot.data.instructions import Template, find_conversations
-from lightning_fot.data.kinds import (
-    DictionarySettings,
-    InstructionsSettings,
-    PasskeySettings,
-    check_sources,
-    read_sources,
-)
-from lightning_fot.data.passkey import PasskeySource
-from lightning_fot.data.sequences import TokenSequence
-from lightning_fot.data.tokens import TextEncoder
+from lightning_fot.config.sources import DictionarySettings, InstructionsSettings, PasskeySettings, read_sources
+from lightning_fot.data.mixture.check import check_sources
+from lightning_fot.data.mixture.conversations import Template, find_conversations
+from lightning_fot.data.mixture.dictionary import DictionarySource, DictionaryTokens
+from lightning_fot.data.mixture.passkey import PasskeySource
+from lightning_fot.data.mixture.texts import InstructionsSource
+from lightning_fot.data.rows.sequences import TokenSequence
+from lightning_fot.data.text.tokens import TextEncoder
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 NAME = "data.sources[0]"

@@ -14,10 +14,10 @@ from fast_tokenizer import byte_level, sentence_piece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fot.data import tokens
-from lightning_fot.data.documents import LONG_BYTES, Corpus, Item, cut_into_parts, split_documents
-from lightning_fot.data.readers import find_documents
-from lightning_fot.data.tokens import TextEncoder, Vocabulary
+from lightning_fot.data.text import tokens
+from lightning_fot.data.text.documents import LONG_BYTES, Corpus, Item, cut_into_parts, split_documents
+from lightning_fot.data.text.readers import find_documents
+from lightning_fot.data.text.tokens import TextEncoder, Vocabulary
 from lightning_fot.errors import SettingError
 from lightning_fot.pretrained import load_tokenizer
 
@@ -93,11 +93,11 @@ _BOUNDED = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from fast_tokenizer import byte_level
-from lightning_fot.data.documents import Corpus, Item
-from lightning_fot.data.readers import find_documents
-from lightning_fot.data.rows import Epoch, RowPlan
-from lightning_fot.data.sequences import TextSequence
-from lightning_fot.data.tokens import TextEncoder, Vocabulary
+from lightning_fot.data.text.documents import Corpus, Item
+from lightning_fot.data.text.readers import find_documents
+from lightning_fot.data.rows.plan import Epoch, RowPlan
+from lightning_fot.data.rows.sequences import TextSequence
+from lightning_fot.data.text.tokens import TextEncoder, Vocabulary
 from lightning_fot.errors import SettingError
 from pathlib import Path
 (source,) = find_documents([sys.argv[2]]).documents

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lightning_fot.crossbatch import packed_rows, paper_rows
-from lightning_fot.distributed import RowGather
-from lightning_fot.passes import CrossbatchPass, LayerCall
+from lightning_fot.model.attention.crossbatch import packed_rows, paper_rows
+from lightning_fot.model.passes.base import LayerCall
+from lightning_fot.model.passes.crossbatch import CrossbatchPass
+from lightning_fot.model.passes.gather import RowGather
 
 # What each of the rows sees, and rows of a rank. The first rank sees nothing in "single", nor the second in "reversed".
 TABLES = {

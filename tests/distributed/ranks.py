@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
+from lightning_fot.config.schedule import ScheduleConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.schedules import ScheduleConfig
 
 STEPS, ROWS = 3, 4
 # Two contexts, six, two: the same draw on all ranks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_fot.ranks import rank
+from lightning_fot.system.ranks import rank
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from lightning_fot import EvaluationConfig, attach_memory
+from lightning_fot.config.tasks import DictionaryTask
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.passkey import wilson
+from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.plan import plan
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
 from lightning_fot.evaluation.tasks.episode import Probe
-from lightning_fot.evaluation.tasks.reading import read, windows_are_independent
 from lightning_fot.evaluation.tasks.runner import ask
-from lightning_fot.evaluation.tasks.settings import DictionaryTask
-from lightning_fot.report.task_tables import tasks
+from lightning_fot.model.reading.batched import read, windows_are_independent
+from lightning_fot.report.content.task_tables import tasks
 from tests.core.models import settings, tiny_llama
 from tests.core.oracle import dense_logits
 from tests.data.byte_tokenizer import BOS, FIRST, PAD, ByteTokenizer

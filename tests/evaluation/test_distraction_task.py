@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lightning_fot import EvaluationConfig, attach_memory
+from lightning_fot.config.tasks import DistractionTask
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.tasks.settings import DistractionTask
 from lightning_fot.evaluation.tasks.texts import select_texts
-from lightning_fot.report.task_tables import distraction
+from lightning_fot.report.content.task_tables import distraction
 from tests.core.models import WINDOW, settings, tiny_llama
 from tests.core.oracle import rms_norm, rotated
 from tests.data.byte_tokenizer import ByteTokenizer

@@ -17,7 +17,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import SO_FAR, plan
 from lightning_fot.evaluation.rows import summarise
-from lightning_fot.lm import MemoryLM
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
 WINDOW = 128

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from lightning_fot.config import EvaluationConfig
+from lightning_fot.config.retriever import MIN_INDEX_SIZE, retriever_label
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.plan import (
-    MIN_INDEX_SIZE,
-    fit_to_documents,
-    phases,
-    plan,
-    retriever_label,
-    select_documents,
-)
+from lightning_fot.evaluation.plan import fit_to_documents, phases, plan, select_documents
 
 
 @dataclass

@@ -11,10 +11,10 @@ import torch
 
 from lightning_fot import attach_memory
 from lightning_fot.cli import main
+from lightning_fot.commands.lm_eval import split
 from lightning_fot.errors import SettingError
-from lightning_fot.lm_eval_command import split
-from lightning_fot.lm_eval_scoring import Score, answer_apart, new_tokens, plain_tokens, score_continuations
-from lightning_fot.lm_eval_settings import model_settings
+from lightning_fot.evaluation.measures.scoring import Score, answer_apart, new_tokens, plain_tokens, score_continuations
+from lightning_fot.request.harness import model_settings
 from tests.core.models import WINDOW, settings, tiny_llama, tokens
 
 SETTINGS = [

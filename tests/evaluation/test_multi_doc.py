@@ -15,12 +15,12 @@ from lightning_fot import CrossbatchDataModule, MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.multi_doc import measure_distraction, own_share
+from lightning_fot.evaluation.measures.multi_doc import measure_distraction, own_share
 from lightning_fot.evaluation.plan import INGEST_COST, select_distractors
 from lightning_fot.evaluation.rows import summarise
 from lightning_fot.pretrained import load_backbone, load_tokenizer
-from lightning_fot.report.tables import multi_doc
-from lightning_fot.report.task_tables import depths
+from lightning_fot.report.content.tables import multi_doc
+from lightning_fot.report.content.task_tables import depths
 
 CONFIG = EvaluationConfig(
     context_tokens=[64, 128], target_tokens=48, distractor_tokens=[100, 200], documents=2, passkey_tokens=[],

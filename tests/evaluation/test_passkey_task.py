@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.evaluation.passkey import answer_is_found, shared_memories, split_prompt, wilson
-from lightning_fot.lm import MemoryLM
+from lightning_fot.evaluation.measures.passkey import answer_is_found, shared_memories, split_prompt, wilson
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone
 
 WINDOW = 8

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.evaluation.perplexity import (
+from lightning_fot.evaluation.measures.perplexity import (
     block_sums,
     difference,
     estimate,
@@ -17,7 +17,7 @@ from lightning_fot.evaluation.perplexity import (
     losses_without_memory,
     token_losses,
 )
-from lightning_fot.lm import MemoryLM
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone
 
 WINDOW = 16
@@ -90,7 +90,7 @@ def test_with_memory_is_one_long_reading(lm: MemoryLM, monkeypatch: pytest.Monke
     losses = losses_with_memory(lm, ids[3 * WINDOW :], memory)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     assert len(memory) == 3 * WINDOW
-    monkeypatch.setattr("lightning_fot.evaluation.perplexity.TOKENS_A_CALL", WINDOW)
+    monkeypatch.setattr("lightning_fot.evaluation.measures.perplexity.TOKENS_A_CALL", WINDOW)
     in_pieces = losses_with_memory(lm, ids[3 * WINDOW :], memory)
     torch.testing.assert_close(in_pieces, losses, rtol=1e-4, atol=1e-5)
 

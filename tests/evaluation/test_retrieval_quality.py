@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lightning_fot import MemoryConfig, attach_memory
-from lightning_fot.evaluation.by_position import position_buckets, quality_by_position
-from lightning_fot.evaluation.retrieval import (
+from lightning_fot.evaluation.measures.by_position import position_buckets, quality_by_position
+from lightning_fot.evaluation.measures.retrieval import (
     Capture,
     index_used,
     measure_live,
@@ -15,8 +15,8 @@ from lightning_fot.evaluation.retrieval import (
     skewness,
     window_starts,
 )
-from lightning_fot.evaluation.timing import SearchTimes
-from lightning_fot.memory_layer import MemoryLayer
+from lightning_fot.evaluation.speed.timing import SearchTimes
+from lightning_fot.memory.layer import MemoryLayer
 from lightning_fot.pretrained import load_backbone
 
 
@@ -48,7 +48,7 @@ def test_missing_and_wrong_rows_count_as_missed(monkeypatch: pytest.MonkeyPatch)
     assert half.recall == pytest.approx(0.5)
     assert 0.5 < half.mass_recall < 1
     assert retrieval_quality(keys, queries, torch.full_like(rows, -1)).mass == 0
-    monkeypatch.setattr("lightning_fot.evaluation.retrieval.MAX_SCORES", 1000)
+    monkeypatch.setattr("lightning_fot.evaluation.measures.retrieval.MAX_SCORES", 1000)
     in_parts = retrieval_quality(keys, queries, rows)
     assert in_parts.mass == pytest.approx(half.mass)
     assert in_parts.recall == half.recall
@@ -60,7 +60,7 @@ def test_missing_and_wrong_rows_count_as_missed(monkeypatch: pytest.MonkeyPatch)
 def test_a_layer_is_read_in_pieces_and_says_the_same(
     dtype: torch.dtype, dropped: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_fot.evaluation.retrieval.MAX_SCORES", 1000)
+    monkeypatch.setattr("lightning_fot.evaluation.measures.retrieval.MAX_SCORES", 1000)
     generator = torch.Generator().manual_seed(1)
     layer = MemoryLayer(2, 3, 8, 8, "exact", dtype, torch.device("cpu"))
     keys = torch.randn(2, 3, 150, 8, generator=generator)

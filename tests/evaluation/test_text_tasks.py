@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lightning_fot import EvaluationConfig, attach_memory
+from lightning_fot.config.tasks import TASKS, CommonWordsTask, KeyValueTask, ManyShotTask, NeedlesTask, StoryTask
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import SO_FAR, plan
@@ -24,16 +25,8 @@ from lightning_fot.evaluation.tasks.many_shot import ManyShot
 from lightning_fot.evaluation.tasks.names import far_names
 from lightning_fot.evaluation.tasks.needles import Needles
 from lightning_fot.evaluation.tasks.runner import ask
-from lightning_fot.evaluation.tasks.settings import (
-    TASKS,
-    CommonWordsTask,
-    KeyValueTask,
-    ManyShotTask,
-    NeedlesTask,
-    StoryTask,
-)
 from lightning_fot.pretrained import load_backbone
-from lightning_fot.report.task_tables import found
+from lightning_fot.report.content.task_tables import found
 from tests.core.models import settings
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.data.fast_tokenizer import byte_level

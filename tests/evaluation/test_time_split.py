@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
-from lightning_fot.evaluation import limits
-from lightning_fot.evaluation.decoding import STEPS, measure_decoding, searched_exactly
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.split import PARTS, Split, Stopwatch, spent, split_rows
+from lightning_fot.evaluation.speed import limits
+from lightning_fot.evaluation.speed.decoding import STEPS, measure_decoding, searched_exactly
+from lightning_fot.evaluation.speed.split import PARTS, Split, Stopwatch, spent, split_rows
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
 WINDOW = 64

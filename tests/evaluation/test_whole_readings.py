@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_fot import EvaluationConfig, MemoryConfig, attach_memory
-from lightning_fot.data.passkey import passkey_prompt
+from lightning_fot.data.mixture.passkey import passkey_prompt
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import plan

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_fot.report import curves, load_results, print_tables, read, scales, write_report
+from lightning_fot.report import load_results, print_tables, write_report
 from lightning_fot.report.__main__ import main
+from lightning_fot.report.content import curves, read, scales
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lightning_fot.report import findings, formats, read
+from lightning_fot.report.content import findings, formats, read
 
 
 def of(results: dict[str, Any], topic: str) -> findings.Finding:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from lightning_fot.report import write_report
-from lightning_fot.report.html import page
+from lightning_fot.report.page import page
 
 VOID = {"meta", "input", "br", "link", "img"}
 

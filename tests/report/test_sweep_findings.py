@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_fot.report.sweep_findings import sweep_findings
+from lightning_fot.report.content.sweep_findings import sweep_findings
 
 
 def _cell(layer: int, ef: int | None, recall: float, qps: float, keys: int = 1000) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from test_page import Reader
 
-from lightning_fot.report import time_tables, write_report
-from lightning_fot.report.html import page
-from lightning_fot.report_command import comparison
+from lightning_fot.commands.report import comparison
+from lightning_fot.report import write_report
+from lightning_fot.report.content import time_tables
+from lightning_fot.report.page import page
 from lightning_fot.sweep.time_split import index_split
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers import PerBankRetriever, Retriever, create_retriever
-from lightning_fot.retrievers.duplicates import Groups, find_duplicates, reach
+from lightning_fot.retrievers.index.duplicates import Groups, find_duplicates, reach
 from lightning_fot.testing import real_qk
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_fot.retrievers import KeyStore, create_retriever
-from lightning_fot.retrievers.codes import CodeBook, Coded, CodedQueries, largest, members, rotation
 from lightning_fot.retrievers.exact import ExactRetriever
+from lightning_fot.retrievers.keys.codes import CodeBook, Coded, CodedQueries, largest, members, rotation
 
 N, DIM, K = 9_500, 16, 8
 
@@ -159,7 +159,7 @@ def test_bounds_hold_for_the_worst_key() -> None:
 
 def test_few_queries_use_codes() -> None:
     """What the other tests rely on, where the machine multiplies eight bits."""
-    from lightning_fot.retrievers.int8_scan import products_are_exact
+    from lightning_fot.retrievers.keys.int8_scan import products_are_exact
 
     retriever, store = filled(random(1, N, DIM))
     assert retriever.nbytes == 0

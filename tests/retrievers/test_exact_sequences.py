@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_fot.retrievers import KeyStore, create_retriever
-from lightning_fot.retrievers.scan import topk_rows
+from lightning_fot.retrievers.keys.scan import topk_rows
 
 BANKS, DIM = 3, 8
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fot.retrievers import create_retriever
 from lightning_fot.retrievers.faiss_ivf import FaissIVFRetriever
-from lightning_fot.retrievers.lonely import fit_lonely
+from lightning_fot.retrievers.index.isolated import fit_lonely
 from lightning_fot.testing import real_qk
 
 CELLS = {

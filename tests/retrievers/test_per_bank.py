@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_fot.config.retriever import TransformSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers import KeyStore, PerBankRetriever, create_retriever
-from lightning_fot.retrievers.building import Job, StoppedError
-from lightning_fot.retrievers.construct import Recipe, build
-from lightning_fot.retrievers.settings import TransformSpec
+from lightning_fot.retrievers.index.build import Recipe, build
+from lightning_fot.retrievers.index.jobs import Job, StoppedError
 from lightning_fot.testing import real_qk
 
 
@@ -195,7 +195,7 @@ class Trained(Brute):
 
 @pytest.mark.parametrize("transform", ["auto", "none", {"center": True}, {"query_power": 0.5}])
 def test_a_long_bank_is_indexed_in_pieces(transform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fot.retrievers.construct.AT_ONCE", 700)
+    monkeypatch.setattr("lightning_fot.retrievers.index.build.AT_ONCE", 700)
     keys, queries = real_qk()["L20h1"]["keys"].clone(), real_qk()["L20h1"]["queries"]
     keys[0, 3000] *= 50  # not among those that the transform is learned from
 
@@ -227,7 +227,7 @@ def test_cells_of_a_long_bank_are_as_good_when_built_in_pieces(monkeypatch: pyte
     want = exact_rows(keys, queries, 32)
     shares = []
     for at_once in (len(keys[0]), 3000):
-        monkeypatch.setattr("lightning_fot.retrievers.construct.AT_ONCE", at_once)
+        monkeypatch.setattr("lightning_fot.retrievers.index.build.AT_ONCE", at_once)
         spec = {"name": "faiss_ivf", "nlist": 64, "nprobe": 8, "min_index_size": 256, "index_dtype": "int8"}
         retriever = create_retriever(spec, dim=64)
         retriever.observe(real_qk()["L10h0"]["past_queries"])

@@ -18,10 +18,10 @@ from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.bench import layer_of, load_metadata, load_qk, measure_retriever, scale_of
 from lightning_fot.cli import main
 from lightning_fot.errors import SettingError
-from lightning_fot.lm import MemoryLM
+from lightning_fot.evaluation.measures.recording import Recording, RecordSettings
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone
-from lightning_fot.progress import JobProgress
-from lightning_fot.record import Recording, RecordSettings
+from lightning_fot.system.progress import JobProgress
 
 WINDOW = 16
 

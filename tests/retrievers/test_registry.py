@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_fot.cli import main
+from lightning_fot.config.retriever import COMMON_ARGUMENTS
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers import (
     ExactRetriever,
@@ -21,7 +22,6 @@ from lightning_fot.retrievers import (
     plugins,
     registry,
 )
-from lightning_fot.retrievers.settings import COMMON_ARGUMENTS
 
 PLUGIN = "from lightning_fot.retrievers import ExactRetriever\n\n\nclass Mine(ExactRetriever):\n    pass\n"
 

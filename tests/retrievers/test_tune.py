@@ -13,15 +13,14 @@ import yaml
 from torch import Tensor
 
 from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot.bench.goals import Goal, LayerKeys, layers_of
+from lightning_fot.bench.tune import first_beyond, tune_layer
 from lightning_fot.cli import main
+from lightning_fot.config.retriever import index_size, layer_spec, retriever_label
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.plan import index_size, retriever_label
 from lightning_fot.pretrained import load_backbone
 from lightning_fot.retrievers import check_retriever, create_retriever
-from lightning_fot.retrievers.registry import layer_spec
 from lightning_fot.testing import real_qk
-from lightning_fot.tune import first_beyond, tune_layer
-from lightning_fot.tune_choice import Goal, LayerKeys, layers_of
 
 
 def test_first_beyond_finds_every_step_from_everywhere() -> None:

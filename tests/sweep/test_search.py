@@ -19,11 +19,12 @@ import pytest
 
 from lightning_fot.cli import main
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.request import SHIPPED, read_request
+from lightning_fot.request.request import SHIPPED, read_request
 from lightning_fot.sweep.folder import SweepFolder
-from lightning_fot.sweep.search import Search, check_optuna, index_measures
-from lightning_fot.sweep.settings import Build, SweepConfig
-from lightning_fot.sweep.space import Domain, SearchConfig
+from lightning_fot.sweep.grid import Build
+from lightning_fot.sweep.search import Search, index_measures
+from lightning_fot.sweep.settings import SweepConfig
+from lightning_fot.sweep.space import Domain, SearchConfig, check_optuna
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="the extra optuna is not installed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -21,12 +21,13 @@ import yaml
 from lightning_fot.bench import load_qk
 from lightning_fot.cli import main
 from lightning_fot.errors import SettingError
-from lightning_fot.report.sweep import brief_tables, costs
-from lightning_fot.request import SHIPPED, find_config, read_request
+from lightning_fot.report.content.sweep_tables import brief_tables, costs
+from lightning_fot.request.request import SHIPPED, find_config, read_request
 from lightning_fot.sweep.cost_model import cost_model, fit_power
 from lightning_fot.sweep.folder import SweepFolder
+from lightning_fot.sweep.grid import combinations
 from lightning_fot.sweep.runs import run_cells
-from lightning_fot.sweep.settings import SweepConfig, combinations
+from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import SearchConfig
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.run_folder import RunFolder
-from lightning_fot.stopping import StopGuard
-from lightning_fot.training import LastCheckpoint
+from lightning_fot.system.signals import StopGuard
+from lightning_fot.training.job_callbacks import LastCheckpoint
+from lightning_fot.training.run_folder import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),

@@ -53,7 +53,7 @@ def _train(home: str, resume: bool, steps: int, moment: str | None, write: int) 
     with open("log.txt", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    import lightning_fot.training
+    import lightning_fot.training.job_callbacks
     from lightning_fot.cli import main
 
     torch.set_num_threads(1)
@@ -69,7 +69,9 @@ def _train(home: str, resume: bool, steps: int, moment: str | None, write: int) 
 @pytest.fixture(scope="module")
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_fot.run", "lightning_fot.pretrained", "lightning_fot.parsing"])
+    context.set_forkserver_preload(
+        ["lightning_fot.commands.job.job", "lightning_fot.pretrained", "lightning_fot.commands.job.parsing"]
+    )
     return context
 
 

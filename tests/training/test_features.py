@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from lightning_fot import CrossbatchConfig, CrossbatchDataModule, FocusedTransformer, MemoryConfig
 from lightning_fot.config import LoraSettings
-from lightning_fot.crossbatch import row_table
 from lightning_fot.errors import SettingError
-from lightning_fot.module import _mean_loss
-from lightning_fot.parameters import load_adapter, merge_lora, save_adapter
+from lightning_fot.model.attention.crossbatch import row_table
 from lightning_fot.pretrained import load_backbone
-from lightning_fot.training import load_trained
+from lightning_fot.training.module import _mean_loss
+from lightning_fot.training.opening import load_trained
+from lightning_fot.training.parameters import load_adapter, merge_lora, save_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 
+from lightning_fot.config.tasks import CommonWordsTask
 from lightning_fot.evaluation.tasks.episode import Episode
 from lightning_fot.evaluation.tasks.samples import Samples
-from lightning_fot.evaluation.tasks.settings import CommonWordsTask
 from lightning_fot.evaluation.tasks.text import as_ids, fill
 
 WORDS = (

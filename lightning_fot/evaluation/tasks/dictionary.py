@@ -1,7 +1,7 @@
 """Dictionary lookup at any size (FoT paper, section 4.1): a memory of records that grows, the same questions each time.
 
-The layout is that of the training documents of :mod:`lightning_fot.data.dictionary`: a window begins with the start
-token, whole records follow, padding fills it; the questions follow each other in windows of their own.
+The layout is that of the training documents of :mod:`lightning_fot.data.mixture.dictionary`: a window begins with the
+start token, whole records follow, padding fills it; the questions follow each other in windows of their own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_fot.data.dictionary import DictionaryTokens
+from lightning_fot.config.tasks import RECORD_TOKENS, DictionaryTask
+from lightning_fot.data.mixture.dictionary import DictionaryTokens
 from lightning_fot.evaluation.tasks.episode import Episode, Ids, Probe
-from lightning_fot.evaluation.tasks.settings import RECORD_TOKENS, DictionaryTask
 
 # Sets the draws of an evaluation apart from those of any training source, which have four numbers.
 _KEYS, _VALUES, _QUESTIONS = 1, 2, 3

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.multi_doc import own_share
+from lightning_fot.config.tasks import DistractionTask
+from lightning_fot.evaluation.measures.multi_doc import own_share
+from lightning_fot.evaluation.measures.retrieval import index_used
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST
-from lightning_fot.evaluation.retrieval import index_used
-from lightning_fot.evaluation.tasks.reading import read
-from lightning_fot.evaluation.tasks.settings import DistractionTask
 from lightning_fot.evaluation.tasks.texts import HeldOut, ids_of
+from lightning_fot.model.reading.batched import read
 
 if TYPE_CHECKING:
-    from lightning_fot.lm import MemoryLM
-    from lightning_fot.memory import Memory
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.model.lm import MemoryLM
 
 Row = dict[str, Any]
 Advance = Callable[[float], None]

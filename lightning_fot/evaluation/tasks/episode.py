@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from lightning_fot.lm import MemoryLM
+    from lightning_fot.model.lm import MemoryLM
 
 Ids = npt.NDArray[np.int32]
 

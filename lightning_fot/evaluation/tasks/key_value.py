@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from lightning_fot.config.tasks import KeyValueTask
 from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.settings import KeyValueTask
 from lightning_fot.evaluation.tasks.text import Pieces, as_ids
 
 _ONSETS = ("B", "D", "F", "G", "H", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z", "Br", "Cl", "Dr", "St")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 
-from lightning_fot.data.passkey import FILLER
+from lightning_fot.config.tasks import NeedlesTask
+from lightning_fot.data.mixture.passkey import FILLER
 from lightning_fot.evaluation.tasks.episode import Episode
 from lightning_fot.evaluation.tasks.samples import Samples
-from lightning_fot.evaluation.tasks.settings import NeedlesTask
 from lightning_fot.evaluation.tasks.text import as_ids
 
 _TASK = "Several pass keys are hidden inside a lot of irrelevant text. Memorize them. I will quiz you about them."

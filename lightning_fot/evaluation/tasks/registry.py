@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.evaluation.tasks import settings as known
+from lightning_fot.config import tasks as known
 from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
 from lightning_fot.evaluation.tasks.distraction import Distraction
@@ -17,7 +17,8 @@ from lightning_fot.evaluation.tasks.story import Story
 from lightning_fot.evaluation.tasks.texts import HeldOut, Texts, check_texts
 
 if TYPE_CHECKING:
-    from lightning_fot.config import EvaluationConfig, MemoryConfig
+    from lightning_fot.config.evaluation import EvaluationConfig
+    from lightning_fot.config.memory import MemoryConfig
 
 
 def make_tasks(

@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.perplexity import read_logits, token_losses
-from lightning_fot.evaluation.plan import EXACT, INGEST_COST, LOCAL_COST, NONE, Phase
-from lightning_fot.evaluation.retrieval import index_used, live_quality, sample_rows
-from lightning_fot.evaluation.split import Stopwatch
+from lightning_fot.config.retriever import EXACT, NONE
+from lightning_fot.evaluation.measures.perplexity import read_logits, token_losses
+from lightning_fot.evaluation.measures.retrieval import index_used, live_quality, sample_rows
+from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST, Phase
+from lightning_fot.evaluation.speed.split import Stopwatch
 from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe
-from lightning_fot.evaluation.tasks.reading import read
 from lightning_fot.evaluation.tasks.registry import make_tasks
 from lightning_fot.evaluation.tasks.texts import Texts
+from lightning_fot.model.reading.batched import read
 
 if TYPE_CHECKING:
-    from lightning_fot.config import EvaluationConfig
-    from lightning_fot.lm import MemoryLM
-    from lightning_fot.memory import Memory
+    from lightning_fot.config.evaluation import EvaluationConfig
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.model.lm import MemoryLM
 
 Row = dict[str, Any]
 # Queries a KV head whose search is compared with an exact one.

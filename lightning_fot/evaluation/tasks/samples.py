@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+from lightning_fot.config.tasks import SampledTask
 from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.settings import SampledTask
 from lightning_fot.evaluation.tasks.text import Pieces
 
 SettingsT = TypeVar("SettingsT", bound=SampledTask)

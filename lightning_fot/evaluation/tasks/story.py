@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_fot.evaluation.perplexity import read_logits, token_losses
+from lightning_fot.config.tasks import StoryTask
+from lightning_fot.evaluation.measures.perplexity import read_logits, token_losses
+from lightning_fot.evaluation.measures.retrieval import index_used
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST
-from lightning_fot.evaluation.retrieval import index_used
 from lightning_fot.evaluation.tasks.names import far_names
-from lightning_fot.evaluation.tasks.reading import read
-from lightning_fot.evaluation.tasks.settings import StoryTask
 from lightning_fot.evaluation.tasks.texts import HeldOut, ids_of
+from lightning_fot.model.reading.batched import read
 
 if TYPE_CHECKING:
-    from lightning_fot.lm import MemoryLM
+    from lightning_fot.model.lm import MemoryLM
 
 Row = dict[str, Any]
 

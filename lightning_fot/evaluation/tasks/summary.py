@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_fot.evaluation.passkey import wilson
-from lightning_fot.evaluation.tasks.settings import DistractionTask, StoryTask
+from lightning_fot.config.tasks import DistractionTask, StoryTask
+from lightning_fot.evaluation.measures.passkey import wilson
 
 Row = dict[str, Any]
 

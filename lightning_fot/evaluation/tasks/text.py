@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_fot.data.passkey import continuation, start_ids
+from lightning_fot.data.mixture.passkey import continuation, start_ids
 from lightning_fot.evaluation.tasks.episode import Ids, Probe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_fot.evaluation.tasks.settings import TaskSettings
+from lightning_fot.config.tasks import TaskSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

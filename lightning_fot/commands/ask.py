@@ -1,0 +1,270 @@
+"""``lightning ask``: asks a model a question beside a memory on disk, and shows where in it the model looked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.errors import SettingError
+from lightning_fot.library.library import Library, Saved, count, existing, quietly
+from lightning_fot.request.arguments import Parser
+from lightning_fot.request.model import settings_with
+from lightning_fot.request.request import read_request
+
+if TYPE_CHECKING:
+    from lightning_fot.library.answering import Answer, Answerer
+
+NOTE = "where the model looked, not what made it answer so"
+# How a memory is asked is free; all else says how its pairs came about.
+_FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
+_EPILOG = f"""\
+Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
+Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.
+A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked or
+answered is added to the memory on disk.
+
+The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}."""
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=program,
+        usage=f'{program} MEMORY ["QUESTION" | -] [options] [--model.memory.KEY=VALUE …]',
+        description="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("memory", metavar="MEMORY", help="a name below memories/, or a folder")
+    parser.add_argument("question", metavar="QUESTION", nargs="*", help="- reads it from standard input")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer (default 100)")
+    parser.add_argument("--temperature", type=float, help="sample, at this temperature (default: greedy)")
+    parser.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this joint probability")
+    parser.add_argument("--top_k_tokens", type=int, help="sample among this many likeliest tokens")
+    parser.add_argument("--seed", type=int, help="of sampling (default: a new one each time)")
+    parser.add_argument("--passages", type=int, default=5, help="passages shown, 0 for none (default 5)")
+    parser.add_argument("--passage_tokens", type=int, default=64, help="tokens of a passage (default 64)")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead, when the answer is complete"
+    )
+    return parser
+
+
+def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
+    """Runs the command.
+
+    Args:
+        words: Words after ``ask``.
+        program: How it was called.
+        debug: Leave the libraries' log lines on.
+
+    Returns:
+        Exit code: 0, or 130 and 143 when stopped by a signal.
+
+    Raises:
+        SettingError: An argument, the question or the memory cannot be used.
+    """
+    rest, settings = _split(words, program)
+    try:
+        options = _parser(program).parse_intermixed_args(rest)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    _check(options)
+    library = existing(options.memory)
+    if not Saved.read(library.path).stored:
+        raise SettingError(
+            "MEMORY", str(library.path), "is empty", f"Read documents: {_ingest(program)} {options.memory} PATH…"
+        )
+    library.model = _with(library, settings, program)
+    library.model.check()
+    question = _question(options)
+    if question is not None and not any(word.startswith("--model.memory.retriever") for word in settings):
+        # An index takes minutes to build for a million tokens; a single question is answered sooner without.
+        library.model = replace(library.model, memory={**library.model.memory, "retriever": "exact"})
+    return _run(library, options, question, debug)
+
+
+def _ingest(program: str) -> str:
+    return f"{program.removesuffix('ask')}ingest"
+
+
+def _split(words: Sequence[str], program: str) -> tuple[list[str], list[str]]:
+    """Parts the settings of the model, which are YAML, from the command's own options."""
+    rest: list[str] = []
+    settings: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if word == "--":
+            return [*rest, word, *pending], settings
+        if not word.startswith("--model."):
+            rest.append(word)
+            continue
+        if "=" not in word:
+            if not pending:
+                raise SettingError("arguments", word, "has no value", f"See {program} --help")
+            word = f"{word}={pending.pop(0)}"
+        settings.append(word)
+    return rest, settings
+
+
+def _check(options: argparse.Namespace) -> None:
+    limits: tuple[tuple[str, float, float], ...] = (
+        ("max_new_tokens", 1, float("inf")),
+        ("top_k_tokens", 1, float("inf")),
+        ("seed", 0, 2**63 - 1),
+        ("passages", 0, float("inf")),
+        ("passage_tokens", 1, float("inf")),
+    )
+    for name, least, most in limits:
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise SettingError(name, value, f"must be at least {least:.0f}", "Correct it.")
+    if options.temperature is not None and not 0 < options.temperature < float("inf"):
+        raise SettingError("temperature", options.temperature, "must be above 0", "Leave it out for the greedy answer.")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise SettingError("top_p", options.top_p, "must be above 0 and at most 1", "Try 0.9.")
+
+
+def _with(library: Library, settings: list[str], program: str) -> Any:
+    """The library's model with the settings that the command line names, if they may differ."""
+    model = library.model
+    if not settings:
+        return model
+    for word in settings:
+        key = word.removeprefix("--").partition("=")[0]
+        name = key.removeprefix("model.memory.").partition(".")[0]
+        if not key.startswith("model.memory.") or (name not in _FREE and name in model.memory):
+            raise SettingError(
+                key, word.partition("=")[2], f"is fixed by what wrote {library.path}",
+                f"Leave it out; free are {', '.join(_FREE)}.",
+            )  # fmt: skip
+    return settings_with(model, read_request("ask", settings, program))
+
+
+def _question(options: argparse.Namespace) -> str | None:
+    """The question, None for a conversation.
+
+    Raises:
+        SettingError: It is empty, no text, or missing where nobody can be asked.
+    """
+    if not options.question:
+        if options.json or not sys.stdin.isatty():
+            raise SettingError("question", None, "is missing", "Give one, or - to read it from standard input.")
+        return None
+    try:
+        text = sys.stdin.read() if options.question == ["-"] else " ".join(options.question)
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise SettingError("question", "-", f"is not UTF-8 ({error})", "Convert it.") from error
+    if not text.strip():
+        raise SettingError("question", text, "is empty", "Ask something.")
+    return text.strip()
+
+
+def _run(library: Library, options: argparse.Namespace, question: str | None, debug: bool) -> int:
+    from lightning_fot.system.signals import StopGuard, Stopped
+
+    with StopGuard(_say) as guard:
+        del guard  # a signal stops at once: there is nothing to save
+        try:
+            with quietly(debug):
+                return _answer(library, options, question)
+        except Stopped as stopped:
+            sys.stdout.flush()
+            _say("\nStopped.")
+            return stopped.exit_code
+
+
+def _answer(library: Library, options: argparse.Namespace, question: str | None) -> int:
+    _say(f"Loading {library.model.backbone} and {library.path} …")
+    from lightning_fot.library.answering import Answerer, AnswerSettings
+    from lightning_fot.training.opening import open_model
+
+    lm, tokenizer = open_model(library.model)
+    memory = library.load(lm)
+    # Whoever waits should wait here, not after the question.
+    memory.flush()
+    wanted = {name: getattr(options, name) for name in AnswerSettings.__dataclass_fields__}
+    answerer = Answerer(lm, tokenizer, memory, AnswerSettings(**wanted))
+    unread = sum(not document.done for document in library.documents)
+    _say(
+        f"{count(len(memory), 'token')} of {count(len(memory.documents), 'document')}"
+        + (f"; {unread:,} not read to the end yet" if unread else "")
+        + ".\n"
+    )
+    if question is None:
+        return _talk(answerer)
+    if options.json:
+        print(json.dumps(_report(library, answerer.ask(question)), indent=2))
+        return 0
+    _show(answerer.ask(question, _write))
+    return 0
+
+
+def _talk(answerer: Answerer) -> int:
+    """Asks for questions until there is none."""
+    with suppress(ImportError):  # not on this system
+        import readline  # noqa: F401  (lines can be edited and called back)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except UnicodeDecodeError:
+            _say("This line is not UTF-8.")
+            continue
+        if not question:
+            return 0
+        _show(answerer.ask(question, _write))
+        print()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(text: str) -> None:
+    print(_printable(text), end="", flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+def _show(answer: Answer) -> None:
+    """Prints what comes after an answer, which is on screen already."""
+    print("" if answer.text else "(The model ended its answer at once.)")
+    if not answer.complete:
+        _say("(Cut at --max_new_tokens.)")
+    if answer.passages is None:
+        return
+    print(f"\nPassages that the answer attended to ({NOTE}):" if answer.passages else "\nIt attended to no passage.")
+    width = min(100, shutil.get_terminal_size().columns)
+    for number, passage in enumerate(answer.passages, start=1):
+        print(
+            f"{number}. {_printable(passage.document)}, tokens {passage.start:,} to {passage.stop:,} of "
+            f"{passage.tokens:,}: {passage.share:.1%} of the attention to the memory"
+        )
+        text = _printable(" ".join(passage.text.split()))
+        print(textwrap.fill(text, width, initial_indent="   ", subsequent_indent="   "))
+
+
+def _report(library: Library, answer: Answer) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "memory": str(library.path),
+        **asdict(answer),
+        "note": f"Passages: {NOTE}.",
+        "model": asdict(library.model),
+    }

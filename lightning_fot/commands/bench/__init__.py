@@ -1,0 +1,1 @@
+"""``lightning bench``: measure, record, tune."""

@@ -1,0 +1,1 @@
+"""The main job of ``run``, and of ``fit``, ``validate`` and ``test``."""

@@ -1,0 +1,398 @@
+"""``lightning sweep``: many retrievers, settings, sizes and trainings; finished cells are kept and skipped."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.request.request import Request, read_request
+from lightning_fot.sweep.folder import SweepFolder
+from lightning_fot.sweep.grid import Build, combinations, digest, label_of
+from lightning_fot.sweep.runs import RunCell, run_cells, with_settings
+from lightning_fot.sweep.search import JOURNAL, Search, index_measures
+from lightning_fot.sweep.settings import SweepConfig
+
+if TYPE_CHECKING:
+    from lightning_fot.sweep.measure import IndexCell, Recorded
+    from lightning_fot.system.progress import JobProgress
+    from lightning_fot.system.signals import StopGuard
+
+ROOT = Path("sweeps")
+HELP = """\
+Usage: {program} --config NAME|FILE [--run_dir FOLDER] [--plan] [--json] [--key.sub=value …]
+
+Measures every cell of the grid in the configuration's section sweep: retrievers on recorded keys and queries of the
+model, and whole runs; with a section sweep.search, Optuna tries settings in place of a grid. Shipped: {shipped}.
+
+  --run_dir FOLDER  where cells and results go (default: sweeps/NAME); the same folder again goes on: finished cells
+                    are kept and skipped, also after a kill, and several processes may share one
+  --plan            print the cells and whether they are done, and do nothing
+  --json            print the results as JSON instead of tables
+  --key.sub=value   as in run, and --sweep.tokens=8192, --sweep.memory_tokens=[8192]"""
+
+
+def sweep(words: Sequence[str], program: str, debug: bool = False) -> int:
+    """Runs the command.
+
+    Args:
+        words: Words after ``sweep``.
+        program: How it was called.
+        debug: Show tracebacks of failed cells, and leave the libraries' log lines on.
+
+    Returns:
+        Exit code: 0; 1 when a cell failed; 130 and 143 when stopped by a signal.
+
+    Raises:
+        SettingError: A setting cannot work: said before anything is measured.
+        MissingLibraryError: The library of a retriever is not installed.
+    """
+    from lightning_fot.request.request import SHIPPED
+
+    if any(word in ("-h", "--help") for word in words):
+        shipped = ", ".join(sorted(f"sweeps/{path.stem}" for path in (SHIPPED / "sweeps").glob("*.yaml")))
+        print(HELP.format(program=program, shipped=shipped))
+        return 0
+    options = argparse.Namespace(plan="--plan" in words, json="--json" in words, debug=debug)
+    request = read_request("sweep", [word for word in words if word not in ("--plan", "--json")], program)
+    if not request.configs:
+        raise SettingError(
+            "config", None, "sweep needs a configuration", f"Write: {program} --config configs/sweeps/index_types.yaml"
+        )
+    given = request.get("run_dir")
+    folder = SweepFolder(Path(str(given)).expanduser() if given is not None else ROOT / request.name)
+    job = _Sweep(request, SweepConfig.of(request.get("sweep")), folder, options)
+    job.check()
+    for note in request.notes:
+        print(note, file=sys.stderr)
+    return job.plan() if options.plan else job.run()
+
+
+class _Sweep:
+    """One call of the command.
+
+    Args:
+        request: The command line.
+        config: The section ``sweep``.
+        folder: Where cells go.
+        options: ``plan``, ``json``, ``debug``.
+    """
+
+    def __init__(self, request: Request, config: SweepConfig, folder: SweepFolder, options: argparse.Namespace) -> None:
+        self.request = request
+        self.config = config
+        self.folder = folder
+        self.options = options
+        self.searched = config.search_config()
+        trains = config.runs or (self.searched is not None and self.searched.runs)
+        own = {"sweep", "run_dir", "ckpt_path"} if trains else {"sweep", "run_dir"}
+        self.settings = {key: value for key, value in request.settings.items() if key not in own}
+        self.builds: list[Build] = config.builds()
+        self.layers: list[Recorded] = []
+        self.search: Search | None = None
+        self.failures: dict[str, str] = {}
+        self.busy: list[str] = []
+
+    def check(self) -> None:
+        """Finds what cannot work before anything is measured."""
+        from lightning_fot.request.preflight import check_settings
+
+        runs = list(combinations(self.config.runs)) if self.config.runs else []
+        for change in [*self._recordings(), *runs, *(self.searched.corners() if self.searched else [])]:
+            changed = with_settings(self.settings, change)
+            check_settings(Request("run", self.request.configs, [], changed, program=self.request.program))
+
+    def _recordings(self) -> list[dict[str, Any]]:
+        """Combinations of model settings that are recorded; none where keys are given or no index is measured."""
+        if self.config.keys is not None or not self.builds:
+            return []
+        return list(combinations(self.config.recordings))
+
+    def _runs(self) -> list[RunCell]:
+        return run_cells(self.config.runs, self.settings, self.folder.runs.resolve())
+
+    def plan(self) -> int:
+        """Prints the cells, which of them are done, and how long the others may take."""
+        from lightning_fot.sweep.estimate import Spent
+
+        made = [change for change in self._recordings() if self._recording(change).is_file()]
+        for change in self._recordings():
+            state = "done" if change in made else "to do"
+            print(f"{state:5}  recording of {self.config.tokens:,} tokens {label_of(change)}".rstrip())
+        spent = Spent()
+        if self.builds and len(made) == len(self._recordings()):
+            for cell in self._index_cells():
+                known = self.folder.read(cell.key)
+                missing, all_of_it = len(cell.missing(known)), len(cell.missing(None))
+                spent.add(str(cell.build.spec["name"]), cell.cost, missing / all_of_it, (known or {}).get("seconds"))
+                state = "to do" if missing else "done"
+                print(f"{state:5}  {cell.label}: {missing or all_of_it} settings")
+        elif self.builds:
+            sizes = ", ".join(f"{size:,}" for size in self.config.memory_tokens or [self.config.tokens])
+            for build in self.builds:
+                settings = len(build.query) * len(self.config.top_k) * len(self.config.batch)
+                print(f"to do  {build.label}: {settings} settings, for each layer and size of {sizes} keys")
+            spent.unknown = True
+        for run in self._runs():
+            row = next(iter((self.folder.read(run.key) or {}).get("rows", [])), None)
+            spent.add("run", 1.0, float(row is None), (row or {}).get("seconds"))
+            print(f"{'to do' if row is None else 'done':5}  {run.label}")
+        if self.searched is not None:
+            readable = bool(self.layers) or not self.searched.retrievers
+            begun = readable and (self.searched.storage is not None or (self.folder.path / JOURNAL).is_file())
+            ended = self._open_search().ended if begun else 0
+            print(f"search: {ended} of {self.searched.trials} trials done")
+        print(spent)
+        return 0
+
+    def run(self) -> int:
+        """Does what is not done yet."""
+        import yaml
+
+        from lightning_fot.library.library import quietly
+        from lightning_fot.system.files import write_text
+        from lightning_fot.system.progress import JobProgress
+        from lightning_fot.system.signals import StopGuard, Stopped
+
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({**self.settings, "sweep": vars(self.config)}, sort_keys=False)
+        write_text(self.folder.config, f"# {self.request.program} --config {self.folder.config}\n{text}")
+        cells: list[IndexCell] = []
+        code = 0
+        # Other commands that this one calls print: standard output is for the results alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            stopped = self._record()
+            with quietly(self.options.debug), JobProgress() as progress, StopGuard(progress.message) as guard:
+                try:
+                    if stopped is not None:
+                        return stopped
+                    cells = self._index_cells()
+                    open_cells = sum(bool(cell.missing(self.folder.read(cell.key))) for cell in cells)
+                    if cells:
+                        progress.message(
+                            f"{len(cells)} index cells: {len(cells) - open_cells} done, {open_cells} to do."
+                        )
+                    self._measure(cells, progress, guard)
+                    self._train(self._runs(), progress)
+                    self._search(progress, guard)
+                except (Stopped, KeyboardInterrupt) as stop:
+                    code = stop.exit_code if isinstance(stop, Stopped) else 130
+        self._finish(cells, code)
+        return code or int(bool(self.failures))
+
+    def _recording(self, change: dict[str, Any]) -> Path:
+        model = with_settings(self.settings, change)
+        asked = [model.get("model"), model.get("data"), model.get("ckpt_path")]
+        wanted = [self.config.tokens, self.config.queries, self.config.past]
+        return self.folder.recordings / f"{digest([asked, wanted])}.safetensors"
+
+    def _record(self) -> int | None:
+        """Records what is missing; an exit code where that was stopped."""
+        import yaml
+
+        from lightning_fot.commands.bench.record import record
+        from lightning_fot.system.files import write_text
+
+        for change in self._recordings():
+            target = self._recording(change)
+            if target.is_file():
+                continue
+            config = target.with_suffix(".yaml")
+            write_text(config, yaml.safe_dump(with_settings(self.settings, change), sort_keys=False))
+            # What was stopped half-way is no recording.
+            part = target.with_name(f"{target.stem}.part.safetensors")
+            with self._claimed(target) as ours:
+                if not ours:
+                    continue
+                options = argparse.Namespace(
+                    record=str(part),
+                    config=str(config),
+                    tokens=self.config.tokens,
+                    past=self.config.past,
+                    queries=self.config.queries,
+                    dtype="float16",
+                )
+                print(f"Recording keys and queries {label_of(change)}".rstrip(), file=sys.stderr)
+                code = record(options, [], self.request.program)
+                if code:
+                    part.unlink(missing_ok=True)
+                    return code
+                part.rename(target)
+        return None
+
+    @contextlib.contextmanager
+    def _claimed(self, target: Path) -> Iterator[bool]:
+        """True once the recording is ours to make; False once another process has made it."""
+        said = False
+        while not target.is_file():
+            with self.folder.claim(target.stem) as ours:
+                if ours:
+                    yield not target.is_file()
+                    return
+            if not said:
+                print("Another process is recording: waiting for it.", file=sys.stderr)
+                said = True
+            time.sleep(1.0)
+        yield False
+
+    def _index_cells(self) -> list[IndexCell]:
+        if not self.builds:
+            return []
+        from lightning_fot.sweep.measure import index_cells, read_layers
+
+        if self.layers:
+            return index_cells(self.layers, self.builds, self.config)
+        files = [(label_of(change), self._recording(change)) for change in self._recordings()]
+        if self.config.keys is not None:
+            files = [("", Path(self.config.keys).expanduser())]
+        self.layers = [layer for name, file in files for layer in read_layers(file, name, self.config.queries)]
+        return index_cells(self.layers, self.builds, self.config)
+
+    def _measure(self, cells: Sequence[IndexCell], progress: JobProgress, guard: StopGuard) -> None:
+        todo = [cell for cell in cells if cell.missing(self.folder.read(cell.key))]
+        progress.plan([(cell.label, cell.cost) for cell in todo])
+        for cell in todo:
+            with self._ours(cell.key, cell.label) as known:
+                if known is None or not cell.missing(known):
+                    continue
+                progress.start(cell.label)
+                with self._recorded_failure(cell.key, cell.label, progress):
+                    cell.measure(known, partial(self.folder.write, cell.key), guard.check)
+                progress.finish(cell.label)
+
+    def _train(self, cells: Sequence[RunCell], progress: JobProgress) -> None:
+        todo = [cell for cell in cells if not (self.folder.read(cell.key) or {}).get("rows")]
+        progress.plan([(cell.label, 1e6) for cell in todo])
+        for cell in todo:
+            with self._ours(cell.key, cell.label) as known:
+                if known is None or known.get("rows"):
+                    continue
+                progress.start(cell.label)
+                with self._recorded_failure(cell.key, cell.label, progress):
+                    self.folder.write(cell.key, cell.run())
+                progress.finish(cell.label)
+
+    def _open_search(self) -> Search:
+        assert self.searched is not None
+        identity: Any = self.settings
+        if self.searched.retrievers:
+            asked = [self.config.top_k, self.config.batch, self.config.memory_tokens]
+            identity = [[layer.identity for layer in self.layers], asked]
+        return Search(self.searched, self.folder, identity)
+
+    def _search(self, progress: JobProgress, guard: StopGuard) -> None:
+        """Tries what the search draws until it has its trials, with others who share the folder or the storage."""
+        if self.searched is None:
+            return
+        self.search = self._open_search()
+        while True:
+            guard.check()
+            with self.search.next() as found:
+                if found is None:
+                    return
+                trial, drawn = found
+                try:
+                    measures = self._measured(drawn, progress, guard)
+                    self.search.tell(trial, measures)
+                except (SettingError, RuntimeError) as error:
+                    self.search.fail(trial, str(error))
+                    self.failures[f"trial {trial.number}"] = str(error)
+                    continue
+                told = ", ".join(f"{name} {measures[name]:.4g}" for name in self.searched.objectives)
+                progress.message(f"Trial {trial.number} ({self.search.ended} of {self.searched.trials} done): {told}")
+
+    def _measured(self, drawn: Build | dict[str, Any], progress: JobProgress, guard: StopGuard) -> dict[str, Any]:
+        """What is known of what a trial tries, once it has been measured, by us or by another process.
+
+        Raises:
+            RuntimeError: It cannot be measured.
+        """
+        indexes, runs = self._cells_of([drawn])
+        cells: list[IndexCell | RunCell] = [*indexes, *runs]
+        labels = [cell.label for cell in cells]
+        while True:
+            guard.check()
+            self._measure(indexes, progress, guard)
+            self._train(runs, progress)
+            failed = [self.failures[label] for label in labels if label in self.failures]
+            if failed:
+                raise RuntimeError(failed[0])
+            known = [self.folder.read(cell.key) or {} for cell in cells]
+            complete = not any(cell.missing(one) for cell, one in zip(indexes, known, strict=False))
+            if complete and all(one.get("rows") for one in known):
+                break
+            time.sleep(1.0)
+        # Another process may have been at one of them.
+        self.busy = [label for label in self.busy if label not in labels]
+        if indexes:
+            return index_measures([row for cell, one in zip(indexes, known, strict=True) for row in cell.wanted(one)])
+        return dict(known[0]["rows"][0])
+
+    def _cells_of(self, drawn: Sequence[Build | dict[str, Any]]) -> tuple[list[IndexCell], list[RunCell]]:
+        """The cells of what trials have drawn."""
+        from lightning_fot.sweep.measure import index_cells
+
+        builds = [one for one in drawn if isinstance(one, Build)]
+        parent = self.folder.runs.resolve()
+        runs = [RunCell(one, with_settings(self.settings, one), parent) for one in drawn if not isinstance(one, Build)]
+        return index_cells(self.layers, builds, self.config) if builds else [], runs
+
+    @contextlib.contextmanager
+    def _ours(self, key: str, label: str) -> Iterator[dict[str, Any] | None]:
+        """What is known of a cell that is ours for the block; None where another process works on it."""
+        with self.folder.claim(key) as ours:
+            if not ours:
+                self.busy.append(label)
+                yield None
+            else:
+                # Another process may have finished it since.
+                yield self.folder.read(key) or {}
+
+    @contextlib.contextmanager
+    def _recorded_failure(self, key: str, label: str, progress: JobProgress) -> Iterator[None]:
+        """Notes an error with the cell, and lets the others go on."""
+        try:
+            yield
+        except (SettingError, MissingLibraryError, RuntimeError, ValueError, OSError, MemoryError) as error:
+            if self.options.debug:
+                traceback.print_exc()
+            self.failures[label] = f"{type(error).__name__}: {error}"
+            known = self.folder.read(key) or {}
+            self.folder.write(key, {**known, "error": self.failures[label]})
+            progress.message(f"{label} failed: {error}")
+
+    def _finish(self, cells: Sequence[IndexCell], code: int) -> None:
+        from lightning_fot.sweep.outcome import Outcome
+
+        runs, searched = self._runs(), None
+        if self.search is not None:
+            searched = self.search.results()
+            indexes, more = self._cells_of(self.search.drawn())
+            cells, runs = [*cells, *indexes], list({cell.key: cell for cell in (*runs, *more)}.values())
+        outcome = Outcome(self.folder, self.settings, self.config, cells, runs, self.failures, searched)
+        # One process at a time: the last to end has seen the cells of all.
+        with self.folder.turn("outcome"):
+            results = outcome.write()
+        if self.options.json:
+            print(json.dumps(results, indent=2, default=str))
+        else:
+            outcome.print(results)
+        if self.busy:
+            print(f"{len(self.busy)} cells are being done by other processes.", file=sys.stderr)
+        if code:
+            words = [
+                *self.request.program.split(),
+                "--config",
+                str(self.folder.config),
+                f"--run_dir={self.folder.path}",
+            ]
+            print(f"Stopped; finished cells are kept. Go on with:\n  {shlex.join(words)}", file=sys.stderr)

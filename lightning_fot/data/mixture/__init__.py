@@ -1,0 +1,1 @@
+"""Weighted sources of training text."""

@@ -1,0 +1,1 @@
+"""Rows of a batch: which window of which text stands where."""

@@ -1,0 +1,229 @@
+"""Find documents in files and folders, and read their text.
+
+Only the standard library is imported here, so a wrong path is reported before torch or a model is loaded.
+
+What is one document:
+
+- a text file (``.txt``, ``.md``, ``.rst``, ``.tex``, or any text of unknown suffix): the file;
+- source code: the files of one folder, sorted by name and joined, a header line before each;
+- ``.jsonl``: each line, its text under one field;
+- no paths at all: the standard library's sources of the running interpreter, see ``standard_library``.
+
+Hidden files, version control and cache folders are left out. A file is *binary*, and skipped, when it holds a NUL byte
+or is not UTF-8 (a byte-order mark is tolerated, and one of UTF-16 is obeyed).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_fot.data.text.parts import LARGE_FILE_BYTES, DocumentSource, FilePart, Found, is_new, text_part, walk
+from lightning_fot.errors import SettingError
+
+SOURCE_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("py", "pyi", "pyx", "c", "h", "cc", "cpp", "cxx", "hh", "hpp", "cu", "cuh", "m", "mm", "js", "jsx", "mjs"),
+        *("ts", "tsx", "rs", "go", "java", "kt", "scala", "swift", "cs", "fs", "rb", "php", "pl", "lua", "r", "jl"),
+        *("sh", "bash", "sql", "hs", "ml", "mli", "ex", "exs", "erl", "clj", "lisp", "el", "vim", "thy", "lean", "v"),
+        *("f90", "f", "asm", "s", "cmake", "toml", "yaml", "yml"),
+    )
+)
+_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_LONG_MODULE_BYTES = 16 * 1024
+_JOINED_MODULES_BYTES = 64 * 1024
+
+
+def find_documents(
+    paths: Sequence[str] | None,
+    *,
+    text_field: str = "text",
+    max_documents: int | None = None,
+    setting: str = "data.paths",
+) -> Found:
+    """List the documents under ``paths`` in a fixed order, whatever the file system's order is.
+
+    Args:
+        paths: Files and folders; None takes the standard library's sources.
+        text_field: Key of the text in ``.jsonl`` objects.
+        max_documents: From a ``.jsonl`` file of more than 100 MB only so many lines are looked at.
+        setting: Name of the setting in errors.
+
+    Raises:
+        SettingError: A path is missing, a ``.jsonl`` line is bad, or no document is left.
+    """
+    if paths is None:
+        return standard_library()
+    if not paths:
+        raise SettingError(setting, list(paths), "names no file or folder", "Name some, or leave the setting out.")
+    found = Found()
+    seen: set[tuple[int, int]] = set()
+    for given in paths:
+        path = Path(given).expanduser()
+        if not path.exists():
+            problem = "is a broken link" if path.is_symlink() else "does not exist"
+            raise SettingError(setting, given, problem, f"Paths are relative to {os.getcwd()}; correct it.")
+        if path.is_dir():
+            for folder, files in walk(path, seen, found.skipped):
+                name = "" if folder == path else folder.relative_to(path).as_posix()
+                _read_folder(
+                    found, files, f"{path.name or given}/{name}".rstrip("/"), text_field, max_documents, setting
+                )
+        elif path.is_file():
+            if is_new(path, seen):
+                _read_file(found, path, path.name, text_field, max_documents, setting)
+        else:
+            raise SettingError(setting, given, "is neither a file nor a folder", "Name text files or folders of them.")
+    if not found.documents:
+        why = found.skipped_text() or "there are no files in it"
+        raise SettingError(
+            setting, list(paths), f"holds no text ({why})", "Use .txt, .md, source or .jsonl files in UTF-8."
+        )
+    return found
+
+
+def check_paths(
+    paths: Sequence[str] | str | None,
+    *,
+    min_tokens: int = 1,
+    text_field: str = "text",
+    max_documents: int | None = None,
+    setting: str = "data.paths",
+) -> None:
+    """Check what can be known about ``paths`` without a tokenizer.
+
+    Args:
+        paths: As given to ``find_documents``; None needs no check.
+        min_tokens: A document must have so many tokens; one with fewer bytes cannot.
+        text_field: Key of the text in ``.jsonl`` objects.
+        max_documents: As given to ``find_documents``.
+        setting: Name of the setting in errors.
+
+    Raises:
+        SettingError: A path is missing, nothing is text, or every document is surely too short.
+    """
+    if paths is None:
+        return
+    listed = [paths] if isinstance(paths, str) else paths
+    found = find_documents(listed, text_field=text_field, max_documents=max_documents, setting=setting)
+    longest = max(found.documents, key=lambda source: source.size)
+    if longest.size + 1 < min_tokens:
+        raise too_short(setting, listed, len(found.documents), min_tokens, f"the longest has {longest.size:,} bytes")
+
+
+def too_short(setting: str, value: object, count: int, min_tokens: int, detail: str) -> SettingError:
+    """The error for a corpus without one document that is long enough."""
+    return SettingError(
+        setting,
+        value,
+        f"no document has {min_tokens:,} tokens ({count:,} found, {detail})",
+        f"Add longer documents, or lower {setting.rpartition('.')[0]}.min_tokens or model.memory.window.",
+    )
+
+
+def standard_library(root: str | None = None) -> Found:
+    """The running interpreter's own library as documents: real code, on every machine, without a download.
+
+    A package with its subpackages is one document, files sorted, a header line before each. A single module of 16 kB or
+    more is a document; shorter ones are joined in alphabetical order to documents of about 64 kB. Left out: test
+    packages, third-party packages, and generated files (character maps, documentation topics).
+
+    Args:
+        root: Folder of the library; None takes the running interpreter's.
+    """
+    base = Path(root or sysconfig.get_paths()["stdlib"])
+    found = Found()
+    packages: dict[str, list[FilePart]] = {}
+    modules: list[FilePart] = []
+    for folder, files in walk(base, set(), found.skipped, without=_TEST_FOLDERS):
+        for path in files:
+            if path.suffix != ".py":
+                continue
+            relative = path.relative_to(base)
+            part = text_part(path, found.skipped, header=f"# file: {relative.as_posix()}\n", generated=True)
+            if part is None:
+                continue
+            if folder == base:
+                modules.append(part)
+            else:
+                packages.setdefault(relative.parts[0], []).append(part)
+    for name, parts in packages.items():
+        found.documents.append(DocumentSource(name, tuple(parts)))
+    joined: list[FilePart] = []
+    for part in modules:
+        if part.size >= _LONG_MODULE_BYTES:
+            found.documents.append(DocumentSource(Path(part.path).name, (part,)))
+            continue
+        joined.append(part)
+        if sum(one.size for one in joined) >= _JOINED_MODULES_BYTES:
+            found.documents.append(_joined_modules(joined))
+            joined = []
+    if joined:
+        found.documents.append(_joined_modules(joined))
+    found.documents.sort(key=lambda source: source.name)
+    return found
+
+
+def _joined_modules(parts: list[FilePart]) -> DocumentSource:
+    return DocumentSource(f"{Path(parts[0].path).name} … {Path(parts[-1].path).name}", tuple(parts))
+
+
+def _read_folder(
+    found: Found, files: list[Path], name: str, text_field: str, max_documents: int | None, setting: str
+) -> None:
+    code = []
+    for path in files:
+        if path.suffix.lower() in SOURCE_SUFFIXES:
+            part = text_part(path, found.skipped, header=f"# file: {name}/{path.name}\n")
+            if part is not None:
+                code.append(part)
+        else:
+            _read_file(found, path, f"{name}/{path.name}", text_field, max_documents, setting)
+    if code:
+        found.documents.append(DocumentSource(name, tuple(code)))
+
+
+def _read_file(found: Found, path: Path, name: str, text_field: str, max_documents: int | None, setting: str) -> None:
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        _read_jsonl(found, path, name, text_field, max_documents, setting)
+        return
+    part = text_part(path, found.skipped)
+    if part is not None:
+        found.documents.append(DocumentSource(name, (part,)))
+
+
+def _read_jsonl(found: Found, path: Path, name: str, text_field: str, max_documents: int | None, setting: str) -> None:
+    """One document a line. Every line is parsed now: a bad one must not stop a training run hours later."""
+    limit = max_documents if path.stat().st_size > LARGE_FILE_BYTES else None
+    offset = count = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise _bad_line(setting, path, number, f"is not JSON ({error})", "Correct or remove it.") from None
+            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+                keys = f"; its keys are {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else ""
+                fix = f"Set {setting.rpartition('.')[0]}.text_field to the key that holds the text."
+                raise _bad_line(setting, path, number, f"has no text under the key {text_field!r}{keys}", fix)
+            if not record[text_field].strip():
+                found.skipped["empty"] += 1
+                continue
+            part = FilePart(str(path), len(line), offset=start, field=text_field)
+            found.documents.append(DocumentSource(f"{name}:{number}", (part,)))
+            count += 1
+            if limit is not None and count >= limit:
+                return
+    if not count:
+        found.skipped["empty"] += 1
+
+
+def _bad_line(setting: str, path: Path, number: int, problem: str, fix: str) -> SettingError:
+    return SettingError(setting, str(path), f"line {number} {problem}", fix)

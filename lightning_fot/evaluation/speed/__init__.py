@@ -1,0 +1,1 @@
+"""Time: what was measured, where it went, and what the machine allows."""

@@ -1,0 +1,246 @@
+"""Answers beside a memory, streamed, with the passages that were attended to."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from lightning_fot.errors import SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.memory.passages import AttentionTrace
+    from lightning_fot.model.lm import MemoryLM
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How questions are answered: greedily, unless one of the settings of sampling is given.
+
+    Args:
+        max_new_tokens: Longest answer.
+        temperature: Of sampling; None means 1.
+        top_p: Sample among the likeliest tokens of this joint probability; None means all.
+        top_k_tokens: Sample among this many likeliest tokens; None means all.
+        seed: Of sampling; None draws one for each answer.
+        passages: Passages wanted; with 0 attention is not recorded.
+        passage_tokens: Tokens of a passage.
+        raw: Continue the question as it is, even where the tokenizer has a chat template.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k_tokens: int | None = None
+    seed: int | None = None
+    passages: int = 5
+    passage_tokens: int = 64
+    raw: bool = False
+
+    @property
+    def sampled(self) -> bool:
+        """Whether answers are drawn."""
+        return any(value is not None for value in (self.temperature, self.top_p, self.top_k_tokens))
+
+
+@dataclass(frozen=True)
+class AttendedPassage:
+    """A stretch of a document, ready to be shown.
+
+    Args:
+        document: Its name.
+        start: Position of its first token in the document.
+        stop: Position behind its last token.
+        tokens: Tokens of the document.
+        share: Its part of all attention that the answer gave to the memory, 0 to 1.
+        rank_share: Its part of what passages are ranked by, 0 to 1: see :mod:`lightning_fot.memory.passages`.
+        text: What it says.
+    """
+
+    document: str
+    start: int
+    stop: int
+    tokens: int
+    share: float
+    rank_share: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Args:
+        question: What was asked.
+        text: The answer.
+        complete: Whether the model ended it, not the limit of tokens.
+        prompt_tokens: Tokens of what the model read: the chat template and the conversation so far included.
+        answer_tokens: Tokens generated.
+        seconds: Time from question to answer.
+        seed: Of sampling; None for a greedy answer.
+        passages: Best first; None where none were wanted.
+    """
+
+    question: str
+    text: str
+    complete: bool
+    prompt_tokens: int
+    answer_tokens: int
+    seconds: float
+    seed: int | None
+    passages: list[AttendedPassage] | None
+
+
+class Answerer:
+    """Answers questions beside a memory, each with the conversation before it. The memory stays as it is.
+
+    Args:
+        lm: The attached model.
+        tokenizer: Its tokenizer.
+        memory: One row, what was read.
+        settings: How to answer.
+    """
+
+    def __init__(
+        self, lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, memory: Memory, settings: AnswerSettings
+    ) -> None:
+        self.lm = lm
+        self.tokenizer: Any = tokenizer
+        self.memory = memory
+        self.settings = settings
+        self.chat = bool(getattr(tokenizer, "chat_template", None)) and not settings.raw
+        """Whether the tokenizer's chat template frames questions and answers."""
+        self._messages: list[dict[str, str]] = []
+        self._ids: list[int] = []
+        self._ends = _ends(lm, tokenizer)
+
+    def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Answer:
+        """Answers a question.
+
+        Args:
+            question: Not empty.
+            write: Gets the text of the answer in pieces, as it is generated.
+
+        Raises:
+            SettingError: The question has no tokens, or the chat template cannot be used.
+        """
+        began = time.monotonic()
+        prompt = self._prompt(question)
+        streamer = _Streamer(self.tokenizer, write)
+        seed = self._seed()
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            with self.lm.record_attention() if self.settings.passages else nullcontext() as trace:
+                try:
+                    sequence = self._generate(prompt, streamer)[0].tolist()
+                except BaseException:
+                    # Words that are held back until they are complete: what was answered so far is kept on screen.
+                    streamer.end()  # type: ignore[no-untyped-call]
+                    raise
+        answer = sequence[len(prompt) :]
+        complete = bool(answer) and answer[-1] in self._ends
+        self._ids = sequence[:-1] if complete else sequence
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        self._messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        passages = None if trace is None else self._passages(trace)
+        seconds = time.monotonic() - began
+        return Answer(question, text, complete, len(prompt), len(answer), seconds, seed, passages)
+
+    def _prompt(self, question: str) -> list[int]:
+        """Ids of the conversation and the question."""
+        if self.chat:
+            from jinja2 import TemplateError
+
+            messages = [*self._messages, {"role": "user", "content": question}]
+            try:
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except TemplateError as error:
+                raise SettingError("question", question, f"the chat template says: {error}", "Add --raw.") from error
+            return self._encode(text, first=False)
+        if self._ids:
+            return [*self._ids, *self._encode(f"\n{question}\n", first=False)]
+        return self._encode(question, first=True)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        """Ids of a text; the first of a conversation gets the start token that the tokenizer puts before texts."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=first)["input_ids"]
+        # Some tokenizers end each text; an answer goes on where the question stops.
+        while first and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        if not ids:
+            raise SettingError("question", text, "has no tokens", "Ask something else.")
+        return ids
+
+    def _seed(self) -> int | None:
+        if not self.settings.sampled:
+            return None
+        return random.SystemRandom().randrange(2**32) if self.settings.seed is None else self.settings.seed
+
+    def _generate(self, prompt: list[int], streamer: TextStreamer) -> Tensor:
+        settings = self.settings
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.sampled:
+            # Said in full: what is left out would come from the model's own generation_config.
+            sampling = {
+                "do_sample": True,
+                "temperature": 1.0 if settings.temperature is None else settings.temperature,
+                "top_p": 1.0 if settings.top_p is None else settings.top_p,
+                "top_k": settings.top_k_tokens or 0,
+            }
+        if self._ends:
+            sampling |= {"eos_token_id": self._ends, "pad_token_id": self._ends[0]}
+        generated: Tensor = self.lm.generate(
+            torch.tensor([prompt]),
+            self.memory,
+            max_new_tokens=settings.max_new_tokens,
+            streamer=streamer,
+            **sampling,
+        )
+        return generated
+
+    def _passages(self, trace: AttentionTrace) -> list[AttendedPassage]:
+        settings = self.settings
+        found = trace.passages(self.memory, settings.passage_tokens, settings.passages, queries="answer")
+        return [
+            AttendedPassage(
+                passage.document.name or f"document {passage.document.number + 1}",
+                passage.start,
+                passage.stop,
+                passage.document.tokens,
+                passage.mass,
+                passage.lift,
+                self.tokenizer.decode(passage.token_ids.tolist(), skip_special_tokens=True),
+            )
+            for passage in found
+        ]
+
+
+class _Streamer(TextStreamer):
+    """Hands on the answer in whole words."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._write(text)
+
+
+def _ends(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the model, and the tokenizer's, which chat templates put behind a turn."""
+    own = getattr(lm.model.generation_config, "eos_token_id", None)
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    last = tokenizer.eos_token_id
+    return [*ends, last] if isinstance(last, int) and last not in ends else ends

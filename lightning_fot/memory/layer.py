@@ -1,0 +1,235 @@
+"""The pairs of one memory layer, and the retriever over its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.retrievers.keys.store import KeyStore
+from lightning_fot.retrievers.registry import create_retriever
+
+if TYPE_CHECKING:
+    from lightning_fot.retrievers.base import Retriever
+
+
+class MemoryLayer:
+    """Banks (row, KV head) of keys and values, and the retriever over the keys.
+
+    Pairs of a row are numbered from 0, the oldest, to the row's length - 1. Oldest pairs that were dropped stay in the
+    stores, out of sight, until :meth:`keep` packs them.
+
+    Args:
+        batch_size: B, independent rows.
+        kv_heads: G.
+        head_dim: D of keys.
+        value_dim: D of values.
+        retriever: Specification as ``MemoryConfig.retriever``.
+        dtype: Stored dtype.
+        device: Where the pairs are kept.
+        key_folder: Keep the keys in a file of this folder; None keeps them in memory.
+        value_folder: The same for the values.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        retriever: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        key_folder: str | None = None,
+        value_folder: str | None = None,
+    ) -> None:
+        banks = batch_size * kv_heads
+        self.batch_size = batch_size
+        self.kv_heads = kv_heads
+        self.key_store = KeyStore(head_dim, banks, dtype, device, key_folder)
+        self.value_store = KeyStore(value_dim, banks, dtype, device, value_folder)
+        self.retriever: Retriever = create_retriever(retriever, head_dim, banks)
+        self.retriever.use_store(self.key_store)
+        self._spec = retriever
+        self.dropped = [0] * batch_size
+        """For each row how many of its oldest pairs, still in the stores, do not count any more."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Pairs of each row."""
+        stored = self.key_store.lengths_list[:: self.kv_heads]
+        return [length - dropped for length, dropped in zip(stored, self.dropped, strict=True)]
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, G, M, D) in a floating dtype; rows shorter than M end in unused places. A view where that is possible."""
+        return self._rows(self.key_store)
+
+    @property
+    def values(self) -> Tensor:
+        """(B, G, M, D), as :attr:`keys`."""
+        return self._rows(self.value_store)
+
+    def key_blocks(self, bank: int, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
+        """Keys of a bank (a row's KV head, B·G of them) in pieces, for a scan that copies few at a time.
+
+        Yields:
+            The number of the first pair, and at most ``size`` keys (n, D) in a floating dtype.
+        """
+        first = self.dropped[bank // self.kv_heads]
+        for start, keys in self.key_store.blocks(bank, first, None, size):
+            yield start - first, keys
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and index."""
+        return self.key_store.nbytes + self.value_store.nbytes + self.retriever.nbytes
+
+    def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
+        """Stores pairs behind those already there.
+
+        Args:
+            keys: (B, G, n, D), as if at position 0.
+            values: (B, G, n, D).
+            lengths: (B,) pairs that count in each row; None means n.
+        """
+        per_bank = None if lengths is None else lengths.repeat_interleave(self.kv_heads)
+        folded = keys.flatten(0, 1)
+        self.key_store.append(folded, per_bank)
+        self.value_store.append(values.flatten(0, 1), per_bank)
+        self.retriever.add(folded, per_bank)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Takes back the newest pairs: row b keeps its first ``lengths[b]``."""
+        banks = [
+            length + dropped
+            for length, dropped in zip(lengths, self.dropped, strict=True)
+            for _ in range(self.kv_heads)
+        ]
+        self.key_store.truncate(banks)
+        self.value_store.truncate(banks)
+
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        """Numbers of the pairs with the k largest inner products.
+
+        Args:
+            queries: (B, G, Q, D), rotated as the layer uses them.
+            k: Pairs wanted.
+
+        Returns:
+            (B, G, Q, k) int64, -1 where a row holds fewer.
+        """
+        rows = self._split(self.retriever.search(queries.flatten(0, 1), k))
+        if not any(self.dropped):
+            return rows
+        return torch.where(rows < 0, rows, rows - self._shift(rows.device))
+
+    def gather(self, rows: Tensor) -> Retrieved:
+        """The pairs of numbers (B, G, Q, K), -1 for none."""
+        valid = rows >= 0
+        index = rows.clamp_min(0)
+        if any(self.dropped):
+            index = index + self._shift(rows.device)
+        folded = index.flatten(0, 1).flatten(1)
+
+        def take(store: KeyStore) -> Tensor:
+            return store.gather(folded).view(*rows.shape, store.dim)
+
+        return Retrieved(take(self.key_store), take(self.value_store), valid, rows)
+
+    def read(self, queries: Tensor, k: int) -> Retrieved | Shown | None:
+        """What the queries (B, G, Q, D) attend to: the k nearest pairs, all when there are no more, None when empty."""
+        lengths = self.lengths
+        stored = max(lengths)
+        if stored == 0:
+            return None
+        if stored <= k:
+            if min(lengths) == stored:
+                return Shown(self.keys, self.values)
+            places = torch.arange(stored, device=queries.device)
+            return Shown(self.keys, self.values, places < torch.tensor(lengths, device=queries.device)[:, None])
+        return self.gather(self.search(queries, k))
+
+    def drop_oldest(self, counts: Sequence[int]) -> None:
+        """Drops the ``counts[b]`` oldest pairs of row b; those left are numbered from 0 again."""
+        gone = []
+        for row, count in enumerate(counts):
+            first = self.dropped[row]
+            self.dropped[row] = first + count
+            numbers = torch.arange(first, first + count, device=self.key_store.device) if count else None
+            gone += [numbers] * self.kv_heads
+        self.retriever.remove(gone)
+
+    def keep(self, masks: Sequence[Tensor]) -> None:
+        """Keeps the pairs of row b where ``masks[b]``, (M_b,) bool, is True; they are packed and indexed anew."""
+        stored = []
+        for mask, dropped in zip(masks, self.dropped, strict=True):
+            whole = torch.cat([torch.zeros(dropped, dtype=torch.bool), mask.cpu()])
+            stored += [whole] * self.kv_heads
+        self.key_store.keep(stored)
+        self.value_store.keep(stored)
+        self.dropped = [0] * self.batch_size
+        self.retriever.renumber()
+
+    def pack(self) -> None:
+        """Gives back the room of dropped pairs."""
+        self.keep([torch.ones(length, dtype=torch.bool) for length in self.lengths])
+
+    @property
+    def unpacked(self) -> int:
+        """Dropped pairs of a row that still take room."""
+        return max(self.dropped)
+
+    def select_rows(self, rows: Sequence[int]) -> MemoryLayer:
+        """A new layer whose row i is a snapshot of row ``rows[i]``: nothing is copied."""
+        banks = [row * self.kv_heads + head for row in rows for head in range(self.kv_heads)]
+        other = self._empty(len(rows), self.key_store.select(banks), self.value_store.select(banks))
+        other.dropped = [self.dropped[row] for row in rows]
+        chosen = self.retriever.select(banks, other.key_store)
+        if chosen is None:
+            # It keeps keys of its own, so it has to be told them again.
+            other.pack()
+            chosen = create_retriever(self._spec, self.key_store.dim, len(banks))
+            chosen.use_store(other.key_store)
+            chosen.add(other.key_store.view(), other.key_store.lengths)
+        other.retriever = chosen
+        return other
+
+    def reset(self) -> None:
+        """Forgets all pairs."""
+        self.key_store.reset()
+        self.value_store.reset()
+        self.retriever.reset()
+        self.dropped = [0] * self.batch_size
+
+    def snapshot(self) -> MemoryLayer:
+        """An independent layer that shares what is stored so far: O(1)."""
+        other = self._empty(self.batch_size, self.key_store.fork(), self.value_store.fork())
+        other.dropped = list(self.dropped)
+        other.retriever = self.retriever.fork(other.key_store)
+        return other
+
+    def _empty(self, rows: int, keys: KeyStore, values: KeyStore) -> MemoryLayer:
+        other = object.__new__(MemoryLayer)
+        other.batch_size, other.kv_heads, other._spec = rows, self.kv_heads, self._spec
+        other.key_store, other.value_store = keys, values
+        return other
+
+    def _shift(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.dropped, device=device)[:, None, None, None]
+
+    def _rows(self, store: KeyStore) -> Tensor:
+        whole = self._split(store.view())
+        if not any(self.dropped):
+            return whole
+        if len(set(self.dropped)) == 1:
+            return whole[:, :, self.dropped[0] :]
+        places = torch.arange(max(self.lengths), device=whole.device)[None, None, :, None] + self._shift(whole.device)
+        return whole.gather(2, places.clamp_max(whole.shape[2] - 1).expand(-1, self.kv_heads, -1, whole.shape[3]))
+
+    def _split(self, folded: Tensor) -> Tensor:
+        """(B·G, ...) → (B, G, ...)."""
+        return folded.reshape(self.batch_size, self.kv_heads, *folded.shape[1:])

@@ -1,0 +1,297 @@
+"""The memory: stored (key, value) pairs of every memory layer, and which text they came from.
+
+A memory is a value: :meth:`Memory.snapshot` costs nothing and neither copy sees what is added to the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fot.config.retriever import layer_spec
+from lightning_fot.errors import SettingError
+from lightning_fot.memory.layer import MemoryLayer
+from lightning_fot.memory.token_log import Document, TokenLog, TokensRead
+
+# Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
+PACKED_SHARE = 8
+
+Pairs = Mapping[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """What a memory must share with the model that reads it.
+
+    Args:
+        layers: Memory layers.
+        kv_heads: G of each memory layer.
+        head_dim: D of each memory layer's keys.
+        value_dim: D of each memory layer's values.
+        dtype: Stored dtype; ``torch.int8`` stands for a byte a coordinate and a scale a vector.
+        device: Where the pairs are kept.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    value_dim: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Memory:
+    """The external memory of an attached model: pairs of every memory layer, row by row.
+
+    Args:
+        shape: Layers, heads, sizes and dtype of the model it belongs to.
+        batch_size: B, independent rows.
+        retriever: Specification as ``MemoryConfig.retriever``, for all layers or by layer; one is made for each layer.
+        capacity: Tokens kept a row, oldest out; None keeps all.
+        fingerprint: Names the model when the memory is saved, JSON-able; called then, since it reads weights.
+        key_folder: Keep keys in files of this folder, paged in and out by the operating system; None keeps them in
+            memory.
+        value_folder: The same for values.
+
+    Raises:
+        SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
+    """
+
+    def __init__(
+        self,
+        shape: MemoryShape,
+        batch_size: int,
+        retriever: Any,
+        capacity: int | None = None,
+        fingerprint: Callable[[], dict[str, Any]] | None = None,
+        key_folder: str | None = None,
+        value_folder: str | None = None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
+        self.shape = shape
+        self.batch_size = batch_size
+        self.retriever = retriever
+        self.capacity = capacity
+        self.fingerprint = fingerprint
+        self.log = TokenLog(batch_size)
+        self.append_seconds = 0.0
+        """Time in :meth:`append` since this memory was made or copied."""
+        self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
+        """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
+        self.layers: dict[int, MemoryLayer] = {
+            layer: MemoryLayer(
+                batch_size,
+                heads,
+                dim,
+                value_dim,
+                layer_spec(retriever, layer),
+                shape.dtype,
+                shape.device,
+                key_folder,
+                value_folder,
+            )
+            for layer, heads, dim, value_dim in zip(
+                shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True
+            )
+        }
+        # What is on disk already, so that saving again writes what is new: see persistence.
+        self.saved: dict[str, Any] = {}
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: tokens stored in each row."""
+        layer = next(iter(self.layers.values()), None)
+        return torch.tensor([0] * self.batch_size if layer is None else layer.lengths, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Tokens stored in the longest row."""
+        return int(self.lengths.max())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values, indexes and the log of tokens, in memory or on disk."""
+        return sum(layer.nbytes for layer in self.layers.values()) + self.log.nbytes
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """(B,) int64: tokens read in each row, stored or not; padding does not count."""
+        return self.log.seen
+
+    @property
+    def documents(self) -> list[Document]:
+        """What was read, in the order in which each row began it."""
+        return self.log.documents
+
+    def append(self, pairs: Pairs, lengths: Tensor | None = None, read: TokensRead | None = None) -> None:
+        """Stores the pairs of all memory layers, or of none where something is wrong.
+
+        Args:
+            pairs: For each memory layer keys and values (B, G, n, D), keys as if at position 0.
+            lengths: (B,) pairs that count in each row; None means n.
+            read: The tokens of this step, of which the pairs are a part; None: unknown ones.
+
+        Raises:
+            SettingError: A memory layer's pairs are missing, misshapen or not finite, or the disk is full.
+        """
+        began = perf_counter()
+        counts = self._checked(pairs, lengths)
+        before = self.lengths.tolist()
+        try:
+            for number, layer in self.layers.items():
+                keys, values = pairs[number]
+                # Stored pairs outlive the pass: no graph, and no inference tensors that training could not use.
+                layer.append(keys.detach(), values.detach(), lengths)
+        except BaseException:
+            for layer in self.layers.values():
+                layer.truncate(before)
+            raise
+        if read is not None:
+            self.log.extend(read)
+        else:
+            self.log.skip(counts)
+        self._drop_oldest()
+        self.append_seconds += perf_counter() - began
+
+    def _checked(self, pairs: Pairs, lengths: Tensor | None) -> Tensor:
+        """Pairs that each row gets, (B,), once everything about them is known to be right."""
+        missing = [layer for layer in self.layers if layer not in pairs]
+        if missing:
+            raise SettingError("pairs", sorted(pairs), f"lacks memory layers {missing}", "Give all memory layers.")
+        new = {pairs[number][0].shape[2:3] for number in self.layers} or {torch.Size([0])}
+        for number, layer in self.layers.items():
+            for name, tensor, dim in (
+                ("keys", pairs[number][0], layer.key_store.dim),
+                ("values", pairs[number][1], layer.value_store.dim),
+            ):
+                wanted = (self.batch_size, layer.kv_heads, *min(new), dim)
+                if tuple(tensor.shape) != wanted or not tensor.is_floating_point():
+                    raise SettingError(
+                        f"pairs[{number}]", f"{name} {tuple(tensor.shape)} {tensor.dtype}",
+                        f"is not {wanted} (rows, KV heads, tokens, size) in a floating dtype", "Give one pair a token.",
+                    )  # fmt: skip
+                if not bool(torch.isfinite(tensor).all()):
+                    self._refuse_unless_padding(number, name, tensor, lengths)
+        width = int(min(new)[0])
+        if lengths is None:
+            return torch.full((self.batch_size,), width)
+        counts = lengths.cpu().to(torch.int64)
+        if counts.shape != (self.batch_size,) or not 0 <= int(counts.min()) <= int(counts.max()) <= width:
+            raise SettingError(
+                "lengths", lengths.tolist(), f"is not {self.batch_size} numbers from 0 to {width}", "Give one a row."
+            )
+        return counts
+
+    def _refuse_unless_padding(self, number: int, name: str, tensor: Tensor, lengths: Tensor | None) -> None:
+        counts = torch.full((self.batch_size,), tensor.shape[2]) if lengths is None else lengths.cpu()
+        for row, count in enumerate(counts.tolist()):
+            if not bool(torch.isfinite(tensor[row, :, :count]).all()):
+                raise SettingError(
+                    f"pairs[{number}]", f"{name} with nan or inf", f"are not finite in row {row}",
+                    "Check the model's activations and its dtype.",
+                )  # fmt: skip
+
+    def _drop_oldest(self) -> None:
+        if self.capacity is None or not self.layers:
+            return
+        excess = (self.lengths - self.capacity).clamp_min(0)
+        if not bool(excess.any()):
+            return
+        kept = [torch.arange(length) >= count for length, count in zip(self.lengths.tolist(), excess, strict=True)]
+        for layer in self.layers.values():
+            layer.drop_oldest(excess.tolist())
+            if layer.unpacked > self.capacity // PACKED_SHARE:
+                layer.pack()
+        self.log.keep(kept)
+        self.forgotten = self.forgotten + excess
+        self.saved = {}
+
+    def forget(self, document: str) -> int:
+        """Forgets a document in every row; indexes are built anew.
+
+        Args:
+            document: The name it was read under.
+
+        Returns:
+            Pairs that went, of each layer and KV head.
+
+        Raises:
+            SettingError: No row holds a document of that name.
+        """
+        found = self.log.find(document)
+        if not found:
+            names = sorted({known.name for known in self.documents if known.name is not None})
+            raise SettingError(
+                "document", document, "is not in this memory", f"It holds: {', '.join(names) or 'none'}."
+            )
+        masks = [torch.ones(length, dtype=torch.bool) for length in self.lengths.tolist()]
+        for known in found:
+            masks[known.row][self.log.rows_of(known.number)] = False
+        for layer in self.layers.values():
+            layer.keep(masks)
+        self.log.end()
+        self.log.keep(masks)
+        self.saved = {}
+        return sum(known.stored for known in found)
+
+    def snapshot(self) -> Memory:
+        """An independent memory that shares what is stored so far: O(1), copied on write."""
+        return self._with({number: layer.snapshot() for number, layer in self.layers.items()}, self.log.fork())
+
+    def select_rows(self, rows: Tensor) -> Memory:
+        """A memory whose row i is a snapshot of row ``rows[i]`` (beam search): nothing is copied.
+
+        Args:
+            rows: (n,) int64, repeated ones too.
+        """
+        index = rows.tolist()
+        other = self._with(
+            {n: layer.select_rows(index) for n, layer in self.layers.items()}, self.log.select_rows(rows)
+        )
+        other.batch_size, other.saved = len(index), {}
+        other.forgotten = self.forgotten[index]
+        return other
+
+    def _with(self, layers: dict[int, MemoryLayer], log: TokenLog) -> Memory:
+        other = object.__new__(Memory)
+        other.__dict__.update(self.__dict__)
+        other.layers, other.log, other.append_seconds = layers, log, 0.0
+        other.saved = dict(self.saved)
+        return other
+
+    def reset(self) -> None:
+        """Forgets everything stored."""
+        self.log = TokenLog(self.batch_size)
+        self.forgotten = torch.zeros(self.batch_size, dtype=torch.int64)
+        self.saved = {}
+        for layer in self.layers.values():
+            layer.reset()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the memory as safetensors and JSON; what the folder held before is replaced whole or not at all.
+
+        Saved again into the same folder, only what was added since is written.
+
+        Raises:
+            SettingError: The folder cannot be written.
+        """
+        from lightning_fot.memory.on_disk import save_memory
+
+        save_memory(self, folder)
+
+    def flush(self) -> None:
+        """Builds now whatever index work is pending, and waits for it."""
+        for layer in self.layers.values():
+            layer.retriever.flush()
+
+    def __repr__(self) -> str:
+        return (
+            f"Memory(tokens={self.lengths.tolist()}, layers={list(self.layers)}, retriever={self.retriever!r}, "
+            f"bytes={self.nbytes})"
+        )

@@ -1,0 +1,262 @@
+"""Memories on disk: safetensors and JSON, written so that a kill at any moment leaves the old memory or the new one.
+
+The folder holds ``memory.json``, which names data files and their SHA-256. Files are written first, under names of
+their own; then ``memory.json`` is replaced, which file systems do whole. Pairs never change, so a memory that grew is
+saved by one more file with what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_fot.errors import SettingError
+from lightning_fot.memory.token_log import TokenLog
+from lightning_fot.model.backbone.fingerprint import fingerprint
+from lightning_fot.retrievers.keys.quantiser import Quantiser
+from lightning_fot.system.files import _replace_text, follow_umask
+from lightning_fot.system.tensor_files import Entry, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_fot.memory.layer import MemoryLayer
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.retrievers.keys.store import KeyStore
+
+FORMAT = 2
+INDEX_FILE = "memory.json"
+# A folder of more data files than this is written anew as one.
+MOST_FILES = 64
+
+
+def save_memory(memory: Memory, folder: str | os.PathLike[str]) -> None:
+    """Writes a memory; one already in the folder is replaced at once or not at all.
+
+    Args:
+        memory: What to save.
+        folder: Made where it is missing.
+
+    Raises:
+        SettingError: The folder cannot be written, or the memory was not made by a model.
+    """
+    if memory.fingerprint is None:
+        raise SettingError("memory", repr(memory), "belongs to no model", "Make it with the model's new_memory.")
+    target = Path(folder)
+    lengths = memory.lengths.tolist()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        shards, done = _already_there(memory, target)
+        if not shards or lengths != done:
+            file = _write(target, "memory", _pairs(memory, done, lengths))
+            shards = [*shards, {**file, "start": done, "stop": lengths}]
+        log, documents = memory.log.state()
+        log_file = _write(target, "log", _log_entries(memory, log))
+        index = {
+            "format": FORMAT,
+            "fingerprint": memory.fingerprint(),
+            "rows": memory.batch_size,
+            "lengths": lengths,
+            "pairs": shards,
+            "log": log_file,
+            "documents": documents,
+        }
+        text = json.dumps(index, indent=1)
+        _replace_text(target / INDEX_FILE, text)
+    except OSError as error:
+        raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
+    memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}
+    named = {file["file"] for file in (*shards, log_file)}
+    for old in [*target.glob("memory-*.safetensors"), *target.glob("log-*.safetensors")]:
+        if old.name not in named:
+            old.unlink(missing_ok=True)
+
+
+def _already_there(memory: Memory, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Data files in the folder that hold the start of this memory, and how far each row is in them."""
+    nothing: tuple[list[dict[str, Any]], list[int]] = ([], [0] * memory.batch_size)
+    digest, lengths = memory.saved.get(str(target.resolve()), (None, []))
+    index_file = target / INDEX_FILE
+    if digest is None or not index_file.is_file():
+        return nothing
+    text = index_file.read_text(encoding="utf-8")
+    if _text_digest(text) != digest:
+        return nothing
+    shards = json.loads(text)["pairs"]
+    if len(shards) >= MOST_FILES or not all((target / shard["file"]).is_file() for shard in shards):
+        return nothing
+    return shards, list(lengths)
+
+
+def _pairs(memory: Memory, start: list[int], stop: list[int]) -> list[Entry]:
+    entries = []
+    for number, layer in memory.layers.items():
+        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+            entries += _store_entries(f"{number}.{name}", layer, store, start, stop)
+    return entries
+
+
+def _store_entries(name: str, layer: MemoryLayer, store: KeyStore, start: list[int], stop: list[int]) -> list[Entry]:
+    """Pairs ``start[b]`` to ``stop[b]`` of each row b as (banks, n, dim), shorter banks filled with zeros."""
+    width = max(end - begin for begin, end in zip(start, stop, strict=True))
+
+    def pieces(scales: bool) -> Iterator[Tensor]:
+        for bank in range(store.banks):
+            row = bank // layer.kv_heads
+            first, last = (number + layer.dropped[row] for number in (start[row], stop[row]))
+            for data, scale in store.raw(bank, first, last):
+                yield scale if scales and scale is not None else data
+            missing = width - (last - first)
+            if missing:
+                yield (
+                    torch.zeros(missing, dtype=torch.float16)
+                    if scales
+                    else torch.zeros(missing, store.dim, dtype=store.dtype)
+                )
+
+    entries = [Entry(name, store.dtype, (store.banks, width, store.dim), pieces(False))]
+    if store.dtype == torch.int8:
+        entries.append(Entry(f"{name}.scales", torch.float16, (store.banks, width), pieces(True)))
+    return entries
+
+
+def _log_entries(memory: Memory, log: dict[str, Tensor]) -> list[Entry]:
+    tensors = dict(log)
+    for number, layer in memory.layers.items():
+        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+            if store.quantiser is not None:
+                tensors[f"{number}.{name}.centre"] = store.quantiser.centre
+                tensors[f"{number}.{name}.spread"] = store.quantiser.spread
+    return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
+
+
+def load_memory(lm: MemoryLM, folder: str | os.PathLike[str], retriever: Any = None) -> Memory:
+    """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
+
+    Pairs in one file are mapped, not read: the operating system brings in what is used.
+
+    Args:
+        lm: The model that will read it.
+        folder: As given to :func:`save_memory`.
+        retriever: In place of the model's own.
+
+    Raises:
+        SettingError: There is none, it is damaged, or it belongs to another model.
+    """
+    source = Path(folder)
+    index, text = _read_index(source, folder)
+    _refuse_other_model(lm, index["fingerprint"], folder)
+    memory = lm.new_memory(index["rows"], retriever)
+    try:
+        log = _read_checked(source, index["log"], folder)
+        memory.log = TokenLog.restore(log, index["documents"])
+        for shard in index["pairs"]:
+            tensors = _read_checked(source, shard, folder)
+            for number, layer in memory.layers.items():
+                counts = [b - a for a, b in zip(shard["start"], shard["stop"], strict=True)]
+                per_bank = [count for count in counts for _ in range(layer.kv_heads)]
+                for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
+                    key = f"{number}.{name}"
+                    if f"{key}.centre" in log:
+                        centre, spread = log[f"{key}.centre"], log[f"{key}.spread"]
+                        store.quantiser = Quantiser(centre.to(store.device), spread.to(store.device))
+                    data, scales = tensors[key].to(store.device), tensors.get(f"{key}.scales")
+                    scales = None if scales is None else scales.to(store.device)
+                    if len(index["pairs"]) == 1:
+                        store.adopt(data, scales, per_bank)
+                    else:
+                        store.append_raw(data, scales, per_bank)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(folder, f"its files do not fit together: {error}") from error
+    if memory.lengths.tolist() != (index["lengths"] if memory.layers else [0] * index["rows"]):
+        raise _damaged(folder, "its files hold more or fewer tokens than memory.json says")
+    for layer in memory.layers.values():
+        layer.retriever.renumber()
+    memory.saved = {str(source.resolve()): (_text_digest(text), index["lengths"])}
+    return memory
+
+
+def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    index_file = source / INDEX_FILE
+    if not index_file.is_file():
+        raise SettingError("folder", str(folder), f"holds no {INDEX_FILE}", "Give a folder that Memory.save wrote.")
+    try:
+        text = index_file.read_text(encoding="utf-8")
+        index = json.loads(text)
+        written = index["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
+    if written != FORMAT:
+        raise SettingError(
+            "folder", str(folder), f"has format {written}, this version reads {FORMAT}", "Ingest the documents again."
+        )
+    missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
+    if missing:
+        raise _damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
+    return index, text
+
+
+def _refuse_other_model(lm: MemoryLM, written: Any, folder: str | os.PathLike[str]) -> None:
+    own = fingerprint(lm)
+    # Memories that do not name a factor were written before there was one.
+    named = {"score_factor": 1.0, **written} if isinstance(written, dict) else {}
+    if named == own:
+        return
+    different = [name for name in own if named.get(name) != own[name]]
+    raise SettingError(
+        "folder",
+        str(folder),
+        f"the memory was made by another model: {', '.join(different)} differ"
+        f" ({', '.join(f'{name}: {named.get(name)} there, {own[name]} here' for name in different)})",
+        "Load the model and settings that wrote it, or ingest the documents again.",
+    )
+
+
+def _read_checked(source: Path, named: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = source / str(named["file"])
+    if not path.is_file() or _digest(path) != named["sha256"]:
+        raise _damaged(folder, f"{path.name} is missing, cut short or altered")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
+
+
+def _damaged(folder: str | os.PathLike[str], reason: str) -> SettingError:
+    return SettingError("folder", str(folder), f"the memory is damaged: {reason}", "Ingest the documents again.")
+
+
+def _write(target: Path, kind: str, entries: list[Entry]) -> dict[str, Any]:
+    """Writes a data file under a name of its content; gives its name and digest."""
+    handle, temporary = tempfile.mkstemp(dir=target, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            digest = write_tensors(stream, entries)
+            stream.flush()
+            os.fsync(stream.fileno())
+        name = f"{kind}-{digest[:16]}.safetensors"
+        follow_umask(temporary)
+        os.replace(temporary, target / name)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return {"file": name, "sha256": digest}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

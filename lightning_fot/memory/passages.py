@@ -1,0 +1,263 @@
+"""Which passages of what was read a model attended to, from the weights of the one softmax over local and memory.
+
+Some keys draw every query: in a memory of SmolLM2 one pair takes the largest share in all heads, whatever is asked. So
+pairs are ranked by *corrected* mass. Of each layer and KV head, with Q queries of which n found the pair:
+
+    corrected(pair) = log((Q + 1) / n)² · sum over queries of share²
+
+``share`` is the pair's part of what the query gave to the memory as a whole. The first factor is the inverse document
+frequency of text search, with queries in the place of documents; the square favours pairs that few queries want much
+over pairs that many want a little. Attention says where a model looked, not what made it answer as it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_fot.errors import SettingError
+
+if TYPE_CHECKING:
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.memory.token_log import Document
+
+Queries = Literal["prompt", "answer", "both"]
+# A pair's key in the sums: bank (row · G + KV head) above this many bits of pair number.
+_PAIR_BITS = 40
+# Entries that wait before they are summed: 2**20 take 20 MiB.
+_WAITING = 2**20
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a document that was attended to.
+
+    Args:
+        document: Where it is.
+        start: Position of its first token in the document.
+        stop: Position behind its last token.
+        mass: Its part of all attention that went to the memory, 0 to 1.
+        lift: Its part of all corrected mass, 0 to 1: what passages are ranked by.
+        token_ids: (stop - start,) int64.
+    """
+
+    document: Document
+    start: int
+    stop: int
+    mass: float
+    lift: float
+    token_ids: Tensor
+
+
+@dataclass
+class _Sums:
+    """Of one layer: for each pair that was found, its mass, its squared shares, and how many queries found it."""
+
+    kv_heads: int
+    rows: int
+    queries: Tensor
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.waiting.append((keys, values))
+        if sum(len(part) for part, _ in self.waiting) > max(_WAITING, len(self.keys)):
+            self.settle()
+
+    def settle(self) -> None:
+        """Sums what waits, so that a pair has one entry."""
+        if not self.waiting:
+            return
+        keys = torch.cat([self.keys, *(part for part, _ in self.waiting)])
+        values = torch.cat([self.values, *(part for _, part in self.waiting)])
+        self.keys, place = torch.unique(keys, return_inverse=True)
+        self.values = torch.zeros(len(self.keys), 3).index_add_(0, place, values)
+        self.waiting = []
+
+
+class AttentionTrace:
+    """Attention to stored pairs, summed as it comes: made by ``MemoryLM.record_attention``.
+
+    Kept apart are the queries of the *prompt* and those of the *answer*: the ones that chose a token of it, so the
+    prompt's last token and every generated one but the last. What it takes grows with the pairs found, 20 bytes each.
+    """
+
+    def __init__(self) -> None:
+        self.answering = False
+        """Whether the queries that come belong to an answer."""
+        self._sums: dict[tuple[bool, int], _Sums] = {}
+
+    def add(
+        self, layer_idx: int, weights: Tensor, *, rows: Tensor | None, valid: Tensor | None, forgotten: Tensor
+    ) -> None:
+        """Notes the weights of one layer.
+
+        Args:
+            layer_idx: Layer.
+            weights: (B, G, R·T, K) softmax weights of memory pairs.
+            rows: (B, G, R·T, K) int64 numbers of the pairs, -1 for none; None stands for 0 to K-1.
+            valid: (B, T) bool, False for queries of padding; None means that there is none.
+            forgotten: (B,) pairs that each row of the memory has dropped: added to pair numbers, it makes them lasting.
+        """
+        batch, heads, count, found = weights.shape
+        weights = weights.float().cpu()
+        pairs = torch.arange(found).expand(weights.shape) if rows is None else rows.cpu()
+        if valid is not None:
+            repeats = count // valid.shape[1]
+            weights = weights * valid.cpu()[:, None, None].expand(-1, -1, repeats, -1).reshape(batch, 1, count, 1)
+            asked = valid.cpu().sum(1) * repeats
+        else:
+            asked = torch.full((batch,), count)
+        shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        sums = self._sums.setdefault(
+            (self.answering, layer_idx), _Sums(heads, batch, torch.zeros(batch, dtype=torch.int64))
+        )
+        if (sums.kv_heads, sums.rows) != (heads, batch):
+            raise SettingError(
+                "record_attention", f"{batch} rows", f"came after {sums.rows} rows", "Record each batch apart."
+            )
+        sums.queries = sums.queries + asked
+        banks = torch.arange(batch * heads).reshape(batch, heads, 1, 1) << _PAIR_BITS
+        keys = banks + pairs + forgotten.reshape(batch, 1, 1, 1)
+        there = (weights > 0) & (pairs >= 0)
+        mass = weights[there]
+        sums.add(keys[there], torch.stack([mass, shares[there] ** 2, torch.ones_like(mass)], dim=1))
+
+    def pair_mass(self, memory: Memory, row: int = 0, queries: Queries = "both") -> tuple[Tensor, Tensor]:
+        """Mass and corrected mass of every stored pair of a row, summed over layers and KV heads.
+
+        Args:
+            memory: The memory that was attended to, as it is or was.
+            row: Row of the memory. Beams of a prompt count for the row of the prompt.
+            queries: Whose attention counts.
+
+        Returns:
+            Two (M,) float32 tensors; a mass is in units of queries times heads.
+
+        Raises:
+            SettingError: The recorded rows are not those of the memory.
+        """
+        stored = int(memory.lengths[row])
+        mass, corrected = torch.zeros(stored), torch.zeros(stored)
+        chosen = {"prompt": (False,), "answer": (True,), "both": (False, True)}[queries]
+        for layer in sorted({layer for _, layer in self._sums}):
+            parts = [self._sums[phase, layer] for phase in chosen if (phase, layer) in self._sums]
+            if not parts:
+                continue
+            heads = parts[0].kv_heads
+            table = torch.zeros(3, heads, stored)
+            asked = 0
+            for sums in parts:
+                copies, rest = divmod(sums.rows, memory.batch_size)
+                if rest or not copies:
+                    raise SettingError(
+                        "memory", f"{memory.batch_size} rows", f"is not what was attended to ({sums.rows} rows)",
+                        "Give the memory that was read from.",
+                    )  # fmt: skip
+                sums.settle()
+                bank, pair = sums.keys >> _PAIR_BITS, sums.keys & ((1 << _PAIR_BITS) - 1)
+                pair = pair - int(memory.forgotten[row])
+                # Pairs of the prompt itself may have moved into the memory's copy behind those stored here.
+                mine = (bank // heads // copies == row) & (pair >= 0) & (pair < stored)
+                flat = (bank % heads * stored + pair)[mine]
+                table.view(3, -1).index_add_(1, flat, sums.values[mine].T)
+                asked += int(sums.queries[row * copies : (row + 1) * copies].sum())
+            mass += table[0].sum(0)
+            rarity = torch.log((asked + 1) / table[2].clamp_min(1)).clamp_min(0)
+            corrected += (rarity**2 * table[1]).sum(0)
+        return mass, corrected
+
+    def passages(
+        self, memory: Memory, length: int = 64, top: int = 5, row: int = 0, queries: Queries = "both"
+    ) -> list[Passage]:
+        """The stretches of the documents of a row that drew most attention, best first; none overlaps another.
+
+        Args:
+            memory: The memory that was attended to.
+            length: Tokens of a passage; less where a document, or what is left of it, is shorter.
+            top: Passages wanted.
+            row: Row of the memory.
+            queries: Whose attention counts.
+
+        Raises:
+            SettingError: A number is below 1, or the recorded rows are not those of the memory.
+        """
+        for name, value in (("length", length), ("top", top)):
+            if value < 1:
+                raise SettingError(name, value, "must be at least 1", "Correct it.")
+        mass, corrected = self.pair_mass(memory, row, queries)
+        attended = corrected.nonzero()[:, 0]
+        if not len(attended):
+            return []
+        numbers, positions = memory.log.locate(row, attended)
+        documents = [document for document in memory.log.documents if document.row == row]
+        # All documents on one line, a passage apart, so that no window reaches from one into the next.
+        starts, at = {}, 0
+        for document in documents:
+            starts[document.number] = at - document.first
+            at += document.tokens - document.first + length
+        places = positions + torch.tensor([starts[number] for number in numbers.tolist()])
+        places, order = places.sort()
+        found, all_mass, all_corrected = [], float(mass.sum()), float(corrected.sum())
+        ends = [(starts[document.number] + document.first, starts[document.number] + document.tokens, document)
+                for document in documents]  # fmt: skip
+        for start, stop in best_windows(places, corrected[attended][order], length, top, [one[:2] for one in ends]):
+            document = next(document for low, high, document in ends if low <= start < high)
+            inside = attended[order][(places >= start) & (places < stop)]
+            start, stop = start - starts[document.number], stop - starts[document.number]
+            found.append(
+                Passage(
+                    document,
+                    start,
+                    stop,
+                    float(mass[inside].sum()) / all_mass,
+                    float(corrected[inside].sum()) / all_corrected,
+                    memory.log.tokens(document.number, start, stop),
+                )
+            )
+        return found
+
+
+def best_windows(
+    places: Tensor, scores: Tensor, length: int, top: int, bounds: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Windows that hold the largest sums, taken one after the other, none overlapping another.
+
+    Args:
+        places: (n,) int64, ascending.
+        scores: (n,), not negative.
+        length: Widest window.
+        top: Windows wanted.
+        bounds: Stretches (start, stop) that windows stay within, ascending; every place is in one, and stretches are at
+            least ``length`` apart.
+
+    Returns:
+        (start, stop) of each, largest sum first; as wide as ``length`` where there is room, what counts in the middle.
+    """
+    taken: list[tuple[int, int]] = []
+    scores = scores.double()
+    for _ in range(top):
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), scores.cumsum(0)])
+        # A window begins at a place that counts and ends before the next one that is taken.
+        barriers = torch.tensor([*sorted(start for start, _ in taken), torch.iinfo(torch.int64).max])
+        last = torch.minimum(places + length, barriers[torch.searchsorted(barriers, places, right=True)])
+        totals = (sums[torch.searchsorted(places, last)] - sums[:-1]).masked_fill(scores == 0, 0)
+        best = int(totals.argmax())
+        if float(totals[best]) <= 0:
+            break
+        start, stop = int(places[best]), int(last[best])
+        inside = places[(places >= start) & (places < stop) & (scores > 0)]
+        low, high = next((low, high) for low, high in bounds if low <= start < high)
+        low = max([low, *(end for _, end in taken if end <= start)])
+        high = min([high, *(begin for begin, _ in taken if begin > start)])
+        start = int(inside[0]) - (length - int(inside[-1] - inside[0]) - 1) // 2
+        start = max(low, min(start, high - length))
+        stop = min(high, start + length)
+        taken.append((start, stop))
+        scores = scores.masked_fill((places >= start) & (places < stop), 0)
+    return taken

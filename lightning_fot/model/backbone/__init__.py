@@ -1,0 +1,1 @@
+"""Hooks on a transformers model, and taking them off again."""

@@ -1,0 +1,118 @@
+"""What a transformers model is made of: its decoder, its attention layers, the functions they call, their modes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_fot.errors import SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_fot.model.passes.base import AttentionFn, Pass
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The stack of layers without the language-model head."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder
+
+
+def rotary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Modules of the decoder that make rotary embeddings, by name."""
+    named = decoder_of(model).named_modules()
+    return {name: module for name, module in named if "RotaryEmbedding" in type(module).__name__}
+
+
+def following_length(model: PreTrainedModel) -> list[nn.Module]:
+    """Those rotary modules whose frequencies follow the length of what is read."""
+    modules = rotary_modules(model).values()
+    return [module for module in modules if getattr(module, "rope_type", None) in ("dynamic", "longrope")]
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the language model, in models that have others beside it too."""
+    return model.config.get_text_config()
+
+
+def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules of the decoder by layer number.
+
+    Raises:
+        SettingError: There are none, or two share a number.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "Attention" in type(module).__name__:
+            if index in found:
+                raise SettingError(
+                    "model.backbone",
+                    type(model).__name__,
+                    f"has two attention modules numbered {index}",
+                    "Only decoder-only language models can have memory layers.",
+                )
+            found[index] = module
+    if not found:
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            "has no numbered attention layers",
+            "Give a decoder-only Llama-style model of transformers.",
+        )
+    return dict(sorted(found.items()))
+
+
+def attention_function(implementation: str, layer: nn.Module) -> AttentionFn:
+    """The attention function that transformers would choose for a layer."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
+    function: AttentionFn = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each module is in the mode it was in, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def checkpointing(model: nn.Module) -> list[Any]:
+    """The functions that will run layers again in the backward pass (gradient checkpointing); empty when none will."""
+    if not (model.training and torch.is_grad_enabled()):
+        return []
+    return [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+
+
+def check_replay(current: Pass, functions: list[Any]) -> None:
+    """Refuses gradient checkpointing where running a layer again would not give what the first run gave.
+
+    Raises:
+        SettingError: The pass changes something, or checkpointing is of the form that knows no graph.
+    """
+    if not current.replayable:
+        problem = "reading beside a memory cannot be run again in the backward pass"
+        fix = "Train on crossbatches, read under torch.no_grad() or in eval(), or turn checkpointing off."
+    elif any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
+        problem = "its reentrant form gives the keys shown to other rows no gradient"
+        fix = "Pass {'use_reentrant': False} when you turn it on."
+    else:
+        return
+    raise SettingError("gradient_checkpointing", True, problem, fix)

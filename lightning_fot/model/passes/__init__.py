@@ -1,0 +1,1 @@
+"""What an attention layer does during one call: one way a file, all subclasses of ``Pass``."""

@@ -1,0 +1,1 @@
+"""Input of any length as calls of the model."""

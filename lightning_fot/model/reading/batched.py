@@ -1,0 +1,71 @@
+"""Reading long texts into a memory, in batches of windows where windows do not depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_fot.memory.token_log import TokensRead
+from lightning_fot.model.passes.crossbatch import CollectPass
+
+if TYPE_CHECKING:
+    from lightning_fot.memory.memory import Memory
+    from lightning_fot.model.lm import MemoryLM
+
+# Tokens of a batch. A model of 4 layers and width 256 reads windows of 256 at 17,500 tokens/s one by one, at 19,900 in
+# batches of 1,024, at 18,000 of 4,096 and at 15,000 of 16,384 (one core).
+BATCH_TOKENS = 2048
+
+
+def windows_are_independent(lm: MemoryLM) -> bool:
+    """Whether what a window stores depends on that window alone.
+
+    It does where the memory layer is the only one: nothing below it reads the memory. An overlap or sinks also bring
+    earlier tokens in.
+    """
+    return len(lm.memory_layers) == 1 and not (lm.config.overlap or lm.config.sink_tokens)
+
+
+@torch.no_grad()
+def read(lm: MemoryLM, ids: Tensor, memory: Memory, advance: Callable[[int], None] | None = None) -> None:
+    """Adds a text to a memory: the same pairs as ``lm.ingest`` stores, several windows at a time where that may be.
+
+    Args:
+        lm: The model.
+        ids: (n,) int64; the last window may be shorter.
+        memory: Of one row, extended in place.
+        advance: Called with the tokens of each step.
+    """
+    tell = advance or (lambda tokens: None)
+    window = lm.config.window
+    whole = len(ids) // window * window if windows_are_independent(lm) else 0
+    step = max(1, BATCH_TOKENS // window) * window
+    for start in range(0, whole, step):
+        part = ids[start : min(start + step, whole)]
+        _read_windows(lm, part.view(-1, window).to(lm.device), memory)
+        tell(len(part))
+    if whole < len(ids):
+        lm.ingest(ids[None, whole:], memory=memory, progress=tell)
+
+
+def _read_windows(lm: MemoryLM, windows: Tensor, memory: Memory) -> None:
+    """Windows (n, T) as one step of n·T tokens."""
+    layer = lm.memory_layers[-1]
+    current = CollectPass(layer)
+    with lm.attachment.during(current):
+        lm.model(input_ids=windows, use_cache=False)
+    skip = lm.config.skip_window_start
+
+    def in_a_row(tensor: Tensor) -> Tensor:
+        """(n, G, T, D) → (1, G, n·(T - skip), D)."""
+        return tensor[:, :, skip:].transpose(0, 1).flatten(1, 2)[None]
+
+    keys, values = current.pairs[layer]
+    stored = torch.ones(windows.shape, dtype=torch.bool)
+    stored[:, :skip] = False
+    ids = windows.reshape(1, -1)
+    read_now = TokensRead(ids, torch.ones(ids.shape, dtype=torch.bool), stored.view(1, -1))
+    memory.append({layer: (in_a_row(keys), in_a_row(values))}, None, read_now)

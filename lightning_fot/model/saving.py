@@ -1,0 +1,62 @@
+"""Writing an attached model as a plain Hugging Face folder.
+
+Anyone opens the folder with ``AutoModelForCausalLM``, without this package, and has the backbone's logits.
+:func:`lightning_fot.model.attach.attach_pretrained` opens it with its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.pretrained.folder import check_target, portable_settings
+from lightning_fot.pretrained.longllama import FORMAT, GATES_FILE, SETTINGS_FILE, longllama_keys
+from lightning_fot.system.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_fot.model.lm import MemoryLM
+
+
+def save_attached(
+    lm: MemoryLM, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
+    """Writes weights, memory settings and gates; see :meth:`lightning_fot.model.lm.MemoryLM.save_pretrained`.
+
+    The files are written beside ``folder`` and then take its name: stopped at any moment, ``folder`` is the old model,
+    the new one or, for an instant between two renames, missing; never a mixture.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingError: The retriever has no name, or the folder holds something else.
+    """
+    settings = portable_settings(lm.config)
+    target = check_target(folder)
+    with replacing(target) as fresh:
+        _write(lm, fresh, settings, tokenizer)
+    return target
+
+
+def _write(lm: MemoryLM, folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    from safetensors.torch import save_file
+
+    lm.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config | longllama_keys(lm.config, lm.memory_layers, dtype))
+    if len(lm.gates):
+        gates = {layer: gate.detach().cpu().contiguous() for layer, gate in lm.gates.items()}
+        save_file(gates, folder / GATES_FILE)
+    files = sorted([*(path.name for path in folder.iterdir()), SETTINGS_FILE])
+    _write_json(folder / SETTINGS_FILE, {"format": FORMAT, "memory": settings, "files": files})
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

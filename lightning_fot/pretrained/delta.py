@@ -1,0 +1,155 @@
+"""Delta weights: what training changed in a backbone, as a folder of a few megabytes beside the backbone it belongs to.
+
+``lightning export RUN OUT --delta`` writes one; ``model.backbone: OUT`` opens it, with the memory it was trained with.
+The package ships some, by name (:data:`SHIPPED`). Imports no torch before weights are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.errors import SettingError
+from lightning_fot.system.package import shipped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from lightning_fot.config.memory import MemoryConfig
+
+SETTINGS_FILE = "lightning_fot_delta.json"
+WEIGHTS_FILE = "delta.safetensors"
+FORMAT = 1
+# Names of those that come with the package, and their folders in it.
+SHIPPED = {"smollm2-135m-fot": shipped("weights", "smollm2_135m_fot")}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A fine-tuned backbone, told by another one and what to add to its weights.
+
+    Args:
+        name: What it was asked for by.
+        base: The backbone that it changes, by any of the names that backbones have.
+        folder: Where its settings and weights are.
+    """
+
+    name: str
+    base: str
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """What it says of itself, and of the memory that it was trained with."""
+        return self.folder / SETTINGS_FILE
+
+    @property
+    def weights(self) -> Path:
+        """Differences by name of the parameter."""
+        return self.folder / WEIGHTS_FILE
+
+
+def find_delta(name: str) -> Delta | None:
+    """The delta of this name or in this folder; None where there is none.
+
+    Raises:
+        SettingError: Its settings cannot be read, or its weights are missing.
+    """
+    folder = SHIPPED.get(name) or Path(name).expanduser()
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return None
+    try:
+        found = Delta(name, str(json.loads(file.read_text(encoding="utf-8"))["base"]), folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unusable(name, f"{SETTINGS_FILE} cannot be read ({error!r})") from error
+    if not found.weights.is_file():
+        raise _unusable(name, f"{WEIGHTS_FILE} is missing")
+    if found.base == name:
+        raise _unusable(name, "it is its own base")
+    return found
+
+
+def add_delta(model: nn.Module, delta: Delta) -> None:
+    """Adds the differences to a model's weights.
+
+    Args:
+        model: The base, as it was loaded.
+        delta: What to add.
+
+    Raises:
+        SettingError: The file is damaged, or its parameters are not this model's.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        changes = load_file(delta.weights)
+    except (OSError, SafetensorError) as error:
+        raise _unusable(delta.name, f"{WEIGHTS_FILE} cannot be read ({error})") from error
+    parameters = dict(model.named_parameters())
+    strange = [
+        name for name, change in changes.items() if name not in parameters or parameters[name].shape != change.shape
+    ]
+    if strange:
+        raise _unusable(delta.name, f"{strange[0]} is not a parameter of {delta.base}, or of another shape")
+    with torch.no_grad():
+        for name, change in changes.items():
+            parameter = parameters[name]
+            parameter.copy_(parameter.float() + change.float())
+
+
+def write_delta(
+    folder: str | os.PathLike[str],
+    base: str,
+    memory: MemoryConfig,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Writes the differences of parameters, in bfloat16: within 0.4 % of each difference.
+
+    Args:
+        folder: Made if it is not there; a delta or a saved model in it is replaced as a whole.
+        base: The backbone that ``before`` is of, as it is to be found when the folder is opened.
+        memory: What it was trained with.
+        before: Parameters of the base by name.
+        after: Parameters after training, of the same names and shapes; those that are equal are left out.
+        facts: Of the training, for the reader.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingError: Nothing differs, or the folder cannot be written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from lightning_fot.pretrained.folder import check_target, portable_settings
+    from lightning_fot.system.files import replacing
+
+    changes = {}
+    for name, parameter in after.items():
+        change = parameter.detach().float().cpu() - before[name].detach().float().cpu()
+        if bool(change.any()):
+            changes[name] = change.to(torch.bfloat16).contiguous()
+    if not changes:
+        raise SettingError("RUN_FOLDER", str(folder), "its weights are those of the backbone", "Train it first.")
+    target = check_target(folder)
+    settings = {"format": FORMAT, "base": base, "memory": portable_settings(memory), **facts}
+    with replacing(target) as fresh:
+        save_file(changes, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        content = json.dumps({**settings, "files": [SETTINGS_FILE, WEIGHTS_FILE]}, indent=2)
+        (fresh / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
+    return target
+
+
+def _unusable(name: str, problem: str, fix: str = "Export it again: lightning export RUN OUT --delta.") -> SettingError:
+    return SettingError("model.backbone", name, problem, fix)

@@ -1,0 +1,67 @@
+"""What a saved folder is: its settings file, and whether a folder may be replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.config.memory import OF_THE_MACHINE
+from lightning_fot.errors import SettingError
+from lightning_fot.pretrained.delta import SETTINGS_FILE as DELTA_FILE
+from lightning_fot.pretrained.longllama import SETTINGS_FILE
+
+if TYPE_CHECKING:
+    from lightning_fot.config.memory import MemoryConfig
+
+
+def portable_settings(config: MemoryConfig) -> dict[str, Any]:
+    """The settings as JSON can hold them, without those of the machine.
+
+    Raises:
+        SettingError: The retriever is a Python object, which a file cannot name.
+    """
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in OF_THE_MACHINE
+    }
+    try:
+        json.dumps(settings["retriever"])
+    except (TypeError, ValueError):
+        raise SettingError(
+            "model.memory.retriever",
+            settings["retriever"],
+            "is a Python object, which a saved model cannot name",
+            'Set lm.config.retriever to a name, {"name": ..., **arguments} or "package.module.Class" before saving.',
+        ) from None
+    return settings
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write, as a real path.
+
+    Raises:
+        SettingError: It is a file, or holds anything but a model that this package saved.
+    """
+    target = Path(folder).expanduser().resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise SettingError("folder", str(folder), "is a file", "Give a folder.")
+    written = set[str]()
+    for file in (SETTINGS_FILE, DELTA_FILE):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            written |= set(json.loads((target / file).read_text(encoding="utf-8"))["files"])
+    foreign = sorted({path.name for path in target.iterdir()} - written)
+    if foreign:
+        raise SettingError(
+            "folder",
+            str(folder),
+            f"holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}, which would be lost",
+            "Choose another folder, or empty it.",
+        )
+    return target

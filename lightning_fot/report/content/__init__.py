@@ -1,0 +1,1 @@
+"""What a page says: numbers, sentences, tables, curves."""

@@ -1,0 +1,1 @@
+"""What the user asked for, read and checked before torch loads."""

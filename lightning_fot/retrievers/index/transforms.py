@@ -1,0 +1,131 @@
+"""Maps that leave attention unchanged but make keys easier to index (retrievers.md, section 2).
+
+The score of a query against all keys changes by a constant and a positive factor only, so the ranking is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_fot.config.retriever import TransformSpec
+
+_EIGENVALUE_FLOOR = 1e-3
+_MIN_QUERIES_PER_DIM = 4
+_FEW = 16
+
+
+@dataclass(frozen=True)
+class FittedTransform:
+    """A transform with its constants, fitted when an index is built.
+
+    Attributes:
+        mean: (D,) subtracted from keys; zero where they are not centred.
+        centre: (D,) mean of the keys in any case: a vector that no query looks for.
+        key_map: (D, D) applied to centred keys, or None.
+        query_map: (D, D) applied to queries, the inverse transpose of ``key_map``, or None.
+        radius: Keys longer than this after the maps are outliers; they are shortened to it for the index.
+        l2_augment: Whether one coordinate is added.
+    """
+
+    mean: Tensor
+    centre: Tensor
+    key_map: Tensor | None
+    query_map: Tensor | None
+    radius: float
+    l2_augment: bool
+
+    @property
+    def dim(self) -> int:
+        """Coordinates of transformed vectors."""
+        return self.mean.shape[0] + int(self.l2_augment)
+
+    def keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform keys.
+
+        Args:
+            keys: (n, D), any floating dtype.
+
+        Returns:
+            (n, dim) float32 contiguous, and the positions of outliers (m,) int64. Shortening outliers keeps one huge
+            key from spoiling cells and distances; whoever uses the index scores them exactly.
+        """
+        moved = _map(keys.float() - self.mean, self.key_map)
+        norms = moved.norm(dim=1)
+        outliers = (norms > self.radius).nonzero().squeeze(1)
+        if len(outliers):
+            moved[outliers] *= (self.radius / norms[outliers]).unsqueeze(1)
+            norms = norms.clamp_max(self.radius)
+        if self.l2_augment:
+            # |k'| = R for all keys, so |q - k'|^2 = R^2 + |q|^2 - 2 q.k orders like the inner product.
+            extra = (self.radius**2 - norms.square()).clamp_min(0).sqrt()
+            moved = torch.cat((moved, extra.unsqueeze(1)), dim=1)
+        return moved.contiguous(), outliers
+
+    def queries(self, queries: Tensor) -> NDArray[np.float32]:
+        """Transform queries (q, D) float32 on the CPU to (q, dim) float32 contiguous, of norm ``radius`` for L2."""
+        matrix = self._query_matrix
+        if len(queries) <= _FEW:
+            # One matrix product and no more: numpy takes a fraction of the microseconds that torch needs for a call.
+            few: NDArray[np.float32] = queries.numpy()
+            if matrix is not None:
+                few = few @ matrix.numpy()
+            if self.l2_augment:
+                few *= self.radius / np.maximum(np.sqrt(np.einsum("ij,ij->i", few, few)), 1e-20)[:, None]
+            return few
+        moved = queries if matrix is None else queries @ matrix
+        if self.l2_augment:
+            # Same order of size as the keys: squared distances then lose no digits.
+            moved.mul_(self.radius / moved.norm(dim=1, keepdim=True).clamp_min(1e-20))
+        return moved.contiguous().numpy()
+
+    @cached_property
+    def _query_matrix(self) -> Tensor | None:
+        """(D, dim) that queries are multiplied with, the added coordinate's zeros included; None for none."""
+        if not self.l2_augment:
+            return self.query_map
+        square = torch.eye(self.mean.shape[0]) if self.query_map is None else self.query_map
+        return torch.nn.functional.pad(square, (0, 1)).contiguous()
+
+
+def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec) -> FittedTransform:
+    """Fit a transform to the keys that an index is built on.
+
+    Args:
+        keys: (n, D) of one bank, any floating dtype.
+        past_queries: (m, D) seen before, float32; too few (below 4 D) and the query-aware map is left out.
+        spec: Which maps.
+    """
+    keys = keys.float()
+    centre = _robust_mean(keys)
+    mean = centre if spec.center else torch.zeros_like(centre)
+    key_map = query_map = None
+    if spec.query_power and past_queries is not None and len(past_queries) >= _MIN_QUERIES_PER_DIM * keys.shape[1]:
+        moment = (past_queries.T.double() @ past_queries.double()) / len(past_queries)
+        values, vectors = torch.linalg.eigh(moment)
+        if float(values[-1]) > 0:
+            values = values.clamp_min(_EIGENVALUE_FLOOR * float(values[-1])) / float(values[-1])
+            key_map = ((vectors * values**spec.query_power) @ vectors.T).float()
+            query_map = ((vectors * values**-spec.query_power) @ vectors.T).float()
+    radius = float("inf")
+    if spec != TransformSpec():
+        norms = _map(keys - mean, key_map).norm(dim=1)
+        typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
+        # Some room above: keys added later are a little longer.
+        radius = max(1.1 * min(float(norms.max()), 1.5 * typical), 1e-6)
+    return FittedTransform(mean, centre, key_map, query_map, radius, spec.l2_augment)
+
+
+def _robust_mean(keys: Tensor) -> Tensor:
+    """Mean of the keys of usual length: one huge key must not carry the centre away."""
+    norms = keys.norm(dim=1)
+    return keys[norms <= 4 * norms.median()].mean(dim=0)
+
+
+def _map(vectors: Tensor, matrix: Tensor | None) -> Tensor:
+    return vectors if matrix is None else vectors @ matrix

@@ -1,0 +1,1 @@
+"""Holds vectors, and scans them."""

@@ -1,0 +1,1 @@
+"""The LightningModule, its loss, its parameters, its run folder and checkpoints."""

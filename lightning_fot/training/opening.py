@@ -1,0 +1,76 @@
+"""Opens a backbone, its memory layers and a checkpoint of their training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.model.attach import attach_memory, load_gates
+from lightning_fot.pretrained.backbones import load_backbone, load_tokenizer
+from lightning_fot.training.module import FocusedTransformer
+from lightning_fot.training.parameters import merge_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.request.model import ModelSettings
+
+
+def open_model(settings: ModelSettings) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+    """Loads a model with its memory layers, on the GPU where there is one, and its tokenizer.
+
+    Args:
+        settings: Backbone, memory layers and checkpoint, checked.
+
+    Raises:
+        SettingError: The checkpoint belongs to another model, or a layer cannot have a memory.
+    """
+    tokenizer = load_tokenizer(settings.backbone)
+    if settings.checkpoint is None:
+        lm = attach_memory(load_backbone(settings.backbone, settings.dtype), settings.config)
+        load_gates(lm, settings.backbone)
+    else:
+        module = FocusedTransformer(settings.backbone, settings.config, dtype=settings.dtype)  # type: ignore[arg-type]
+        load_trained(module, settings.checkpoint)
+        lm = module.lm
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(lm.model, device)
+    lm.gates.to(device)
+    lm.eval()
+    return lm, tokenizer
+
+
+def open_trained(settings: Mapping[str, Any], checkpoint: Path) -> tuple[FocusedTransformer, int]:
+    """The module of a run with a checkpoint's weights, adapters merged.
+
+    Args:
+        settings: Section ``model`` of the run's resolved configuration.
+        checkpoint: File of that run.
+
+    Returns:
+        The module, and after how many steps the checkpoint was written.
+    """
+    chosen = {name: settings[name] for name in ("trainable", "dtype") if name in settings}
+    module = FocusedTransformer(settings["backbone"], MemoryConfig(**settings["memory"]), **chosen)
+    loaded = load_trained(module, checkpoint)
+    if module.lora is not None:
+        merge_lora(module.lm.model)
+    return module, int(loaded["global_step"])
+
+
+def load_trained(model: LightningModule, checkpoint: Any) -> dict[str, Any]:
+    """Puts a checkpoint's weights into a model whose training has ended.
+
+    Returns:
+        The checkpoint.
+    """
+    loaded: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(loaded)
+    model.load_state_dict(loaded["state_dict"], strict=False)
+    return loaded
