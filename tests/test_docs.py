@@ -9,7 +9,6 @@ import tomllib
 
 import pytest
 import torch
-from markdown_blocks import ROOT, blocks, section
 
 from lightning_fot.cli import VERBS, main
 from lightning_fot.commands.bench.bench import _parser as bench_parser
@@ -21,7 +20,8 @@ from lightning_fot.retrievers import PerBankRetriever, create_retriever
 from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import SearchConfig
 from lightning_fot.testing import RetrieverContract
-from tests.cli.memories import SETTINGS, backbone, books, text
+from tests.support.markdown_blocks import ROOT, blocks, section
+from tests.support.memories import SETTINGS, backbone, books, text
 
 PAGE = (ROOT / "docs" / "retrievers.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,10 +5,10 @@ import runpy
 from functools import partial
 from pathlib import Path
 
-import markdown_blocks
 import pytest
 
 from lightning_fot.request.request import find_config, read_request
+from tests.support import markdown_blocks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.keys.scan import topk_rows
@@ -36,7 +37,7 @@ _HEAD = re.compile(r"L(\d+)h(\d+)")
 
 
 def measure_retriever(
-    spec: Any,
+    spec: RetrieverSpec,
     keys: Tensor,
     queries: Tensor,
     past_queries: Tensor | None = None,
@@ -116,7 +117,7 @@ class BuiltRetriever:
         SettingError: Shapes do not fit, or an argument is unknown.
     """
 
-    def __init__(self, spec: Any, keys: Tensor, past_queries: Tensor | None, k: int, **kwargs: Any) -> None:
+    def __init__(self, spec: RetrieverSpec, keys: Tensor, past_queries: Tensor | None, k: int, **kwargs: Any) -> None:
         self.retriever = create_retriever(spec, dim=keys.shape[-1], banks=keys.shape[0], **kwargs)
         self.name = _name(spec, self.retriever)
         self.k = k
@@ -173,12 +174,12 @@ class BuiltRetriever:
         return seconds
 
 
-def _name(spec: Any, retriever: Retriever) -> str:
+def _name(spec: RetrieverSpec, retriever: Retriever) -> str:
     named = spec.get("name") if isinstance(spec, dict) else spec
     return named if isinstance(named, str) else type(retriever).__name__
 
 
-def _args(spec: Any, kwargs: dict[str, Any], retriever: Retriever) -> dict[str, Any]:
+def _args(spec: RetrieverSpec, kwargs: dict[str, Any], retriever: Retriever) -> dict[str, Any]:
     given = {key: value for key, value in spec.items() if key != "name"} if isinstance(spec, dict) else {}
     return {**given, **kwargs, **{name: getattr(retriever, name) for name in retriever.query_args}}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_fot.bench.goals import Choice, Goal, LayerKeys, Trial
 from lightning_fot.bench.measure import BuiltRetriever, Truth, times
-from lightning_fot.config.retriever import EXACT
+from lightning_fot.config.retriever import EXACT, RetrieverSpec
 from lightning_fot.errors import SettingError
 
 # The argument of each backend that says how much of the index is looked at.
@@ -33,7 +33,7 @@ _ROUNDS = 3
 
 def tune_layer(
     layer: LayerKeys,
-    specs: Sequence[Any],
+    specs: Sequence[RetrieverSpec],
     k: int,
     goal: Goal,
     batches: Sequence[int] = (1, 512),
@@ -136,7 +136,7 @@ class _Judge:
 class _Candidate:
     """A built index, whose query settings are looked for."""
 
-    def __init__(self, spec: Any, layer: LayerKeys, k: int) -> None:
+    def __init__(self, spec: RetrieverSpec, layer: LayerKeys, k: int) -> None:
         self.spec = spec
         given = {} if _name(spec) == EXACT or "min_index_size" in _given(spec) else {"min_index_size": 1}
         self.built = BuiltRetriever(spec, layer.keys, layer.past, k, **given)
@@ -246,15 +246,15 @@ def _other_indexes(candidate: _Candidate, keys: int) -> list[dict[str, Any]]:
     return [one for one in others if not one.keys() & given.keys()]
 
 
-def _name(spec: Any) -> str:
+def _name(spec: RetrieverSpec) -> str:
     named = spec.get("name") if isinstance(spec, Mapping) else spec
     return named if isinstance(named, str) else getattr(named, "__name__", "retriever")
 
 
-def _given(spec: Any) -> dict[str, Any]:
+def _given(spec: RetrieverSpec) -> dict[str, Any]:
     return {key: value for key, value in spec.items() if key != "name"} if isinstance(spec, Mapping) else {}
 
 
-def _with(spec: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _with(spec: RetrieverSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
     name = spec["name"] if isinstance(spec, Mapping) else spec
     return {"name": name, **_given(spec), **arguments}

@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.library import Library, Saved, count, existing, quietly
+from lightning_fot.library.library import Library, Saved, count, existing
+from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.arguments import Parser
 from lightning_fot.request.model import settings_with
 from lightning_fot.request.request import read_request

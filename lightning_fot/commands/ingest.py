@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.library import FILE, Library, count, find_folder, is_free, quietly
+from lightning_fot.library.library import FILE, Library, count, find_folder, is_free
+from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_of, settings_with
 from lightning_fot.request.request import Request, read_request
 

@@ -158,7 +158,7 @@ class _Sweep:
         """Does what is not done yet."""
         import yaml
 
-        from lightning_fot.library.library import quietly
+        from lightning_fot.pretrained.quiet import quietly
         from lightning_fot.system.files import write_text
         from lightning_fot.system.progress import JobProgress
         from lightning_fot.system.signals import StopGuard, Stopped
@@ -199,7 +199,7 @@ class _Sweep:
         """Records what is missing; an exit code where that was stopped."""
         import yaml
 
-        from lightning_fot.commands.bench.record import record
+        from lightning_fot.sweep.recording import record
         from lightning_fot.system.files import write_text
 
         for change in self._recordings():

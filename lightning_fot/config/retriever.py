@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_fot.errors import SettingError
 
 SETTING = "model.memory.retriever"
+
+# What stands for a retriever: a name, ``{"name": ..., **arguments}``, ``{"layers": {18: ..., 20: ...}}``, a class path,
+# a class or a factory.
+RetrieverSpec = str | Mapping[str, Any] | Callable[..., Any]
 
 COMMON_ARGUMENTS = ("seed", "num_threads", "transform", "min_index_size", "build", "duplicate_distance")
 _CHOICES = {"build": ("background", "blocking"), "index_dtype": ("float32", "float16", "int8")}
@@ -122,7 +126,7 @@ EXACT = "exact"
 MIN_INDEX_SIZE = 16384
 
 
-def retriever_label(spec: Any) -> str:
+def retriever_label(spec: RetrieverSpec) -> str:
     """How a row of results calls a retriever given as name, ``{"name": …}``, class path or factory.
 
     Example:
@@ -141,7 +145,7 @@ def retriever_label(spec: Any) -> str:
     return str(getattr(spec, "__name__", type(spec).__name__))
 
 
-def index_size(spec: Any) -> int:
+def index_size(spec: RetrieverSpec) -> int:
     """Keys a bank from which a retriever given by ``spec`` builds an index; the first of its layers to have one."""
     by_layer = layer_specs(spec)
     if by_layer is not None:
@@ -150,7 +154,7 @@ def index_size(spec: Any) -> int:
     return MIN_INDEX_SIZE if given is None else int(given)
 
 
-def layer_specs(spec: Any) -> dict[int, Any] | None:
+def layer_specs(spec: RetrieverSpec) -> dict[int, Any] | None:
     """The specifications of a retriever setting that has one a layer, ``{"layers": {18: spec, 20: spec}}``.
 
     Returns:
@@ -175,7 +179,7 @@ def layer_specs(spec: Any) -> dict[int, Any] | None:
     return found
 
 
-def layer_spec(spec: Any, layer: int | None) -> Any:
+def layer_spec(spec: RetrieverSpec, layer: int | None) -> Any:
     """The specification for one memory layer, of one for all layers or one a layer.
 
     Args:

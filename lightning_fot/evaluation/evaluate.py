@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.config.evaluation import WHOLE
-from lightning_fot.config.retriever import EXACT, NONE, retriever_label
+from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, retriever_label
 from lightning_fot.evaluation.measures.multi_doc import measure_distraction
 from lightning_fot.evaluation.measures.passkey import (
     answer_is_found,
@@ -39,11 +39,12 @@ from lightning_fot.evaluation.plan import (
     SO_FAR,
     HasIds,
     Phase,
+    Rows,
     is_measured,
     phases,
     select_documents,
 )
-from lightning_fot.evaluation.rows import Record, summarise
+from lightning_fot.evaluation.rows import summarise
 from lightning_fot.evaluation.speed.decoding import measure_decoding, searched_exactly
 from lightning_fot.evaluation.speed.split import Split, Stopwatch
 from lightning_fot.evaluation.tasks.runner import TaskRunner
@@ -86,8 +87,8 @@ def evaluate(
     *,
     distractors: Any = None,
     texts: Texts | None = None,
-    done: Mapping[str, Record] | None = None,
-    on_result: Callable[[str, Record], None] | None = None,
+    done: Mapping[str, Rows] | None = None,
+    on_result: Callable[[str, Rows], None] | None = None,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Measures perplexity, passkey and other tasks, and recall and speed of retrieval.
@@ -122,14 +123,8 @@ def evaluate(
     run = _Evaluation(
         lm, tokenizer, documents, config, progress, dict(done or {}), on_result, distractors, texts, scratch
     )
-    trained = lm.attachment.score_factor
-    try:
-        if config.score_factor is not None:
-            lm.attachment.score_factor = config.score_factor
-        with evaluation_mode(lm.model), torch.no_grad():
-            run.run()
-    finally:
-        lm.attachment.score_factor = trained
+    with lm.attachment.asked_with(config.score_factor), evaluation_mode(lm.model), torch.no_grad():
+        run.run()
     return summarise(run.records, config, lm.config.retriever)
 
 
@@ -143,8 +138,8 @@ class _Evaluation:
         documents: Sequence[HasIds],
         config: EvaluationConfig,
         progress: Progress | None,
-        records: dict[str, Record],
-        on_result: Callable[[str, Record], None] | None,
+        records: dict[str, Rows],
+        on_result: Callable[[str, Rows], None] | None,
         distractors: Any,
         texts: Texts | None,
         scratch: Path | None,
@@ -201,7 +196,7 @@ class _Evaluation:
     def _ingested(self, tokens: int) -> None:
         self._advance(tokens * INGEST_COST)
 
-    def _same_search(self, phase: Phase) -> Record | None:
+    def _same_search(self, phase: Phase) -> Rows | None:
         """The configured retriever's record, where all its searches were exact ones."""
         if phase.memory != EXACT or self.label == EXACT or phase.section == "retrieval":
             return None
@@ -219,7 +214,7 @@ class _Evaluation:
             return None
         return [{**row, "index_used": None, "same_as": self.label} for row in record]
 
-    def _measure(self, phase: Phase) -> Record:
+    def _measure(self, phase: Phase) -> Rows:
         spec = EXACT if phase.memory == EXACT else self.lm.config.retriever
         if phase.section in self.tasks:
             return self.tasks.measure(phase, spec, partial(self._in_order, phase))
@@ -235,7 +230,7 @@ class _Evaluation:
         ids = torch.as_tensor(self.documents[place].ids[start:stop]).long()
         return ids.to(self.lm.device)
 
-    def _perplexity(self, phase: Phase, spec: Any, place: int) -> dict[str, Any]:
+    def _perplexity(self, phase: Phase, spec: RetrieverSpec, place: int) -> dict[str, Any]:
         target = self._ids(place, self.longest, self.longest + self.config.target_tokens + 1)
         context = self._ids(place, self.longest - phase.context_tokens, self.longest)
         row: dict[str, Any] = {"document": self.documents[place].name, "index_used": None}
@@ -272,7 +267,7 @@ class _Evaluation:
         row["blocks"] = [list(block) for block in block_sums(losses)]
         return row
 
-    def _multi_doc(self, phase: Phase, spec: Any) -> Record:
+    def _multi_doc(self, phase: Phase, spec: RetrieverSpec) -> Rows:
         documents = [
             (
                 document.name,
@@ -296,18 +291,18 @@ class _Evaluation:
             folder=None if self.scratch is None else self.scratch / f"multi_doc_{phase.memory}",
         )
 
-    def _so_far(self, phase: Phase) -> tuple[Record, Callable[[Record], None]]:
+    def _so_far(self, phase: Phase) -> tuple[Rows, Callable[[Rows], None]]:
         """Rows that were measured before a phase was interrupted, and what keeps them as more are."""
         name = phase.name + SO_FAR
 
-        def keep(rows: Record) -> None:
+        def keep(rows: Rows) -> None:
             self.records[name] = list(rows)
             if self.on_result is not None:
                 self.on_result(name, self.records[name])
 
         return list(self.records.get(name, ())), keep
 
-    def _in_order(self, phase: Phase, count: int, measure: Callable[[int], dict[str, Any]]) -> Record:
+    def _in_order(self, phase: Phase, count: int, measure: Callable[[int], dict[str, Any]]) -> Rows:
         """Rows 0 to ``count``, but for those that were measured before."""
         rows, keep = self._so_far(phase)
         for place in range(len(rows), count):
@@ -316,7 +311,7 @@ class _Evaluation:
                 keep(rows)
         return rows
 
-    def _retrieval(self, phase: Phase, spec: Any) -> Record:
+    def _retrieval(self, phase: Phase, spec: RetrieverSpec) -> Rows:
         if self.capture is None:
             # Resumed after the perplexity of the longest context: read it once more, for its queries and keys.
             longest = next(p for p in self.phases if (p.memory, p.context_tokens) == (self.label, self.longest))
@@ -328,7 +323,7 @@ class _Evaluation:
             rows += [{"in_run": True, **row} for row in quality_in_run(self.capture, self.label, self.config)]
         return rows
 
-    def _decoding(self, phase: Phase) -> Record:
+    def _decoding(self, phase: Phase) -> Rows:
         """Tokens one by one beside the captured pairs; the configured retriever's phase measures without them too."""
         assert self.capture is not None
         assert self.capture.memory is not None
@@ -342,7 +337,7 @@ class _Evaluation:
         """Counts so many tokens as the phase's whole cost."""
         return lambda read: self._advance(read * phase.cost / tokens)
 
-    def _whole_passkey(self, phase: Phase) -> Record:
+    def _whole_passkey(self, phase: Phase) -> Rows:
         advance = self._shares(phase, sum(length for length, _ in self.examples))
 
         def measure(place: int) -> dict[str, Any]:
@@ -357,7 +352,7 @@ class _Evaluation:
 
         return self._in_order(phase, len(self.examples), measure)
 
-    def _passkey(self, phase: Phase, spec: Any) -> Record:
+    def _passkey(self, phase: Phase, spec: RetrieverSpec) -> Rows:
         local = self.lm.config.last_context_length or self.lm.config.window
         rows, keep = self._so_far(phase)
         answered = {row["example"] for row in rows}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lightning_fot.config.evaluation import WHOLE
-from lightning_fot.config.retriever import EXACT, NONE, index_size, retriever_label
+from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, index_size, retriever_label
 from lightning_fot.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ QUERY_COST = 0.4
 # Tokens of context whose attention, in every layer, takes as long as the rest of the model.
 ATTENTION_TOKENS = 8192
 GRID = 5
+# What a phase leaves: rows of results, or of what they are made from.
+Rows = list[dict[str, Any]]
 # What the name of a phase gets where a record holds only what it has measured so far.
 SO_FAR = " (so far)"
 
@@ -66,7 +68,9 @@ class Phase:
     cost: float
 
 
-def phases(config: EvaluationConfig, retriever: Any, window: int, documents: int | None = None) -> list[Phase]:
+def phases(
+    config: EvaluationConfig, retriever: RetrieverSpec, window: int, documents: int | None = None
+) -> list[Phase]:
     """All phases in the order they run.
 
     Exact phases cost nothing where the configured retriever holds too few keys for an index: each of its searches then
@@ -161,7 +165,7 @@ def whole_cost(reading: str, tokens: int) -> float:
 
 
 def plan(
-    config: EvaluationConfig, retriever: Any = EXACT, window: int = 512, documents: int | None = None
+    config: EvaluationConfig, retriever: RetrieverSpec = EXACT, window: int = 512, documents: int | None = None
 ) -> list[tuple[str, float]]:
     """Phases and their costs in token passes, for ``JobProgress.plan``.
 

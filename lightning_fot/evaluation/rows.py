@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_fot.config.retriever import EXACT, NONE, retriever_label
+from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, retriever_label
 from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.measures.perplexity import Estimate, difference, estimate
-from lightning_fot.evaluation.plan import phases
+from lightning_fot.evaluation.plan import Rows, phases
 from lightning_fot.evaluation.speed.split import split_rows
 from lightning_fot.evaluation.tasks.summary import summarised
 
 if TYPE_CHECKING:
     from lightning_fot.config.evaluation import EvaluationConfig
 
-Record = list[dict[str, Any]]
 # Fifths of the filler: parts of the passkey's heat map.
 _DEPTHS = 5
 
 
-def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever: Any) -> dict[str, Any]:
+def summarise(records: Mapping[str, Rows], config: EvaluationConfig, retriever: RetrieverSpec) -> dict[str, Any]:
     """Rows of ``results.json`` from the records that there are, complete or not.
 
     Perplexity rows: ``value`` with ``standard_error`` (see ``measures.perplexity.estimate``; by
@@ -118,11 +117,11 @@ def summarise(records: Mapping[str, Record], config: EvaluationConfig, retriever
     return result
 
 
-def _blocks(record: Record) -> list[tuple[float, int]]:
+def _blocks(record: Rows) -> list[tuple[float, int]]:
     return [(total, count) for row in record for total, count in row["blocks"]]
 
 
-def _note(record: Record) -> dict[str, Any]:
+def _note(record: Rows) -> dict[str, Any]:
     """What a row has to admit: no index took part, or the numbers are another row's."""
     used = {row.get("index_used") for row in record}
     note: dict[str, Any] = {} if used == {None} else {"index_used": True in used}
@@ -144,7 +143,7 @@ def _scored(found: Estimate) -> dict[str, Any]:
 
 
 def _perplexity_row(
-    memory: str, context: int, record: Record, base: Record | None, config: EvaluationConfig
+    memory: str, context: int, record: Rows, base: Rows | None, config: EvaluationConfig
 ) -> dict[str, Any]:
     blocks = _blocks(record)
     found = estimate(blocks)
@@ -165,7 +164,7 @@ def _perplexity_row(
     return row | _note(record)
 
 
-def _depth_rows(memory: str, record: Record) -> list[dict[str, Any]]:
+def _depth_rows(memory: str, record: Rows) -> list[dict[str, Any]]:
     cells: dict[tuple[int, int], list[bool]] = {}
     for part in record:
         place = min(int(part["depth"] * _DEPTHS), _DEPTHS - 1)
@@ -187,7 +186,7 @@ def _depth_rows(memory: str, record: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:
+def _task_rows(memory: str, record: Rows) -> list[dict[str, Any]]:
     rows = []
     for length in sorted({part["context_tokens"] for part in record}):
         parts = [part for part in record if part["context_tokens"] == length]
@@ -210,7 +209,7 @@ def _task_rows(memory: str, record: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def _distraction_rows(memory: str, context: int, record: Record) -> list[dict[str, Any]]:
+def _distraction_rows(memory: str, context: int, record: Rows) -> list[dict[str, Any]]:
     rows = []
     base: list[tuple[float, int]] = []
     for amount in sorted({row["distractor_tokens"] for row in record}):

@@ -212,23 +212,6 @@ class Library:
             yield
 
 
-@contextmanager
-def quietly(debug: bool) -> Iterator[None]:
-    """Keeps the log lines and bars of transformers off the screen inside the block, unless ``debug``."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if not debug:
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def find_folder(word: str) -> Path:
     """The folder that MEMORY means: a path, or a name below ``memories/``.
 

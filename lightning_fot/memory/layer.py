@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.memory.found import Retrieved, Shown
 from lightning_fot.retrievers.keys.store import KeyStore
 from lightning_fot.retrievers.registry import create_retriever
@@ -23,39 +24,64 @@ class MemoryLayer:
     stores, out of sight, until :meth:`keep` packs them.
 
     Args:
-        batch_size: B, independent rows.
         kv_heads: G.
-        head_dim: D of keys.
-        value_dim: D of values.
-        retriever: Specification as ``MemoryConfig.retriever``.
-        dtype: Stored dtype.
-        device: Where the pairs are kept.
-        key_folder: Keep the keys in a file of this folder; None keeps them in memory.
-        value_folder: The same for the values.
+        keys: B·G banks of keys; bank = row · G + KV head.
+        values: The same of values.
+        spec: Specification of the retriever, as ``MemoryConfig.retriever`` for one layer.
+        retriever: Over ``keys``; None makes one by ``spec``.
+        dropped: For each row how many of its oldest pairs do not count any more; None means none.
     """
 
     def __init__(
         self,
+        kv_heads: int,
+        keys: KeyStore,
+        values: KeyStore,
+        spec: RetrieverSpec,
+        retriever: Retriever | None = None,
+        dropped: Sequence[int] | None = None,
+    ) -> None:
+        self.batch_size = keys.banks // kv_heads
+        self.kv_heads = kv_heads
+        self.key_store = keys
+        self.value_store = values
+        self._spec = spec
+        if retriever is None:
+            retriever = create_retriever(spec, keys.dim, keys.banks)
+            retriever.use_store(keys)
+        self.retriever: Retriever = retriever
+        self.dropped = [0] * self.batch_size if dropped is None else list(dropped)
+        """For each row how many of its oldest pairs, still in the stores, do not count any more."""
+
+    @classmethod
+    def empty(
+        cls,
         batch_size: int,
         kv_heads: int,
         head_dim: int,
         value_dim: int,
-        retriever: Any,
+        spec: RetrieverSpec,
         dtype: torch.dtype,
         device: torch.device,
         key_folder: str | None = None,
         value_folder: str | None = None,
-    ) -> None:
+    ) -> Self:
+        """A layer without pairs.
+
+        Args:
+            batch_size: B, independent rows.
+            kv_heads: G.
+            head_dim: D of keys.
+            value_dim: D of values.
+            spec: Specification of the retriever.
+            dtype: Stored dtype.
+            device: Where the pairs are kept.
+            key_folder: Keep the keys in a file of this folder; None keeps them in memory.
+            value_folder: The same for the values.
+        """
         banks = batch_size * kv_heads
-        self.batch_size = batch_size
-        self.kv_heads = kv_heads
-        self.key_store = KeyStore(head_dim, banks, dtype, device, key_folder)
-        self.value_store = KeyStore(value_dim, banks, dtype, device, value_folder)
-        self.retriever: Retriever = create_retriever(retriever, head_dim, banks)
-        self.retriever.use_store(self.key_store)
-        self._spec = retriever
-        self.dropped = [0] * batch_size
-        """For each row how many of its oldest pairs, still in the stores, do not count any more."""
+        keys = KeyStore(head_dim, banks, dtype, device, key_folder)
+        return cls(kv_heads, keys, KeyStore(value_dim, banks, dtype, device, value_folder), spec)
 
     @property
     def lengths(self) -> list[int]:
@@ -186,16 +212,19 @@ class MemoryLayer:
     def select_rows(self, rows: Sequence[int]) -> MemoryLayer:
         """A new layer whose row i is a snapshot of row ``rows[i]``: nothing is copied."""
         banks = [row * self.kv_heads + head for row in rows for head in range(self.kv_heads)]
-        other = self._empty(len(rows), self.key_store.select(banks), self.value_store.select(banks))
-        other.dropped = [self.dropped[row] for row in rows]
-        chosen = self.retriever.select(banks, other.key_store)
-        if chosen is None:
-            # It keeps keys of its own, so it has to be told them again.
-            other.pack()
-            chosen = create_retriever(self._spec, self.key_store.dim, len(banks))
-            chosen.use_store(other.key_store)
-            chosen.add(other.key_store.view(), other.key_store.lengths)
-        other.retriever = chosen
+        keys, values = self.key_store.select(banks), self.value_store.select(banks)
+        dropped = [self.dropped[row] for row in rows]
+        chosen = self.retriever.select(banks, keys)
+        if chosen is not None:
+            return MemoryLayer(self.kv_heads, keys, values, self._spec, chosen, dropped)
+        # It keeps keys of its own, so it has to be told them again.
+        counted = [
+            torch.arange(length) >= dropped[bank // self.kv_heads] for bank, length in enumerate(keys.lengths_list)
+        ]
+        keys.keep(counted)
+        values.keep(counted)
+        other = MemoryLayer(self.kv_heads, keys, values, self._spec)
+        other.retriever.add(keys.view(), keys.lengths)
         return other
 
     def reset(self) -> None:
@@ -207,16 +236,9 @@ class MemoryLayer:
 
     def snapshot(self) -> MemoryLayer:
         """An independent layer that shares what is stored so far: O(1)."""
-        other = self._empty(self.batch_size, self.key_store.fork(), self.value_store.fork())
-        other.dropped = list(self.dropped)
-        other.retriever = self.retriever.fork(other.key_store)
-        return other
-
-    def _empty(self, rows: int, keys: KeyStore, values: KeyStore) -> MemoryLayer:
-        other = object.__new__(MemoryLayer)
-        other.batch_size, other.kv_heads, other._spec = rows, self.kv_heads, self._spec
-        other.key_store, other.value_store = keys, values
-        return other
+        keys = self.key_store.fork()
+        retriever = self.retriever.fork(keys)
+        return MemoryLayer(self.kv_heads, keys, self.value_store.fork(), self._spec, retriever, self.dropped)
 
     def _shift(self, device: torch.device) -> Tensor:
         return torch.tensor(self.dropped, device=device)[:, None, None, None]

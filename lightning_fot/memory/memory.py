@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.config.retriever import layer_spec
+from lightning_fot.config.retriever import RetrieverSpec, layer_spec
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.layer import MemoryLayer
+from lightning_fot.memory.on_disk import Saved, save_memory
 from lightning_fot.memory.token_log import Document, TokenLog, TokensRead
 
 # Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
@@ -58,6 +59,8 @@ class Memory:
         key_folder: Keep keys in files of this folder, paged in and out by the operating system; None keeps them in
             memory.
         value_folder: The same for values.
+        layers: Pairs of each memory layer; None starts without.
+        log: What they were read from; None is of nothing.
 
     Raises:
         SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
@@ -67,11 +70,13 @@ class Memory:
         self,
         shape: MemoryShape,
         batch_size: int,
-        retriever: Any,
+        retriever: RetrieverSpec,
         capacity: int | None = None,
         fingerprint: Callable[[], dict[str, Any]] | None = None,
         key_folder: str | None = None,
         value_folder: str | None = None,
+        layers: dict[int, MemoryLayer] | None = None,
+        log: TokenLog | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
@@ -80,29 +85,33 @@ class Memory:
         self.retriever = retriever
         self.capacity = capacity
         self.fingerprint = fingerprint
-        self.log = TokenLog(batch_size)
+        self.log = TokenLog(batch_size) if log is None else log
         self.append_seconds = 0.0
         """Time in :meth:`append` since this memory was made or copied."""
         self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
         """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
-        self.layers: dict[int, MemoryLayer] = {
-            layer: MemoryLayer(
-                batch_size,
-                heads,
-                dim,
-                value_dim,
-                layer_spec(retriever, layer),
-                shape.dtype,
-                shape.device,
-                key_folder,
-                value_folder,
-            )
-            for layer, heads, dim, value_dim in zip(
-                shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True
-            )
-        }
+        self.layers: dict[int, MemoryLayer] = (
+            layers
+            if layers is not None
+            else {
+                layer: MemoryLayer.empty(
+                    batch_size,
+                    heads,
+                    dim,
+                    value_dim,
+                    layer_spec(retriever, layer),
+                    shape.dtype,
+                    shape.device,
+                    key_folder,
+                    value_folder,
+                )
+                for layer, heads, dim, value_dim in zip(
+                    shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True
+                )
+            }
+        )
         # What is on disk already, so that saving again writes what is new: see persistence.
-        self.saved: dict[str, Any] = {}
+        self.saved: dict[str, Saved] = {}
 
     @property
     def lengths(self) -> Tensor:
@@ -242,7 +251,10 @@ class Memory:
 
     def snapshot(self) -> Memory:
         """An independent memory that shares what is stored so far: O(1), copied on write."""
-        return self._with({number: layer.snapshot() for number, layer in self.layers.items()}, self.log.fork())
+        layers = {number: layer.snapshot() for number, layer in self.layers.items()}
+        other = self._with(layers, self.log.fork(), self.batch_size)
+        other.forgotten, other.saved = self.forgotten, dict(self.saved)
+        return other
 
     def select_rows(self, rows: Tensor) -> Memory:
         """A memory whose row i is a snapshot of row ``rows[i]`` (beam search): nothing is copied.
@@ -251,19 +263,18 @@ class Memory:
             rows: (n,) int64, repeated ones too.
         """
         index = rows.tolist()
-        other = self._with(
-            {n: layer.select_rows(index) for n, layer in self.layers.items()}, self.log.select_rows(rows)
-        )
-        other.batch_size, other.saved = len(index), {}
+        layers = {number: layer.select_rows(index) for number, layer in self.layers.items()}
+        other = self._with(layers, self.log.select_rows(rows), len(index))
         other.forgotten = self.forgotten[index]
         return other
 
-    def _with(self, layers: dict[int, MemoryLayer], log: TokenLog) -> Memory:
-        other = object.__new__(Memory)
-        other.__dict__.update(self.__dict__)
-        other.layers, other.log, other.append_seconds = layers, log, 0.0
-        other.saved = dict(self.saved)
-        return other
+    def _with(self, layers: dict[int, MemoryLayer], log: TokenLog, rows: int) -> Memory:
+        return Memory(self.shape, rows, self.retriever, self.capacity, self.fingerprint, layers=layers, log=log)
+
+    def take(self, other: Memory) -> None:
+        """Becomes what another memory of the same model is, as if it had read the same; the other is given up."""
+        self.layers, self.log, self.forgotten = other.layers, other.log, other.forgotten
+        self.saved, self.append_seconds = other.saved, other.append_seconds
 
     def reset(self) -> None:
         """Forgets everything stored."""
@@ -279,11 +290,11 @@ class Memory:
         Saved again into the same folder, only what was added since is written.
 
         Raises:
-            SettingError: The folder cannot be written.
+            SettingError: The folder cannot be written, or the memory was not made by a model.
         """
-        from lightning_fot.memory.on_disk import save_memory
-
-        save_memory(self, folder)
+        if self.fingerprint is None:
+            raise SettingError("memory", repr(self), "belongs to no model", "Make it with the model's new_memory.")
+        save_memory(self, self.fingerprint(), folder)
 
     def flush(self) -> None:
         """Builds now whatever index work is pending, and waits for it."""

@@ -11,15 +11,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import TokenLog
-from lightning_fot.model.backbone.fingerprint import fingerprint
 from lightning_fot.retrievers.keys.quantiser import Quantiser
 from lightning_fot.system.files import _replace_text, follow_umask
 from lightning_fot.system.tensor_files import Entry, write_tensors
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_fot.memory.layer import MemoryLayer
-    from lightning_fot.memory.memory import Memory
-    from lightning_fot.model.lm import MemoryLM
     from lightning_fot.retrievers.keys.store import KeyStore
 
 FORMAT = 2
@@ -37,19 +34,37 @@ INDEX_FILE = "memory.json"
 # A folder of more data files than this is written anew as one.
 MOST_FILES = 64
 
+# Digest of the index that a folder was given, and how far each row is in it.
+Saved = tuple[str, list[int]]
 
-def save_memory(memory: Memory, folder: str | os.PathLike[str]) -> None:
+
+class Stored(Protocol):
+    """What is saved and loaded: a :class:`~lightning_fot.memory.memory.Memory`."""
+
+    layers: dict[int, MemoryLayer]
+    log: TokenLog
+    saved: dict[str, Saved]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: tokens stored in each row."""
+        ...
+
+
+StoredT = TypeVar("StoredT", bound=Stored)
+
+
+def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Writes a memory; one already in the folder is replaced at once or not at all.
 
     Args:
-        memory: What to save.
+        memory: What to save; its ``saved`` then says what the folder holds.
+        fingerprint: Of the model that made it, JSON-able.
         folder: Made where it is missing.
 
     Raises:
-        SettingError: The folder cannot be written, or the memory was not made by a model.
+        SettingError: The folder cannot be written.
     """
-    if memory.fingerprint is None:
-        raise SettingError("memory", repr(memory), "belongs to no model", "Make it with the model's new_memory.")
     target = Path(folder)
     lengths = memory.lengths.tolist()
     try:
@@ -62,8 +77,8 @@ def save_memory(memory: Memory, folder: str | os.PathLike[str]) -> None:
         log_file = _write(target, "log", _log_entries(memory, log))
         index = {
             "format": FORMAT,
-            "fingerprint": memory.fingerprint(),
-            "rows": memory.batch_size,
+            "fingerprint": fingerprint,
+            "rows": len(lengths),
             "lengths": lengths,
             "pairs": shards,
             "log": log_file,
@@ -80,14 +95,15 @@ def save_memory(memory: Memory, folder: str | os.PathLike[str]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _already_there(memory: Memory, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def _already_there(memory: Stored, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Data files in the folder that hold the start of this memory, and how far each row is in them."""
-    nothing: tuple[list[dict[str, Any]], list[int]] = ([], [0] * memory.batch_size)
-    digest, lengths = memory.saved.get(str(target.resolve()), (None, []))
+    nothing: tuple[list[dict[str, Any]], list[int]] = ([], [0] * len(memory.lengths))
+    known = memory.saved.get(str(target.resolve()))
     index_file = target / INDEX_FILE
-    if digest is None or not index_file.is_file():
+    if known is None or not index_file.is_file():
         return nothing
     text = index_file.read_text(encoding="utf-8")
+    digest, lengths = known
     if _text_digest(text) != digest:
         return nothing
     shards = json.loads(text)["pairs"]
@@ -96,7 +112,7 @@ def _already_there(memory: Memory, target: Path) -> tuple[list[dict[str, Any]], 
     return shards, list(lengths)
 
 
-def _pairs(memory: Memory, start: list[int], stop: list[int]) -> list[Entry]:
+def _pairs(memory: Stored, start: list[int], stop: list[int]) -> list[Entry]:
     entries = []
     for number, layer in memory.layers.items():
         for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
@@ -128,7 +144,7 @@ def _store_entries(name: str, layer: MemoryLayer, store: KeyStore, start: list[i
     return entries
 
 
-def _log_entries(memory: Memory, log: dict[str, Tensor]) -> list[Entry]:
+def _log_entries(memory: Stored, log: dict[str, Tensor]) -> list[Entry]:
     tensors = dict(log)
     for number, layer in memory.layers.items():
         for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
@@ -138,23 +154,23 @@ def _log_entries(memory: Memory, log: dict[str, Tensor]) -> list[Entry]:
     return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
 
 
-def load_memory(lm: MemoryLM, folder: str | os.PathLike[str], retriever: Any = None) -> Memory:
+def load_memory(folder: str | os.PathLike[str], expected: dict[str, Any], empty: Callable[[int], StoredT]) -> StoredT:
     """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
 
     Pairs in one file are mapped, not read: the operating system brings in what is used.
 
     Args:
-        lm: The model that will read it.
         folder: As given to :func:`save_memory`.
-        retriever: In place of the model's own.
+        expected: Fingerprint of the model that will read it.
+        empty: Makes an empty memory of so many rows.
 
     Raises:
         SettingError: There is none, it is damaged, or it belongs to another model.
     """
     source = Path(folder)
     index, text = _read_index(source, folder)
-    _refuse_other_model(lm, index["fingerprint"], folder)
-    memory = lm.new_memory(index["rows"], retriever)
+    _refuse_other_model(expected, index["fingerprint"], folder)
+    memory = empty(index["rows"])
     try:
         log = _read_checked(source, index["log"], folder)
         memory.log = TokenLog.restore(log, index["documents"])
@@ -204,8 +220,7 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
     return index, text
 
 
-def _refuse_other_model(lm: MemoryLM, written: Any, folder: str | os.PathLike[str]) -> None:
-    own = fingerprint(lm)
+def _refuse_other_model(own: dict[str, Any], written: Any, folder: str | os.PathLike[str]) -> None:
     # Memories that do not name a factor were written before there was one.
     named = {"score_factor": 1.0, **written} if isinstance(written, dict) else {}
     if named == own:

@@ -8,14 +8,13 @@ from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.attachment import INTERFACE, Attachment
 from lightning_fot.model.backbone.layers import text_config
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained.backbones import check_backbone, load_backbone, pretrained_file
 from lightning_fot.pretrained.longllama import GATES_FILE
 from lightning_fot.pretrained.memory_settings import pretrained_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lightning_fot.model.lm import MemoryLM
 
 
 def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
@@ -40,13 +39,11 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
         >>> out.logits.shape, len(out.memory)
         (torch.Size([1, 40, 384]), 40)
     """
-    from lightning_fot.model.lm import MemoryLM
-
     if text_config(model)._attn_implementation == INTERFACE:
         raise SettingError(
             "model", type(model).__name__, "already has a memory attached", "Call detach() on the first one."
         )
-    return MemoryLM(Attachment(model, config), config)
+    return MemoryLM(Attachment(model, config))
 
 
 def attach_pretrained(name: str, weights_dtype: str = "float32", **settings: Any) -> MemoryLM:

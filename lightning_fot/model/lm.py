@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory, MemoryShape
 from lightning_fot.memory.on_disk import load_memory
@@ -22,11 +23,9 @@ from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.attention.crossbatch import RowTable
 from lightning_fot.model.backbone.attachment import Attachment
 from lightning_fot.model.backbone.fingerprint import fingerprint
-from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass, CrossbatchPass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.recorder import Recorder
-from lightning_fot.model.passes.rectified import RectifiedPass
 from lightning_fot.model.reading.generation import check_options, generate, read_cached, while_generating
 from lightning_fot.model.reading.inputs import (
     check_count,
@@ -62,25 +61,19 @@ class MemoryLM:
     The backbone's parameters stay its own: ``lm.model`` is the model that was given, its ``state_dict`` unchanged.
 
     Args:
-        attachment: The hooks on the backbone.
-        config: How the memory is read.
-
-    Attributes:
-        recorder: What passes note while ``record_queries`` or ``record_attention`` is open.
+        attachment: The hooks on the backbone, and how the memory is read.
     """
 
-    def __init__(self, attachment: Attachment, config: MemoryConfig) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self.model = attachment.model
-        self.config = config
-        self._fingerprint = partial(fingerprint, self)
-        self.recorder: Recorder | None = None
+        self._fingerprint = partial(fingerprint, attachment)
         self.gates = nn.ParameterDict()
-        if config.integration == "gate":
+        if self.config.integration == "gate":
             for index in attachment.memory_layers:
                 # sigmoid(0): memory and local context weigh alike before training.
                 self.gates[str(index)] = nn.Parameter(torch.zeros(attachment.facts[index].heads, device=self.device))
-            attachment.gates = {int(index): gate for index, gate in self.gates.items()}
+            attachment.hooks.gates = {int(index): gate for index, gate in self.gates.items()}
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
@@ -88,14 +81,24 @@ class MemoryLM:
         return self.attachment.memory_layers
 
     @property
+    def config(self) -> MemoryConfig:
+        """How the memory is read."""
+        return self.attachment.config
+
+    @property
     def device(self) -> torch.device:
         """Device of the backbone."""
-        return self.model.device
+        return self.attachment.device
 
     @property
     def vocabulary(self) -> int:
         """Tokens that the backbone knows."""
-        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        return self.attachment.vocabulary
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What passes of this thread note while ``record_queries`` or ``record_attention`` is open."""
+        return self.attachment.recorder
 
     def __enter__(self) -> Self:
         return self
@@ -134,9 +137,9 @@ class MemoryLM:
             SettingError: The retriever is a Python object, or ``folder`` is a file, holds anything else, or cannot be
                 written.
         """
-        save_attached(self, folder, tokenizer)
+        save_attached(self.attachment, folder, tokenizer)
 
-    def new_memory(self, batch_size: int = 1, retriever: Any = None) -> Memory:
+    def new_memory(self, batch_size: int = 1, retriever: RetrieverSpec | None = None) -> Memory:
         """An empty memory for this model.
 
         Args:
@@ -155,13 +158,17 @@ class MemoryLM:
             value_folder=folder,
         )
 
-    def load_memory(self, folder: str | os.PathLike[str]) -> Memory:
+    def load_memory(self, folder: str | os.PathLike[str], retriever: RetrieverSpec | None = None) -> Memory:
         """Reads a memory that this model wrote with ``Memory.save``.
+
+        Args:
+            folder: What it was saved in.
+            retriever: In place of ``config.retriever``.
 
         Raises:
             SettingError: There is none, it is damaged, or it belongs to another model.
         """
-        return load_memory(self, folder)
+        return load_memory(folder, self._fingerprint(), lambda rows: self.new_memory(rows, retriever))
 
     def __call__(
         self,
@@ -204,7 +211,7 @@ class MemoryLM:
         elif not update_memory:
             memory = memory.snapshot()
         collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
-        for logits in read_windows(self, ids, memory, lengths, places is not None, collector.read_from):
+        for logits in read_windows(self.attachment, ids, memory, lengths, places is not None, collector.read_from):
             collector.add(logits)
         output = MemoryLMOutput(loss=collector.loss(), logits=collector.logits())
         output.memory = memory
@@ -244,7 +251,7 @@ class MemoryLM:
             memory.log.begin(names)
         try:
             with _reporter(progress, ids.numel()) as report:
-                for _ in read_windows(self, ids, memory, lengths, places is not None, ids.shape[1], report):
+                for _ in read_windows(self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report):
                     pass
         finally:
             if document is not None:
@@ -303,7 +310,7 @@ class MemoryLM:
         read_prompt = partial(self._read_prompt, ids, lengths, cache)
         generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
         if update_memory:
-            vars(kept).update(vars(cache.memory))
+            kept.take(cache.memory)
             cache.memory = kept
         return generated
 
@@ -313,7 +320,7 @@ class MemoryLM:
         if last is not None and int(lengths.max()) > self.config.window:
             before = torch.where(lengths > self.config.window, lengths - last, 0)
             longest = int(before.max())
-            for _ in read_windows(self, ids[:, :longest], cache.memory, before, True, longest):
+            for _ in read_windows(self.attachment, ids[:, :longest], cache.memory, before, True, longest):
                 pass
             places = torch.arange(ids.shape[1] - int(before.min())) + before[:, None]
             ids = ids.gather(1, places.clamp_max(ids.shape[1] - 1).to(ids.device))
@@ -365,14 +372,9 @@ class MemoryLM:
             # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
             current = CrossbatchPass(shown, dict(collected.pairs), differentiable, gather)
             collected.pairs.clear()
-        with self.attachment.during(self.rectified(input_ids.shape[1]) or current):
+        with self.attachment.during(self.attachment.rectified(input_ids.shape[1]) or current):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
-
-    def rectified(self, length: int) -> Pass | None:
-        """What serves all layers in a window of ``length`` tokens with rectified positions; None without them."""
-        limit = self.config.max_distance
-        return None if limit is None else RectifiedPass(length, limit, self.device)
 
     @contextmanager
     def record_queries(self) -> Iterator[dict[int, list[Tensor]]]:
@@ -382,11 +384,8 @@ class MemoryLM:
             By layer, a list of (B·G, R·T, D) tensors, one a window, rotated as searched; bank = row · G + KV head.
         """
         queries: dict[int, list[Tensor]] = {}
-        outer, self.recorder = self.recorder, replace(self.recorder or Recorder(), queries=queries)
-        try:
+        with self.attachment.calls.during(recorder=replace(self.recorder or Recorder(), queries=queries)):
             yield queries
-        finally:
-            self.recorder = outer
 
     @contextmanager
     def record_attention(self) -> Iterator[AttentionTrace]:
@@ -396,11 +395,8 @@ class MemoryLM:
             ``with lm.record_attention() as trace: lm.generate(ids, memory)``, then ``trace.passages(memory)``.
         """
         trace = AttentionTrace()
-        outer, self.recorder = self.recorder, replace(self.recorder or Recorder(), attention=trace)
-        try:
+        with self.attachment.calls.during(recorder=replace(self.recorder or Recorder(), attention=trace)):
             yield trace
-        finally:
-            self.recorder = outer
 
     def _rows(
         self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None

@@ -18,11 +18,11 @@ from lightning_fot.system.files import replacing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.model.backbone.attachment import Attachment
 
 
 def save_attached(
-    lm: MemoryLM, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+    attached: Attachment, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Path:
     """Writes weights, memory settings and gates; see :meth:`lightning_fot.model.lm.MemoryLM.save_pretrained`.
 
@@ -35,24 +35,26 @@ def save_attached(
     Raises:
         SettingError: The retriever has no name, or the folder holds something else.
     """
-    settings = portable_settings(lm.config)
+    settings = portable_settings(attached.config)
     target = check_target(folder)
     with replacing(target) as fresh:
-        _write(lm, fresh, settings, tokenizer)
+        _write(attached, fresh, settings, tokenizer)
     return target
 
 
-def _write(lm: MemoryLM, folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _write(
+    attached: Attachment, folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     from safetensors.torch import save_file
 
-    lm.model.save_pretrained(folder)
+    attached.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    dtype = str(lm.model.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config | longllama_keys(lm.config, lm.memory_layers, dtype))
-    if len(lm.gates):
-        gates = {layer: gate.detach().cpu().contiguous() for layer, gate in lm.gates.items()}
+    dtype = str(attached.model.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config | longllama_keys(attached.config, attached.memory_layers, dtype))
+    if len(attached.gates):
+        gates = {str(layer): gate.detach().cpu().contiguous() for layer, gate in attached.gates.items()}
         save_file(gates, folder / GATES_FILE)
     files = sorted([*(path.name for path in folder.iterdir()), SETTINGS_FILE])
     _write_json(folder / SETTINGS_FILE, {"format": FORMAT, "memory": settings, "files": files})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
+from lightning_fot.pretrained.folder import DELTA_FILE
 from lightning_fot.system.package import shipped
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from lightning_fot.config.memory import MemoryConfig
 
-SETTINGS_FILE = "lightning_fot_delta.json"
 WEIGHTS_FILE = "delta.safetensors"
 FORMAT = 1
 # Names of those that come with the package, and their folders in it.
@@ -46,7 +46,7 @@ class Delta:
     @property
     def settings(self) -> Path:
         """What it says of itself, and of the memory that it was trained with."""
-        return self.folder / SETTINGS_FILE
+        return self.folder / DELTA_FILE
 
     @property
     def weights(self) -> Path:
@@ -61,13 +61,13 @@ def find_delta(name: str) -> Delta | None:
         SettingError: Its settings cannot be read, or its weights are missing.
     """
     folder = SHIPPED.get(name) or Path(name).expanduser()
-    file = folder / SETTINGS_FILE
+    file = folder / DELTA_FILE
     if not file.is_file():
         return None
     try:
         found = Delta(name, str(json.loads(file.read_text(encoding="utf-8"))["base"]), folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unusable(name, f"{SETTINGS_FILE} cannot be read ({error!r})") from error
+        raise _unusable(name, f"{DELTA_FILE} cannot be read ({error!r})") from error
     if not found.weights.is_file():
         raise _unusable(name, f"{WEIGHTS_FILE} is missing")
     if found.base == name:
@@ -146,8 +146,8 @@ def write_delta(
     settings = {"format": FORMAT, "base": base, "memory": portable_settings(memory), **facts}
     with replacing(target) as fresh:
         save_file(changes, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
-        content = json.dumps({**settings, "files": [SETTINGS_FILE, WEIGHTS_FILE]}, indent=2)
-        (fresh / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
+        content = json.dumps({**settings, "files": [DELTA_FILE, WEIGHTS_FILE]}, indent=2)
+        (fresh / DELTA_FILE).write_text(content + "\n", encoding="utf-8")
     return target
 
 

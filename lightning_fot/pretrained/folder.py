@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
-from lightning_fot.pretrained.delta import SETTINGS_FILE as DELTA_FILE
 from lightning_fot.pretrained.longllama import SETTINGS_FILE
 
 if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig
+
+# What says of a folder that it is a difference from a backbone, and what it holds.
+DELTA_FILE = "lightning_fot_delta.json"
 
 
 def portable_settings(config: MemoryConfig) -> dict[str, Any]:

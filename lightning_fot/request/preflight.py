@@ -22,6 +22,7 @@ from lightning_fot.config.combinations import check_training
 from lightning_fot.config.crossbatch import CrossbatchConfig
 from lightning_fot.config.evaluation import EvaluationConfig
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError, close_match
 from lightning_fot.request.request import Request
 from lightning_fot.system.package import shipped
@@ -189,7 +190,7 @@ def _build(kind: Any, request: Request, key: str) -> Any:
     return kind(**given)
 
 
-def _check_retriever(spec: Any) -> None:
+def _check_retriever(spec: RetrieverSpec) -> None:
     from lightning_fot.retrievers.registry import check_retriever
 
     check_retriever(spec)

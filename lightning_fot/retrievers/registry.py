@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.retriever import COMMON_ARGUMENTS, SETTING, check_value, layer_specs
+from lightning_fot.config.retriever import COMMON_ARGUMENTS, SETTING, RetrieverSpec, check_value, layer_specs
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers.plugins import LIMIT, ImportTimeoutError, constructor_arguments, describe, load, try_out
 
@@ -103,7 +103,7 @@ def available_retrievers() -> dict[str, RetrieverInfo]:
     return found
 
 
-def check_retriever(spec: Any) -> None:
+def check_retriever(spec: RetrieverSpec) -> None:
     """Refuse a retriever setting that cannot work; for built-in names without importing anything.
 
     Args:
@@ -135,7 +135,7 @@ def check_retriever(spec: Any) -> None:
         _check_arguments(_resolve(target), arguments)
 
 
-def create_retriever(spec: Any, dim: int, banks: int = 1, **kw: Any) -> Retriever:
+def create_retriever(spec: RetrieverSpec, dim: int, banks: int = 1, **kw: Any) -> Retriever:
     """Make a retriever.
 
     Args:
@@ -172,7 +172,7 @@ def create_retriever(spec: Any, dim: int, banks: int = 1, **kw: Any) -> Retrieve
     return made
 
 
-def _split(spec: Any) -> tuple[str | Callable[..., Any], dict[str, Any]]:
+def _split(spec: RetrieverSpec) -> tuple[str | Callable[..., Any], dict[str, Any]]:
     if isinstance(spec, Mapping):
         if "layers" in spec:
             raise SettingError(SETTING, dict(spec), "is by layer, and no layer is meant here", "Give one retriever.")

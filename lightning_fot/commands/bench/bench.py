@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.bench.measure import SHIPPED_KEYS
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.request.arguments import Parser
 
@@ -87,7 +88,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 def _specs(given: Sequence[str] | None, configured: Any) -> list[Any]:
     from lightning_fot.retrievers import available_retrievers, check_retriever
 
-    specs: list[Any] = []
+    specs: list[RetrieverSpec] = []
     for word in given or []:
         try:
             specs.append(json.loads(word) if word.lstrip().startswith("{") else word)
@@ -126,7 +127,7 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
     if options.record is not None:
         if options.file is not None:
             raise SettingError("file", str(options.file), "is not read with --record", "Leave it out.")
-        from lightning_fot.commands.bench.record import record
+        from lightning_fot.sweep.recording import record
 
         return record(options, overrides, program)
     if overrides:
@@ -201,7 +202,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise SettingError(name, str(path), "cannot be written there", "Give a file in a folder that exists.")
 
 
-def _measure(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(file: Path, specs: Sequence[RetrieverSpec], k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     from lightning_fot.bench.measure import layer_of, load_metadata, load_qk, measure_retriever, scale_of
     from lightning_fot.config.retriever import layer_spec
     from lightning_fot.system.progress import JobProgress
@@ -234,7 +235,7 @@ def _measure(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespa
     return rows
 
 
-def _label(spec: Any) -> str:
+def _label(spec: RetrieverSpec) -> str:
     return str(spec.get("name", "by layer")) if isinstance(spec, dict) else str(spec)
 
 

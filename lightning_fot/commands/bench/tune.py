@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.system.files import write_json, write_text
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_fot.bench.goals import Choice, Goal
 
 
-def tune(file: Path, specs: Sequence[Any], k: int, options: argparse.Namespace, program: str) -> int:
+def tune(file: Path, specs: Sequence[RetrieverSpec], k: int, options: argparse.Namespace, program: str) -> int:
     """Runs the command.
 
     Args:

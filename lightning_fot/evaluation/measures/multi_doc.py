@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.perplexity import block_sums, losses_with_memory
-from lightning_fot.evaluation.measures.retrieval import Capture, attention_scale, index_used, sample_rows
-from lightning_fot.evaluation.plan import INGEST_COST
-from lightning_fot.evaluation.rows import Record
-from lightning_fot.memory.on_disk import load_memory
+from lightning_fot.evaluation.measures.retrieval import Capture, index_used, sample_rows
+from lightning_fot.evaluation.plan import INGEST_COST, Rows
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
@@ -34,16 +33,16 @@ _QUERIES = 128
 
 def measure_distraction(
     lm: MemoryLM,
-    spec: Any,
+    spec: RetrieverSpec,
     documents: Sequence[tuple[str, Tensor, Tensor]],
     others: Tensor,
     amounts: Sequence[int],
     advance: Callable[[float], None] = lambda units: None,
     *,
     done: Sequence[Mapping[str, Any]] = (),
-    keep: Callable[[Record], None] = lambda rows: None,
+    keep: Callable[[Rows], None] = lambda rows: None,
     folder: Path | None = None,
-) -> Record:
+) -> Rows:
     """Reads other documents once, piece by piece, and each document behind each amount of them.
 
     Killed and called again with what it has kept, it goes on behind the last row; with a folder, the other documents
@@ -64,7 +63,7 @@ def measure_distraction(
         For each amount and document: ``document``, ``distractor_tokens``, ``blocks`` (as for perplexity),
         ``own_share`` (None where the memory has a capacity), ``index_used``, ``target_s``.
     """
-    rows: Record = [dict(row) for row in done]
+    rows: Rows = [dict(row) for row in done]
     known = Counter(row["distractor_tokens"] for row in rows)
     left = [amount for amount in amounts if known[amount] < len(documents)]
     shared, read = _kept(lm, spec, folder, amounts)
@@ -82,11 +81,11 @@ def measure_distraction(
     return rows
 
 
-def _kept(lm: MemoryLM, spec: Any, folder: Path | None, amounts: Sequence[int]) -> tuple[Memory, int]:
+def _kept(lm: MemoryLM, spec: RetrieverSpec, folder: Path | None, amounts: Sequence[int]) -> tuple[Memory, int]:
     """The memory of the other documents as far as it was read before, and their tokens; an empty one otherwise."""
     if folder is not None and folder.is_dir():
         try:
-            memory = load_memory(lm, folder, spec)
+            memory = lm.load_memory(folder, spec)
         except SettingError:
             # Written by other weights, or damaged: it is read again.
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +158,7 @@ def own_share(
     shares = []
     for number, found in queries.items():
         begin, end = before[number], None if after is None else after[number]
-        scale = attention_scale(lm, number)
+        scale = lm.attachment.attention_scale(number)
         for bank, asked in enumerate(sample_rows(found, _QUERIES).float()):
             everything = own = torch.full((len(asked),), -torch.inf, device=asked.device)
             for first, keys in memory.layers[number].key_blocks(bank):

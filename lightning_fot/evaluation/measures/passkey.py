@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.evaluation.measures.perplexity import read_logits
 from lightning_fot.evaluation.measures.whole_text import read_whole
 
@@ -74,7 +75,7 @@ def split_prompt(example: PasskeyExample, local: int) -> tuple[list[int], list[i
 def shared_memories(
     lm: MemoryLM,
     prefixes: Sequence[Sequence[int]],
-    retriever: Any,
+    retriever: RetrieverSpec,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Memory]]:
     """A memory of each prefix, each distinct run of windows read once.

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
-from lightning_fot.evaluation.measures.retrieval import attention_scale
 from lightning_fot.system.files import follow_umask
 
 if TYPE_CHECKING:
@@ -212,7 +211,7 @@ class Recording:
             "text": text,
             "layers": list(self.lm.memory_layers),
             "tokens": self.tokens,
-            "scale": {layer: attention_scale(self.lm, layer) for layer in self.lm.memory_layers},
+            "scale": {layer: self.lm.attachment.attention_scale(layer) for layer in self.lm.memory_layers},
             **{name: getattr(config, name) for name in ("window", "overlap", "sink_tokens", "skip_window_start")},
             "top_k": config.top_k,
             "positions": config.positions,

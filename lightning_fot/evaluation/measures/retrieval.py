@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_fot.config.retriever import retriever_label
+from lightning_fot.config.retriever import RetrieverSpec, retriever_label
 from lightning_fot.evaluation.speed.limits import scan_limit, scanned_bytes
 from lightning_fot.evaluation.speed.timing import SearchTimes, time_calls
 
@@ -213,12 +213,6 @@ def index_used(memory: Memory) -> bool | None:
     return found
 
 
-def attention_scale(lm: MemoryLM, layer: int) -> float:
-    """The factor on q·k inside a memory layer's softmax."""
-    module = lm.attachment.attentions[layer]
-    return float(getattr(module, "scaling", lm.attachment.facts[layer].head_dim ** -0.5)) * lm.attachment.score_factor
-
-
 class Capture:
     """Real queries of one text, and the memory they searched.
 
@@ -261,7 +255,7 @@ class Capture:
 
 
 def measure_capture(
-    capture: Capture, spec: Any, config: EvaluationConfig, advance: Callable[[float], None] | None = None
+    capture: Capture, spec: RetrieverSpec, config: EvaluationConfig, advance: Callable[[float], None] | None = None
 ) -> list[dict[str, Any]]:
     """Recall and speed of a retriever over its query settings, built anew on the captured keys of each layer.
 
@@ -299,7 +293,7 @@ def measure_capture(
             sample_rows(queries, config.retrieval_queries),
             past_queries=torch.cat(past, dim=1) if past else None,
             k=capture.lm.config.top_k,
-            scale=attention_scale(capture.lm, number),
+            scale=capture.lm.attachment.attention_scale(number),
             query_grid=grid,
             repeats=config.retrieval_repeats,
         )
@@ -373,7 +367,7 @@ def live_quality(
     # Windows that keep sinks or an overlap do not begin at whole windows, and dropped pairs shift the others.
     known = sinks and config.capacity is None and not config.overlap and not config.sink_tokens
     starts = window_starts(max(layer.lengths), config.window - config.skip_window_start) if known else None
-    return retrieval_quality(layer, queries, rows, scale=attention_scale(lm, number), sink_rows=starts)
+    return retrieval_quality(layer, queries, rows, scale=lm.attachment.attention_scale(number), sink_rows=starts)
 
 
 def _by_bank(layer: MemoryLayer, queries: Tensor) -> Tensor:

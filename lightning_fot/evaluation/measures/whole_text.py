@@ -48,7 +48,11 @@ def read_whole(
         parts = _one_window(lm, ids, keep)
     else:
         # The last window is full, as that of a text read without its context is.
-        parts = read_dilated(lm, ids[None], keep, True) if reading == "dilated" else _local_windows(lm, ids, keep)
+        parts = (
+            read_dilated(lm.attachment, ids[None], keep, True)
+            if reading == "dilated"
+            else _local_windows(lm, ids, keep)
+        )
     for tokens, logits in parts:
         advance(tokens)
         if logits is not None:
@@ -59,7 +63,7 @@ def _one_window(lm: MemoryLM, ids: Tensor, keep: int) -> Iterator[tuple[int, Ten
     lm.attachment.check_attached()
     length = len(ids)
     cache = DynamicCache(config=lm.model.config)
-    rectified = lm.rectified(length)
+    rectified = lm.attachment.rectified(length)
     with at_length(lm.model, length):
         for start in range(0, length, CHUNK):
             part = ids[None, start : start + CHUNK]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.config.tasks import DistractionTask
 from lightning_fot.evaluation.measures.multi_doc import own_share
 from lightning_fot.evaluation.measures.retrieval import index_used
@@ -41,7 +42,7 @@ class Distraction:
         self._settings = settings
         self._texts = texts
 
-    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Advance) -> list[Row]:
+    def measure(self, lm: MemoryLM, length: int, spec: RetrieverSpec | None, advance: Advance) -> list[Row]:
         """A row for each number of documents: ``documents``, the fields of :func:`shares` as lists, ``index_used``."""
         window = lm.config.window
         contexts = [ids_of(text, 0, length).to(lm.device) for text in self._texts]
@@ -60,7 +61,7 @@ def distraction(
     targets: Sequence[Tensor],
     count: int,
     scored: int,
-    spec: Any = None,
+    spec: RetrieverSpec | None = None,
     advance: Advance = lambda units: None,
 ) -> Row:
     """Shares of the attention of the first ``scored`` documents, each in a memory of ``count`` of them.
@@ -128,7 +129,7 @@ def shares(lm: MemoryLM, memory: Memory, first: int, stop: int, target: Tensor) 
 
 def _read_alone(lm: MemoryLM, context: Tensor, advance: Advance = lambda units: None) -> Memory:
     memory = lm.new_memory(1, "exact")
-    read(lm, context, memory, lambda tokens: advance(tokens * INGEST_COST))
+    read(lm.attachment, context, memory, lambda tokens: advance(tokens * INGEST_COST))
     return memory
 
 

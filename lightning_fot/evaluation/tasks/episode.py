@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fot.config.retriever import RetrieverSpec
+
 if TYPE_CHECKING:
     from lightning_fot.model.lm import MemoryLM
 
@@ -48,7 +50,9 @@ class Episode:
 class Measure(Protocol):
     """A task that asks no questions: it measures by itself."""
 
-    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Callable[[float], None]) -> list[dict[str, Any]]:
+    def measure(
+        self, lm: MemoryLM, length: int, spec: RetrieverSpec | None, advance: Callable[[float], None]
+    ) -> list[dict[str, Any]]:
         """Rows of one of the lengths that are set, JSON-able, with ``index_used``.
 
         Args:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fot.config.retriever import EXACT, NONE
+from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec
 from lightning_fot.evaluation.measures.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.measures.retrieval import index_used, live_quality, sample_rows
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST, Phase
@@ -115,7 +115,9 @@ class TaskRunner:
     def __contains__(self, section: str) -> bool:
         return section in self._tasks
 
-    def measure(self, phase: Phase, spec: Any, in_order: Callable[[int, Callable[[int], Row]], list[Row]]) -> list[Row]:
+    def measure(
+        self, phase: Phase, spec: RetrieverSpec, in_order: Callable[[int, Callable[[int], Row]], list[Row]]
+    ) -> list[Row]:
         """Rows of a phase, one an episode: ``right``, ``tokens`` and ``nats`` of each answer, and what it took.
 
         Args:
@@ -134,7 +136,7 @@ class TaskRunner:
         """Lets go of the memory."""
         self._kept = None
 
-    def _measure(self, episode: Episode, kind: str, spec: Any) -> Row:
+    def _measure(self, episode: Episode, kind: str, spec: RetrieverSpec) -> Row:
         row: Row = {"index_used": None}
         reading, asking = Stopwatch(self._lm.device), Stopwatch(self._lm.device)
         memory = None
@@ -161,7 +163,7 @@ class TaskRunner:
             row |= self._quality(episode.probes, memory)
         return row
 
-    def _memory(self, context: Ids, kind: str, spec: Any, watch: Stopwatch) -> tuple[Memory, int]:
+    def _memory(self, context: Ids, kind: str, spec: RetrieverSpec, watch: Stopwatch) -> tuple[Memory, int]:
         """A memory that holds the context, its index built, and the tokens that had to be read for it."""
         config = self._lm.config
         # A text is cut where windows are, and only where they share nothing.
@@ -186,7 +188,7 @@ class TaskRunner:
         if len(ids):
             new = torch.from_numpy(ids.astype(np.int64))
             with watch.running(memory):
-                read(self._lm, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
+                read(self._lm.attachment, new, memory, lambda tokens: self._advance(tokens * INGEST_COST))
                 memory.flush()
 
     def _quality(self, probes: Sequence[Probe], memory: Memory) -> Row:

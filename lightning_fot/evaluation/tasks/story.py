@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.config.tasks import StoryTask
 from lightning_fot.evaluation.measures.perplexity import read_logits, token_losses
 from lightning_fot.evaluation.measures.retrieval import index_used
@@ -42,7 +43,9 @@ class Story:
         self._longest = settings.lengths[-1]
 
     @torch.no_grad()
-    def measure(self, lm: MemoryLM, length: int, spec: Any, advance: Callable[[float], None]) -> list[Row]:
+    def measure(
+        self, lm: MemoryLM, length: int, spec: RetrieverSpec | None, advance: Callable[[float], None]
+    ) -> list[Row]:
         """A row for each story.
 
         Returns:
@@ -58,7 +61,7 @@ class Story:
             if spec is not None:
                 memory = lm.new_memory(1, spec)
                 context = ids_of(text, start - length, start)
-                read(lm, context, memory, lambda tokens: advance(tokens * INGEST_COST))
+                read(lm.attachment, context, memory, lambda tokens: advance(tokens * INGEST_COST))
                 memory.flush()
             row: Row = {"story": text.name, "index_used": None if memory is None else index_used(memory), "windows": []}
             parts = []

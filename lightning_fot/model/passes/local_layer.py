@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import RotaryFn, rotate, unrotate
 from lightning_fot.model.passes.base import LayerCall
-
-if TYPE_CHECKING:
-    from lightning_fot.model.passes.local_window import MemoryCache
+from lightning_fot.model.passes.columns import Columns
 
 _FIRST_CAPACITY = 64
 
@@ -26,7 +24,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     the window moves, the rotation is taken off again.
 
     Args:
-        cache: Tells which columns a forward adds.
+        columns: Tells which columns a forward adds.
         is_memory_layer: Whether keys come without rotation, and are kept so.
     """
 
@@ -35,9 +33,9 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     values: Tensor
     """(B, G, S, D): a view."""
 
-    def __init__(self, cache: MemoryCache, is_memory_layer: bool) -> None:
+    def __init__(self, columns: Columns, is_memory_layer: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        self._columns = columns
         self._given = "keys" if is_memory_layer else "rotated"
         self.angles: Angles | None = None
         self._rotary: RotaryFn | None = None
@@ -50,8 +48,8 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds (B, G, L, D) keys and values; returns all local ones."""
         self.is_initialized = True
-        self.keys = self._write(self._given, key_states, self._cache.committed)
-        self.values = self._write("values", value_states, self._cache.committed)
+        self.keys = self._write(self._given, key_states, self._columns.committed)
+        self.values = self._write("values", value_states, self._columns.committed)
         return self.keys, self.values
 
     def before_rotation(self, call: LayerCall, angles: Angles) -> None:
@@ -65,7 +63,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         plain = self._buffers.pop("plain", None)
         if plain is None or call.rotary is None:
             return
-        width = self._cache.committed
+        width = self._columns.committed
         plain = plain[:, :, :width]
         cos, sin = (part.float() for part in angles.first(width))
         self._write("rotated", call.rotary(plain[:, :1], plain, cos, sin)[1].to(self.values.dtype), 0)
@@ -74,7 +72,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Rotates queries (B, H, L, D) of the last L columns, and those of all keys (B, G, S, D) that are not yet."""
         if self._given == "rotated" or call.rotary is None or call.position_embeddings is None:
             return query, key
-        start = self._cache.rotated
+        start = self._columns.rotated
         local_query, rotated = rotate(call.rotary, query, key[:, :, start:], call.position_embeddings)
         return local_query, self._write("rotated", rotated, start)
 
@@ -114,7 +112,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, those in memory included."""
-        return self._cache.seen
+        return self._columns.seen
 
     def get_max_length(self) -> int:
         """-1: the text may go on for ever."""
@@ -129,7 +127,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._buffers[name] = buffer
             return buffer
         if buffer is None or buffer.shape[2] < stop:
-            capacity = max(stop, min(2 * stop, self._cache.config.window), _FIRST_CAPACITY)
+            capacity = max(stop, min(2 * stop, self._columns.window), _FIRST_CAPACITY)
             grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if buffer is not None:
                 grown[:, :, :start] = buffer[:, :, :start]

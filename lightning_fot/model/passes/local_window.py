@@ -23,6 +23,7 @@ from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import Embeddings
 from lightning_fot.model.attention.softmax import attend, causal_mask
 from lightning_fot.model.passes.base import LayerCall, Pass
+from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
 from lightning_fot.model.passes.recorder import Recorder, searched_queries
 
@@ -51,23 +52,18 @@ class MemoryCache(Cache, Pass):
         num_layers: int,
         recorder: Recorder | None = None,
     ) -> None:
-        self.local_layers = [LocalLayer(self, index in memory.layers) for index in range(num_layers)]
+        self.columns = Columns(config.window)
+        self.local_layers = [LocalLayer(self.columns, index in memory.layers) for index in range(num_layers)]
         super().__init__(layers=list(self.local_layers))
         self.memory = memory
         self.config = config
         self.recorder = recorder
-        self.seen = 0
-        """Columns of text read, those in memory included."""
         self.ends: Tensor | None = None
         """(B,) int64 on the CPU: column at which the tokens of each row end; what follows is padding."""
         self.before_first: Callable[[int], None] | None = None
         """Called once with the number of rows, before the first forward."""
         self.widths = [0] * memory.batch_size
         """Local tokens of each row."""
-        self.committed = 0
-        """Local columns before the forward in progress."""
-        self.rotated = 0
-        """Columns whose rotated keys the forward in progress can use again."""
         self.positions = torch.zeros(1, 0, dtype=torch.int64)
         """(1 or B, n) int64: places, counted from each row's first local token, of the columns from ``rotated`` on."""
         rows, device = memory.batch_size, memory.shape.device
@@ -86,6 +82,15 @@ class MemoryCache(Cache, Pass):
         self._group = 1
         self._common = 0
         self._diverged = False
+
+    @property
+    def seen(self) -> int:
+        """Columns of text read, those in memory included."""
+        return self.columns.seen
+
+    @seen.setter
+    def seen(self, count: int) -> None:
+        self.columns.seen = count
 
     @property
     def room(self) -> int:
@@ -124,29 +129,32 @@ class MemoryCache(Cache, Pass):
                 "input_ids", ids.shape[1], f"tokens at once do not fit a window of {window} that keeps {kept}",
                 "Use the attached model's generate or call, which cut long input.",
             )  # fmt: skip
-        self.committed = self._ids.shape[1]
-        self.rotated = 0 if self._moved else self.committed
+        self.columns.committed = self._ids.shape[1]
+        self.columns.rotated = 0 if self._moved else self.columns.committed
         self._masks.clear()
         self._given.clear()
-        if tokens is None and min(self.widths) == self.committed:
+        if tokens is None and min(self.widths) == self.columns.committed:
             self._valid = None
-            places = torch.arange(self.committed + ids.shape[1], device=device)[None]
+            places = torch.arange(self.columns.committed + ids.shape[1], device=device)[None]
         else:
             fresh = torch.ones(ids.shape, dtype=torch.bool, device=device) if tokens is None else tokens
             self._valid = torch.cat([self._present(), fresh], dim=1)
             places = (self._valid.cumsum(1) - 1).clamp_min(0)
-        self.positions = places[:, self.rotated :]
-        storable = (places[:, self.committed :] >= self.config.skip_window_start).expand(ids.shape)
+        self.positions = places[:, self.columns.rotated :]
+        storable = (places[:, self.columns.committed :] >= self.config.skip_window_start).expand(ids.shape)
         self._ids = torch.cat([self._ids, ids.to(device)], dim=1)
         self._storable = torch.cat([self._storable, storable], dim=1)
 
     def end(self, completed: bool) -> None:
         """Counts the tokens of a forward, or takes back those of one that failed."""
         if not completed:
-            self._ids, self._storable = self._ids[:, : self.committed], self._storable[:, : self.committed]
+            self._ids, self._storable = (
+                self._ids[:, : self.columns.committed],
+                self._storable[:, : self.columns.committed],
+            )
             return
         self._moved = False
-        self.seen += self._ids.shape[1] - self.committed
+        self.seen += self._ids.shape[1] - self.columns.committed
         self.widths = [width + count for width, count in zip(self.widths, self._arriving, strict=True)]
         if self._valid is not None and not torch.equal(self._valid, self._present()):
             self._arrange(self._valid)
@@ -172,7 +180,7 @@ class MemoryCache(Cache, Pass):
             if angles is None:
                 angles = Angles()
                 self._angles.append(angles)
-            angles.put(self.rotated, embeddings)
+            angles.put(self.columns.rotated, embeddings)
             self._given[id(embeddings)] = embeddings, angles
         layer.before_rotation(call, self._given[id(embeddings)][1])
 
@@ -184,7 +192,7 @@ class MemoryCache(Cache, Pass):
         mask = self._mask(query.shape[2], key.shape[2], call.sliding_window, query.device)
         outside = on_weights = None
         if call.is_memory_layer:
-            if self.rotated == 0:
+            if self.columns.rotated == 0:
                 # The call knows the rotation of column 0, at which positions start.
                 self._zero[call.layer_idx] = call.to_position_zero
             queries = searched_queries(self.memory, call.layer_idx, local_query, self.recorder)

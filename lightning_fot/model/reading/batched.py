@@ -10,54 +10,58 @@ from torch import Tensor
 
 from lightning_fot.memory.token_log import TokensRead
 from lightning_fot.model.passes.crossbatch import CollectPass
+from lightning_fot.model.reading.windows import read_windows
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
-    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.model.backbone.attachment import Attachment
 
 # Tokens of a batch. A model of 4 layers and width 256 reads windows of 256 at 17,500 tokens/s one by one, at 19,900 in
 # batches of 1,024, at 18,000 of 4,096 and at 15,000 of 16,384 (one core).
 BATCH_TOKENS = 2048
 
 
-def windows_are_independent(lm: MemoryLM) -> bool:
+def windows_are_independent(attached: Attachment) -> bool:
     """Whether what a window stores depends on that window alone.
 
     It does where the memory layer is the only one: nothing below it reads the memory. An overlap or sinks also bring
     earlier tokens in.
     """
-    return len(lm.memory_layers) == 1 and not (lm.config.overlap or lm.config.sink_tokens)
+    return len(attached.memory_layers) == 1 and not (attached.config.overlap or attached.config.sink_tokens)
 
 
 @torch.no_grad()
-def read(lm: MemoryLM, ids: Tensor, memory: Memory, advance: Callable[[int], None] | None = None) -> None:
-    """Adds a text to a memory: the same pairs as ``lm.ingest`` stores, several windows at a time where that may be.
+def read(attached: Attachment, ids: Tensor, memory: Memory, advance: Callable[[int], None] | None = None) -> None:
+    """Adds a text to a memory: the same pairs as ``MemoryLM.ingest`` stores, several windows at a time where possible.
 
     Args:
-        lm: The model.
+        attached: The model with its memory layers.
         ids: (n,) int64; the last window may be shorter.
         memory: Of one row, extended in place.
         advance: Called with the tokens of each step.
     """
     tell = advance or (lambda tokens: None)
-    window = lm.config.window
-    whole = len(ids) // window * window if windows_are_independent(lm) else 0
+    window = attached.config.window
+    whole = len(ids) // window * window if windows_are_independent(attached) else 0
     step = max(1, BATCH_TOKENS // window) * window
     for start in range(0, whole, step):
         part = ids[start : min(start + step, whole)]
-        _read_windows(lm, part.view(-1, window).to(lm.device), memory)
+        _read_windows(attached, part.view(-1, window).to(attached.device), memory)
         tell(len(part))
     if whole < len(ids):
-        lm.ingest(ids[None, whole:], memory=memory, progress=tell)
+        rest = ids[None, whole:].to(attached.device)
+        length = rest.shape[1]
+        for _ in read_windows(attached, rest, memory, torch.tensor([length]), False, length, tell):
+            pass
 
 
-def _read_windows(lm: MemoryLM, windows: Tensor, memory: Memory) -> None:
+def _read_windows(attached: Attachment, windows: Tensor, memory: Memory) -> None:
     """Windows (n, T) as one step of n·T tokens."""
-    layer = lm.memory_layers[-1]
+    layer = attached.memory_layers[-1]
     current = CollectPass(layer)
-    with lm.attachment.during(current):
-        lm.model(input_ids=windows, use_cache=False)
-    skip = lm.config.skip_window_start
+    with attached.during(current):
+        attached.model(input_ids=windows, use_cache=False)
+    skip = attached.config.skip_window_start
 
     def in_a_row(tensor: Tensor) -> Tensor:
         """(n, G, T, D) → (1, G, n·(T - skip), D)."""

@@ -13,16 +13,16 @@ from lightning_fot.model.passes.base import Pairs
 from lightning_fot.model.passes.dilated import DilatedPass, patterns_of
 
 if TYPE_CHECKING:
-    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.model.backbone.attachment import Attachment
 
 
 def read_dilated(
-    lm: MemoryLM, input_ids: Tensor, keep: int, ends_full: bool = False
+    attached: Attachment, input_ids: Tensor, keep: int, ends_full: bool = False
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Reads texts window by window; memory layers keep keys and values of their longest segment in progress.
 
     Args:
-        lm: The attached model.
+        attached: The model with its memory layers.
         input_ids: (N, T) int64; what stands at the end of a shorter text changes nothing before it.
         keep: Tokens at the end whose logits are wanted.
         ends_full: Let the first window be the shorter one, where windows do not divide the text, and not the last.
@@ -30,19 +30,19 @@ def read_dilated(
     Yields:
         Tokens of each text read, and logits (N, n, vocabulary) of the next tokens of the end, or None.
     """
-    patterns = patterns_of(lm.config)
+    patterns = patterns_of(attached.config)
     earlier: Pairs = {}
-    length, window = input_ids.shape[1], lm.config.window
+    length, window = input_ids.shape[1], attached.config.window
     rest = length % window if ends_full else 0
     starts = [0, *range(rest or window, length, window)]
     for start, stop in pairwise([*starts, length]):
         part = input_ids[:, start:stop]
         wanted = max(0, stop - max(start, length - keep))
-        stop_layer = None if wanted else lm.memory_layers[-1]
-        current = DilatedPass(patterns, part.shape[1], 1, len(part), lm.device, start, earlier, stop_layer)
+        stop_layer = None if wanted else attached.memory_layers[-1]
+        current = DilatedPass(patterns, part.shape[1], 1, len(part), attached.device, start, earlier, stop_layer)
         logits: Tensor | None = None
-        with lm.attachment.during(current):
-            logits = lm.model(input_ids=part, use_cache=False, logits_to_keep=wanted).logits
+        with attached.during(current):
+            logits = attached.model(input_ids=part, use_cache=False, logits_to_keep=wanted).logits
         kept = stop - first_needed(stop, patterns)
         earlier = {
             layer: (keys[:, :, keys.shape[2] - kept :], values[:, :, values.shape[2] - kept :])

@@ -16,11 +16,11 @@ from lightning_fot.model.reading.dilated import read_dilated
 from lightning_fot.model.reading.generation import forward_cached
 
 if TYPE_CHECKING:
-    from lightning_fot.model.lm import MemoryLM
+    from lightning_fot.model.backbone.attachment import Attachment
 
 
 def read_windows(
-    lm: MemoryLM,
+    attached: Attachment,
     ids: Tensor,
     memory: Memory,
     lengths: Tensor,
@@ -31,7 +31,7 @@ def read_windows(
     """Reads rows into a memory, as the settings have it: in windows that overlap or do not, or dilated.
 
     Args:
-        lm: The attached model.
+        attached: The model with its memory layers.
         ids: (B, T) int64, each row's tokens first.
         memory: Extended in place.
         lengths: (B,) tokens of each row.
@@ -44,47 +44,47 @@ def read_windows(
         Logits (B, n, vocabulary) of the next tokens that are wanted.
     """
     length = ids.shape[1]
-    if lm.config.segments:
-        for read, logits in read_dilated(lm, ids, length - keep_from):
+    if attached.config.segments:
+        for read, logits in read_dilated(attached, ids, length - keep_from):
             if logits is not None:
                 yield logits
             report(len(ids) * read)
         return
-    if lm.config.overlap or lm.config.sink_tokens:
-        cache = MemoryCache(memory, lm.config, len(lm.attachment.attentions), recorder=lm.recorder)
+    if attached.config.overlap or attached.config.sink_tokens:
+        cache = MemoryCache(memory, attached.config, len(attached.attentions), recorder=attached.recorder)
         cache.ends = lengths
         while cache.seen < length:
             start, stop = cache.seen, min(length, cache.seen + cache.room)
-            logits = forward_cached(lm.model, ids[:, start:stop], cache, stop - max(start, keep_from))
+            logits = forward_cached(attached.model, ids[:, start:stop], cache, stop - max(start, keep_from))
             if logits is not None:
                 yield logits
             report(ids[:, start:stop].numel())
         cache.finish()
         return
-    for start in range(0, length, lm.config.window):
-        part = ids[:, start : start + lm.config.window]
+    for start in range(0, length, attached.config.window):
+        part = ids[:, start : start + attached.config.window]
         counts = (lengths - start).clamp(0, part.shape[1]) if ragged else None
         wanted = min(part.shape[1], start + part.shape[1] - keep_from)
-        logits = _read_window(lm, part, memory, counts, max(0, wanted))
+        logits = _read_window(attached, part, memory, counts, max(0, wanted))
         if logits is not None:
             yield logits
         report(part.numel())
 
 
 def _read_window(
-    lm: MemoryLM, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int
+    attached: Attachment, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int
 ) -> Tensor | None:
     """One window beside the memory, then into it. Logits (B, logits_to_keep, V); None for 0."""
-    if not lm.memory_layers and logits_to_keep == 0:
+    if not attached.memory_layers and logits_to_keep == 0:
         return None
-    stop = lm.memory_layers[-1] if logits_to_keep == 0 else None
+    stop = attached.memory_layers[-1] if logits_to_keep == 0 else None
     places = torch.arange(ids.shape[1])
     valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
-    current = WindowPass(memory, lm.config.top_k, stop, lm.recorder, None if counts is None else valid)
+    current = WindowPass(memory, attached.config.top_k, stop, attached.recorder, None if counts is None else valid)
     logits: Tensor | None = None
-    with lm.attachment.during(lm.rectified(ids.shape[1]) or current):
-        logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
-    skip = min(lm.config.skip_window_start, ids.shape[1])
+    with attached.during(attached.rectified(ids.shape[1]) or current):
+        logits = attached.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
+    skip = min(attached.config.skip_window_start, ids.shape[1])
     pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}
     stored = None if counts is None else (counts - skip).clamp_min(0)
     memory.append(pairs, stored, TokensRead(ids, valid, valid & (places >= skip)))

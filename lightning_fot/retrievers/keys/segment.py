@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.keys.codes import CodeBook
-
-if TYPE_CHECKING:
-    from lightning_fot.retrievers.keys.store import KeyStore
 
 _FIRST_CAPACITY = 256
 # Beyond this many rows a buffer grows by half instead of doubling: spare room is memory that nobody uses.
@@ -43,7 +40,7 @@ class Segment:
         self.folder = folder
         self.fixed = False
         # How far each store that reads this segment has filled or uses each bank.
-        self.claims: WeakKeyDictionary[KeyStore, list[int]] = WeakKeyDictionary()
+        self.claims: WeakKeyDictionary[object, list[int]] = WeakKeyDictionary()
         self.books: dict[int, CodeBook] = {}
         self._file: BinaryIO | None = None
         self.data = torch.zeros(banks, 0, dim, dtype=dtype, device=device)

@@ -1,0 +1,203 @@
+"""Hooks on a transformers model, by which its memory layers serve the pass of the call in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_fot.errors import SettingError
+from lightning_fot.memory.token_log import UNKNOWN_TOKEN
+from lightning_fot.model.attention.rotary import Embeddings, find_rotary, identity_rotary
+from lightning_fot.model.backbone.calls import Calls
+from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of
+from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
+from lightning_fot.model.passes.local_window import MemoryCache
+from lightning_fot.model.passes.probe import LayerFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Attribute of a cosine table that names the pass which its layers served: the table outlives the pass where layers are
+# run again in the backward pass.
+_PASS = "lightning_fot_pass"
+
+
+class Hooks:
+    """Hooks on the attention layers, the decoder and the rotary modules of one model.
+
+    Args:
+        model: The backbone.
+        attentions: Its attention layers by number.
+        backends: The attention function that each of them used before.
+        memory_layers: Which of them are memory layers.
+        calls: What the model is doing.
+        selected: Tells whether the model takes its attention from this package now.
+        check_attached: Raises where it does not, and a call needs it to.
+
+    Attributes:
+        facts: What is known of each layer.
+        gates: (H,) logits of the memory's share, by layer.
+        positions: ``first`` or ``none``: whether memory layers rotate.
+        score_factor: Factor on scores of memory layers, where a call does not set its own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attentions: Mapping[int, nn.Module],
+        backends: Mapping[int, AttentionFn],
+        memory_layers: tuple[int, ...],
+        calls: Calls,
+        selected: Callable[[], bool],
+        check_attached: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.memory_layers = memory_layers
+        self.calls = calls
+        self.facts: dict[int, LayerFacts] = {}
+        self.gates: dict[int, nn.Parameter] = {}
+        self.positions = "first"
+        self.score_factor = 1.0
+        self._backends = backends
+        self._selected = selected
+        self._check_attached = check_attached
+        self._handles = [
+            layer.register_forward_pre_hook(self._before_attention(index, layer), with_kwargs=True)
+            for index, layer in attentions.items()
+        ]
+        self._handles += self._on_decoder()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Takes all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def enter(self, current: Pass) -> Any:
+        """Makes ``current`` what memory layers serve in this thread; ``calls.end`` of what it gives goes back.
+
+        Raises:
+            SettingError: The pass cannot be run again as gradient checkpointing would.
+        """
+        functions = checkpointing(self.model)
+        if functions:
+            check_replay(current, functions)
+        return self.calls.begin(current=current, replayable=bool(functions))
+
+    def _before_attention(self, index: int, layer: nn.Module) -> Any:
+        rotary = find_rotary(layer)
+        is_memory_layer = index in self.memory_layers
+
+        def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state = self.calls.state
+            # Without our interface the call would reach a foreign attention function as an unknown argument. Within a
+            # pass it is known to be ours: asking transformers' configuration takes longer than the rest of this hook.
+            if state.current is None and not self._selected():
+                return None
+            call = LayerCall(index, self._backends[index], is_memory_layer=is_memory_layer)
+            kwargs = {**kwargs, "fot_layer": call}
+            embeddings: Embeddings | None = kwargs.get("position_embeddings")
+            current = state.current
+            if current is None and embeddings is not None:
+                # A layer that is run again in the backward pass: its embeddings are those of the first run.
+                current = getattr(embeddings[0], _PASS, None)
+            if current is None or not (is_memory_layer or current.serves_all_layers):
+                return args, kwargs
+            call.current = current
+            call.gate = self.gates.get(index)
+            if is_memory_layer:
+                call.score_factor = self.score_factor if state.score_factor is None else state.score_factor
+            if embeddings is None:
+                if (rotary is not None and (is_memory_layer or current.unrotated)) or state.replayable:
+                    raise SettingError(
+                        "model.backbone",
+                        type(self.model).__name__,
+                        f"layer {index} is not given its rotary embeddings by name",
+                        "This model class cannot have memory layers yet, or not with gradient checkpointing.",
+                    )
+                return args, kwargs
+            if state.replayable:
+                setattr(embeddings[0], _PASS, current)
+            if state.probing:
+                call.position_embeddings = embeddings
+                kwargs["position_embeddings"] = tuple(torch.full_like(part, torch.nan) for part in embeddings)
+                return args, kwargs
+            length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
+            facts = self.facts[index]
+            # positions="none" concerns memory layers alone.
+            if facts.rotates and (self.positions == "first" or not is_memory_layer):
+                call.position_embeddings, call.rotary = embeddings, rotary
+                call.plain_at_zero = facts.plain_at_zero
+            if is_memory_layer or current.unrotated:
+                kwargs["position_embeddings"] = self._identity(embeddings, length)
+            else:
+                cos, sin = embeddings
+                if cos.shape[1] != length:
+                    kwargs["position_embeddings"] = cos[:, -length:], sin[:, -length:]
+                if facts.rotates:
+                    current.before_rotation(call)
+            return args, kwargs
+
+        return before_attention
+
+    def _identity(self, embeddings: Embeddings, length: int) -> Embeddings:
+        """(cos, sin) that rotate nothing, for the last ``length`` columns of the real ones."""
+        state = self.calls.state
+        known = state.identities.get(id(embeddings))
+        if known is not None and known[0] is embeddings:
+            return known[1]
+        cos, sin = embeddings
+        identity = identity_rotary((cos[:, -length:], sin[:, -length:]))
+        if state.current is not None:
+            state.identities[id(embeddings)] = embeddings, identity
+        return identity
+
+    def _on_decoder(self) -> list[Any]:
+        """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
+        decoder = decoder_of(self.model)
+
+        def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if not isinstance(cache, MemoryCache):
+                return
+            self._check_attached()
+            inputs = args[0] if args else kwargs.get("input_ids")
+            if inputs is None:
+                embeddings = kwargs["inputs_embeds"]
+                inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
+            mask = kwargs.get("attention_mask")
+            cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
+            self.enter(cache)
+
+        def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, MemoryCache) and self.calls.state.current is cache:
+                cache.end(completed=output is not None)
+                self.calls.end()
+
+        def local_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            current = self.calls.state.current
+            positions = None if current is None else current.positions
+            if positions is None:
+                return None
+            if "position_ids" in kwargs:
+                return args, {**kwargs, "position_ids": positions}
+            return (args[0], positions, *args[2:]), kwargs
+
+        return [
+            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
+            *(
+                module.register_forward_pre_hook(local_positions, with_kwargs=True)
+                for module in decoder.modules()
+                if "RotaryEmbedding" in type(module).__name__
+            ),
+        ]

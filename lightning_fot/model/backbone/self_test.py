@@ -1,0 +1,131 @@
+"""Whether a model can have memory layers: told when the memory is attached, with the reason where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_fot.errors import SettingError
+from lightning_fot.model.backbone.layers import following_length, text_config
+from lightning_fot.model.passes.base import Pass
+from lightning_fot.model.passes.crossbatch import CollectPass
+from lightning_fot.model.passes.dilated import DilatedPass
+from lightning_fot.model.passes.probe import LayerFacts
+from lightning_fot.model.passes.rectified import RectifiedPass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_fot.config.memory import MemoryConfig
+
+# Largest difference of logits, relative to their spread, that still is rounding.
+_PARITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOKENS = 8
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """Logits (1, T, vocabulary) of a few fixed tokens."""
+    ids = (torch.arange(_TOKENS) * 7 + 3) % text_config(model).vocab_size
+    logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    return logits
+
+
+def plain_passes(config: MemoryConfig, device: torch.device) -> list[Pass]:
+    """Passes under which the fixed tokens must get the plain backbone's logits.
+
+    Args:
+        config: Names the ways of attending that will be used.
+        device: Of the model.
+    """
+    passes: list[Pass] = [CollectPass()]
+    if config.max_distance is not None:
+        passes.append(RectifiedPass(_TOKENS, _TOKENS, device))
+    if config.segments:
+        # One segment without a gap is plain attention.
+        passes.append(DilatedPass([(max(config.segments), 1)], _TOKENS, 1, 1, device))
+    return passes
+
+
+def refuse_other_logits(model: PreTrainedModel, reference: Tensor, logits: Tensor) -> None:
+    """An attached model with an empty memory must be the backbone.
+
+    Raises:
+        SettingError: Its logits are others than rounding could make them.
+    """
+    spread = float(reference.float().std()) or 1.0
+    difference = float((logits.float() - reference.float()).abs().max()) / spread
+    tolerance = _PARITY_TOLERANCE.get(reference.dtype, 1e-4)
+    if not difference <= tolerance:
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            f"with an empty memory its logits differ from the plain backbone's by {difference:.2g} of their spread "
+            f"(rounding would leave {tolerance:.0e}): its attention does something that memory layers do not know",
+            "Choose other memory layers, or report the model class to lightning-fot.",
+        )
+
+
+def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer sees a sliding window by its configuration, and so no memory."""
+    types = getattr(text_config(model), "layer_types", None) or []
+    for index in memory_layers:
+        sliding = index < len(types) and types[index] not in ("full_attention", None)
+        if sliding:
+            full = [number for number, kind in enumerate(types) if kind == "full_attention"]
+            raise SettingError(
+                "model.memory.memory_layers",
+                list(memory_layers),
+                f"layer {index} of this backbone has {types[index].replace('_', ' ')}, which sees no memory",
+                f"Choose among its layers of full attention: {full}.",
+            )
+
+
+def refuse_following_positions(model: PreTrainedModel, segments: list[int]) -> None:
+    """Raises: SettingError: Dilated attention is asked of positions whose frequencies follow the length."""
+    if segments and following_length(model):
+        raise SettingError(
+            "model.memory.segments",
+            segments,
+            "cannot be had with positions whose frequencies change as a text goes on",
+            "Choose another model.rope.type, or a backbone of fixed frequencies.",
+        )
+
+
+def refuse_silent_layers(facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer was never asked for attention."""
+    missing = [index for index in memory_layers if index not in facts]
+    if missing:
+        raise SettingError(
+            "model.memory.memory_layers",
+            list(memory_layers),
+            f"layers {missing} were never asked for attention",
+            "Choose layers with softmax attention.",
+        )
+
+
+def refuse_narrow_layers(facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...], window: int) -> None:
+    """Raises: SettingError: A memory layer sees less of its local context than a window."""
+    for index in memory_layers:
+        seen = facts[index].sliding_window
+        if seen is not None and seen < window:
+            raise SettingError(
+                "model.memory.window",
+                window,
+                f"layer {index} of this backbone sees {seen} tokens back, so that a part of each window would be "
+                "in neither its local context nor its memory",
+                f"Use a window of at most {seen}.",
+            )
+
+
+def unservable(model: PreTrainedModel, error: Exception) -> SettingError:
+    """The error for a model whose forward fails with memory layers."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return SettingError(
+        "model.backbone",
+        type(model).__name__,
+        f"its attention cannot be served ({type(error).__name__}: {reason})",
+        "Memory layers need keys that are rotated as a whole after their projection, as in Llama.",
+    )
