@@ -92,7 +92,7 @@ def test_every_public_member_is_described():
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", PAGE))
 def test_links_lead_somewhere(link):
-    assert (ROOT / "docs" / link).exists()
+    assert (ROOT / "docs" / link.partition("#")[0]).exists()  # anchors: mkdocs build --strict
 
 
 @pytest.mark.parametrize("name", ["training", "distributed"])
