@@ -16,7 +16,7 @@ from support.report import Row, table
 from support.rivals import ROOM, FullCache, greedy
 from support.timing import GIB, Stamps, available_bytes, bandwidth, fits, interleave, ratio
 
-from lightning_fot.evaluation.measures.retrieval import attention_scale, retrieval_quality
+from lightning_fot.evaluation.measures.retrieval import retrieval_quality
 from lightning_fot.retrievers.base import Retriever
 
 if TYPE_CHECKING:
@@ -234,6 +234,6 @@ class Decoding:
             asked = queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
             rows = layer.search(asked, self.lm.config.top_k).flatten(0, 1)
             keys = layer.keys.flatten(0, 1)
-            quality = retrieval_quality(keys, queries, rows, scale=attention_scale(self.lm, number))
+            quality = retrieval_quality(keys, queries, rows, scale=self.lm.attachment.attention_scale(number))
             found.append(quality.as_dict())
         return {name: statistics.mean(part[name] for part in found) for name in ("recall", "mass_recall", "mass")}

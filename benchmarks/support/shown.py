@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.model.attention.crossbatch import crossbatch_attention
 from lightning_fot.model.lm import MemoryLM
-from lightning_fot.model.passes import base as passes
+from lightning_fot.model.passes import crossbatch as passes
 from lightning_fot.pretrained import load_backbone
 
 Table = list[list[int]]
