@@ -24,7 +24,7 @@ VERSIONS = WORKFLOW["jobs"]["versions"]["strategy"]["matrix"]
 
 def _check_schema(schema: str, *files: Path) -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, "--default-filetype", "yaml"]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

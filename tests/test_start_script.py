@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 # Builds an editable wheel of the project by hand. While the file DOOR exists it waits, and says so.
 _BACKEND = """
@@ -98,7 +98,7 @@ class _Checkout:
             env={**self.variables, **variables},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
             check=False,
         )
 
@@ -111,7 +111,7 @@ class _Checkout:
             env={**self.variables, **variables},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=900,
             check=False,
         )
 
@@ -206,7 +206,7 @@ def test_goes_on_where_it_was_stopped(checkout: _Checkout, number: signal.Signal
         process.terminate()
     else:
         os.killpg(process.pid, number)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=900)
     assert process.returncode == code, out + errors
     assert "PROGRAM" not in out
     if number == signal.SIGINT:
@@ -328,7 +328,7 @@ def test_two_at_a_time_install_one_after_the_other(checkout: _Checkout) -> None:
     second = subprocess.Popen(checkout.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
     assert "another start.py is installing here" in second.stdout.readline()
     door.unlink()
-    said = [process.communicate(timeout=120)[0] for process in (first, second)]
+    said = [process.communicate(timeout=900)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], said
     assert "installing lightning-fot" in said[0]
     assert "installing lightning-fot" not in said[1]
