@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 import lightning_fot
-from tests.support.markdown_blocks import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -119,17 +118,8 @@ def test_the_contributing_guide_names_files_that_are_there() -> None:
     for span in spans:
         if "<" in span:
             continue
-        path = span.rpartition("/")[0] if "NAME" in span or "near.py" in span or "near.yaml" in span else span
+        path = span.rpartition("/")[0] if "NAME" in span or "band." in span else span
         assert (ROOT / path).exists() or (ROOT / "lightning_fot" / path).exists(), span
-
-
-def test_the_dry_run_of_a_pass_works() -> None:
-    scope: dict[str, Any] = {"__name__": "near"}
-    written, tested = blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "python")
-    for block in (written, tested):
-        exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
-    (test,) = (value for name, value in scope.items() if name.startswith("test_"))
-    test()
 
 
 def test_every_public_name_is_on_the_api_pages() -> None:

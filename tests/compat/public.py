@@ -149,7 +149,8 @@ def fields(kind: Any, prefix: str = "") -> list[str]:
     """Those of one dataclass."""
     found = []
     for name, hint in get_type_hints(kind).items():
-        if name not in {field.name for field in dataclasses.fields(kind)}:
+        # Those too that are taken and not kept.
+        if name not in kind.__dataclass_fields__:
             continue
         found.append(prefix + name)
         for part in [hint, *get_args(hint)]:
