@@ -29,8 +29,8 @@ from lightning_fot.evaluation.plan import (
     tokens_needed,
 )
 from lightning_fot.evaluation.rows import summarise
+from lightning_fot.evaluation.tasks.parts.texts import select_texts
 from lightning_fot.evaluation.tasks.registry import make_tasks
-from lightning_fot.evaluation.tasks.texts import select_texts
 from lightning_fot.request.request import Request, flat_settings
 from lightning_fot.system.environment import environment
 from lightning_fot.system.files import write_json, write_text
