@@ -6,7 +6,6 @@ loads.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lightning_fot.commands.retrievers import _retrievers
 from lightning_fot.commands.script import CONFIG_VERBS, OTHER_VERBS
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.system.openmp import wait_briefly
 from lightning_fot.system.ranks import rank, share_folder
 
@@ -149,9 +148,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
         if rest:
             raise SettingError("arguments", " ".join(rest), f"{verb} takes none", f"Write: {program_name()} {verb}")
         return _retrievers() if verb == "retrievers" else _doctor()
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise SettingError("verb", verb, "is not a command", f"{hint}Commands: {', '.join(VERBS)}.")
+    raise SettingError("verb", verb, "is not a command", f"{close_match(verb, VERBS)}Commands: {', '.join(VERBS)}.")
 
 
 def _doctor() -> int:

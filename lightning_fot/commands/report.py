@@ -13,7 +13,7 @@ from lightning_fot.request.arguments import Parser
 from lightning_fot.request.request import flat_settings
 from lightning_fot.sweep.runs import headline
 from lightning_fot.sweep.time_split import named_split
-from lightning_fot.system.files import write_json
+from lightning_fot.system.digests import write_sealed
 
 
 def report(words: Sequence[str], program: str) -> int:
@@ -56,7 +56,7 @@ def report(words: Sequence[str], program: str) -> int:
             raise SettingError("out", str(options.out), "is the folder of a run", "Give another one.")
         options.out.mkdir(parents=True, exist_ok=True)
         compared = comparison(found)
-        write_json(options.out / "results.json", compared)
+        write_sealed(options.out / "results.json", compared)
         for path in write_report(compared, options.out):
             print(path, file=sys.stderr if options.json else sys.stdout)
     if options.json:
