@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -64,10 +65,18 @@ def unsealed(path: Path, text: str) -> dict[str, Any]:
         raise ValueError(f"{path.name} is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no JSON object")
-    written = content.pop(KEY, None)
-    if written is not None and written != _of_json(content):
+    if KEY not in content:
+        # Written by an older version, unless the name of the digest is what was altered.
+        if content and _is_digest(next(reversed(content.values()))):
+            raise AlteredError(path)
+        return content
+    if content.pop(KEY) != _of_json(content):
         raise AlteredError(path)
     return content
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _of_json(content: Mapping[str, Any]) -> str:
@@ -133,9 +142,14 @@ def _place_of_digest(path: Path) -> tuple[int, str] | None:
             return None
         header = stream.read(length)
     try:
-        written = json.loads(header)["__metadata__"][TENSORS_KEY]
+        metadata = dict(json.loads(header)["__metadata__"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    if TENSORS_KEY not in metadata:
+        if any(map(_is_digest, metadata.values())):
+            raise AlteredError(path)
+        return None
+    written = metadata[TENSORS_KEY]
     place = header.find(f'"{TENSORS_KEY}":"{written}"'.encode(errors="replace"))
     if place < 0 or not isinstance(written, str) or len(written) != len(_BLANK):
         raise AlteredError(path)
