@@ -209,7 +209,8 @@ def test_a_cache_of_older_versions_is_read(tmp_path: Path) -> None:
     tokenizer.characters = 0
     assert np.array_equal(TextEncoder(tokenizer, tmp_path).encode([TEXT])[0], ids)
     assert np.array_equal(TextEncoder(tokenizer, tmp_path).encode_on_disk(lambda: [TEXT]), document)
-    assert tokenizer.characters == 0
+    # Some words tell tokenizers apart; the text itself is not among them.
+    assert tokenizer.characters < len(TEXT)
 
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:

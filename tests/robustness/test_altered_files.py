@@ -94,7 +94,7 @@ def _tokens(folder: Path) -> Any:
 
 class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
-        return 2
+        return 4
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = torch.arange(16) + index
@@ -109,7 +109,7 @@ def _checkpoint(folder: Path) -> None:
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning, about loaders that are not there
-        trainer.fit(module, DataLoader(_Rows(), batch_size=2))
+        trainer.fit(module, DataLoader(_Rows(), batch_size=4))
     trainer.save_checkpoint(folder / "last.ckpt")
 
 
