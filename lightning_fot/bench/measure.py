@@ -298,9 +298,9 @@ def load_qk(path: str | Path) -> dict[str, dict[str, Tensor]]:
         name = full.removesuffix("_keys")
         if full == name or f"{name}_queries" not in tensors:
             continue
-        entry = {"keys": _three_dims(full, keys), "queries": _three_dims(full, tensors[f"{name}_queries"])}
+        entry = {"keys": _three_dims(full, keys), "queries": _three_dims(f"{name}_queries", tensors[f"{name}_queries"])}
         if f"{name}_past_queries" in tensors and tensors[f"{name}_past_queries"].numel():
-            entry["past_queries"] = _three_dims(full, tensors[f"{name}_past_queries"])
+            entry["past_queries"] = _three_dims(f"{name}_past_queries", tensors[f"{name}_past_queries"])
         if f"{name}_positions" in tensors:
             entry["positions"] = tensors[f"{name}_positions"]
         _check_sizes(name, entry)
