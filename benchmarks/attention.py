@@ -10,7 +10,7 @@ taken. With ``--json FILE`` the rows of each section are kept, and a later run o
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 import json
@@ -19,13 +19,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from _bench import Bench, Fills, Settings
-from _decode import Decoding
-from _ingest import Reading
-from _options import numbers, words
-from _peak import ANSWER, measure_peak, peak_child
-from _report import Report
-from _short import measure_short
+from support.bench import Bench, Fills, Settings
+from support.decode import Decoding
+from support.ingest import Reading
+from support.options import numbers, words
+from support.peak import ANSWER, measure_peak, peak_child
+from support.report import Report
+from support.short import measure_short
 
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.pretrained import check_backbone

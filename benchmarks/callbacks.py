@@ -9,7 +9,7 @@ Text is the source of Python's standard library. Steps are whole: loading, forwa
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 import statistics

@@ -10,7 +10,7 @@ backward. Times are ratios within a turn; memory is what torch allocates, at its
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 import statistics
@@ -19,9 +19,9 @@ from typing import Any, cast
 
 import torch
 import transformers
-from _report import Report, Row, table
-from _shown import METHODS, AttentionCase, Sizes, StepCase, attached, clocked, peak_bytes
-from _timing import interleave, ratio
+from support.report import Report, Row, table
+from support.shown import METHODS, AttentionCase, Sizes, StepCase, attached, clocked, peak_bytes
+from support.timing import interleave, ratio
 
 ROWS = ("shared", "concatenated rows")
 TIMES = {

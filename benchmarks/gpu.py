@@ -74,7 +74,7 @@ def steps(tiny: bool) -> list[Step]:
     }
     chosen = small if tiny else full
     return [
-        Step("tests", ["-m", "pytest", "-q", "-n0", "tests/core/test_crossbatch_attention.py"], share=0.1),
+        Step("tests", ["-m", "pytest", "-q", "-n0", "tests/model/attention/test_shared_windows.py"], share=0.1),
         Step("crossbatch", ["benchmarks/crossbatch.py", *quick, "--json", "{out}/crossbatch.json"], share=0.1),
         Step(
             "passkey",

@@ -8,26 +8,26 @@ Sections: a. each retriever against the library behind it; b. exact search again
 limits; c. every index and setting: recall, speed against exact search, build, bytes; d. inserting a window; e. as c,
 with a million keys a head. With ``--json FILE`` the rows of each section are kept, and a later run of other sections
 adds to the file. ``lightning bench --record`` makes a file of keys from any model and text; keys beyond those of the
-file are stretched from them (see _pairs.py), which is said for every head.
+file are stretched from them (see support/pairs.py), which is said for every head.
 """
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from _heads import Head, read_heads
-from _indexes import measure_indexes
-from _inserts import measure_inserts
-from _options import words
-from _report import Report
-from _scan import measure_scan
-from _subjects import Asked, Bench
-from _wrapper import measure_wrapper
+from support.heads import Head, read_heads
+from support.indexes import measure_indexes
+from support.inserts import measure_inserts
+from support.options import words
+from support.report import Report
+from support.scan import measure_scan
+from support.subjects import Asked, Bench
+from support.wrapper import measure_wrapper
 
 from lightning_fot.bench.measure import SHIPPED_KEYS
 from lightning_fot.errors import MissingLibraryError, SettingError

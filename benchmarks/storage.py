@@ -9,7 +9,7 @@ but the stored numbers differs. Differences of loss are paired, token by token.
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 import json

@@ -15,7 +15,7 @@ its context, so that easy and hard tokens cancel out.
 
 from __future__ import annotations
 
-import _openmp  # isort: skip # noqa: F401
+import support.openmp  # isort: skip # noqa: F401
 
 import argparse
 import importlib.util
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import Row, table
+from support.report import Row, table
 from torch import Tensor
 from torch.nn import functional as F
 

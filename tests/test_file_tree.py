@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from markdown_blocks import blocks, section
-
 from tests.file_tree import PAGE, listed, modules, sentence, tree
+from tests.support.markdown_blocks import blocks, section
 
 TREE = "\n".join(blocks(section(PAGE.read_text(encoding="utf-8"), "Every file"), "text"))
 

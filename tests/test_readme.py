@@ -4,10 +4,10 @@ import re
 from functools import partial
 from pathlib import Path
 
-import markdown_blocks
 import pytest
 
 from lightning_fot.request.request import find_config, read_request
+from tests.support import markdown_blocks
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 blocks = partial(markdown_blocks.blocks, README)

@@ -68,7 +68,7 @@ def page(results: read.Row, run_dir: Path) -> str:
         _templates()
         .get_template("page.html.j2")
         .render(
-            # Nothing may be loaded, and no script runs but ours: text from documents can do nothing even if it slipped in.
+            # Nothing may be loaded, and no script runs but ours: text of documents can do nothing, slip in as it may.
             policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
             style=Markup(style),
             script=Markup(script),

@@ -14,7 +14,7 @@ from lightning_fot.callbacks import MemoryAttention, MemorySize
 from lightning_fot.callbacks.sampled import streams
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.tasks.distraction import shares
-from tests.callbacks.runs import PACK, WINDOW, Rows, loader, module, trainer
+from tests.support.callback_runs import PACK, WINDOW, Rows, loader, module, trainer
 
 
 def test_attention_is_that_of_a_memory_of_the_batchs_streams(tmp_path: Path) -> None:

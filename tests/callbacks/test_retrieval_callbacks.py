@@ -16,7 +16,7 @@ from lightning_fot.callbacks import RetrievalRecall, RetrievalSpeed
 from lightning_fot.callbacks.probe import RetrievalProbe
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.retrieval import live_quality
-from tests.callbacks.runs import WINDOW, Rows, loader, module, stream, trainer
+from tests.support.callback_runs import WINDOW, Rows, loader, module, stream, trainer
 
 HNSW = {"name": "hnsw", "min_index_size": 32}
 SMALL: dict[str, Any] = {"tokens": 64, "queries": 8, "repeats": 2}

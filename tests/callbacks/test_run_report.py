@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_fot.callbacks import MemorySize, RetrievalRecall, RetrievalSpeed, RunReport
 from lightning_fot.cli import main
 from lightning_fot.errors import SettingError
-from tests.callbacks.runs import loader, module, trainer
-from tests.report.test_page import Reader
+from tests.support.callback_runs import loader, module, trainer
+from tests.support.page_reader import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 

@@ -4,7 +4,7 @@ import torch
 
 from lightning_fot import CrossbatchConfig
 from lightning_fot.callbacks.stream import TextStream
-from tests.callbacks.runs import PACK, WINDOW, Rows, stream
+from tests.support.callback_runs import PACK, WINDOW, Rows, stream
 
 PACKED = CrossbatchConfig(pack=PACK)
 

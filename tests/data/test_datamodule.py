@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import BOS, EOS, FIRST, PAD, ByteTokenizer
-from runs import Recorder, trainer
 
 from lightning_fot import CrossbatchDataModule
 from lightning_fot.errors import SettingError
+from tests.support.byte_tokenizer import BOS, EOS, FIRST, PAD, ByteTokenizer
+from tests.support.data_runs import Recorder, trainer
 
 WINDOW = 8
 

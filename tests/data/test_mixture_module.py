@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import BOS, FIRST, ByteTokenizer
-from fast_tokenizer import byte_level
-from runs import Recorder, trainer
 
 from lightning_fot import CrossbatchDataModule
 from lightning_fot.data.mixture.dictionary import DictionaryTokens
 from lightning_fot.errors import SettingError
+from tests.support.byte_tokenizer import BOS, FIRST, ByteTokenizer
+from tests.support.data_runs import Recorder, trainer
+from tests.support.fast_tokenizer import byte_level
 
 WINDOW = 8
 TASKS: list[dict[str, Any]] = [{"kind": "dictionary", "tokens": 48}, {"kind": "passkey", "tokens": 300}]

@@ -351,7 +351,7 @@ def test_runs_are_trained_once_and_a_failed_one_does_not_stop_the_others(tmp_pat
 
 
 def test_the_page_on_sweeps_shows_what_there_is():
-    from markdown_blocks import ROOT, blocks
+    from tests.support.markdown_blocks import ROOT, blocks
 
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
     grid, search = map(yaml.safe_load, blocks(page, "yaml"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
-from quiet_trainer import trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from lightning_fot.pretrained import load_backbone
 from lightning_fot.training.module import _mean_loss
 from lightning_fot.training.opening import load_trained
 from lightning_fot.training.parameters import load_adapter, merge_lora, save_adapter
+from tests.support.quiet_trainer import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),

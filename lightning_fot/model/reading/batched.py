@@ -32,7 +32,7 @@ def windows_are_independent(attached: Attachment) -> bool:
 
 @torch.no_grad()
 def read(attached: Attachment, ids: Tensor, memory: Memory, advance: Callable[[int], None] | None = None) -> None:
-    """Adds a text to a memory: the same pairs as ``MemoryLM.ingest`` stores, several windows at a time where that may be.
+    """Adds a text to a memory: the same pairs as ``MemoryLM.ingest`` stores, several windows at a time where possible.
 
     Args:
         attached: The model with its memory layers.

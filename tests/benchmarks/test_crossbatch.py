@@ -1,0 +1,46 @@
+"""The benchmark of crossbatch training runs whole on a tiny model, and its ratios are numbers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "crossbatch.py"), "--quick", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+
+def test_quick_run_measures_every_section(tmp_path):
+    file = tmp_path / "rows.json"
+    done = run("--json", str(file))
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    for section, fields in {
+        "a": ["over_plain", "share", "over_share", "rows_gain", "batch_gain"],
+        "b": ["plain_mib", "shared_mib", "of_rows"],
+        "c": ["over_plain", "share", "over_share", "rows_gain"],
+        "d": ["plain_mib", "shared_mib"],
+    }.items():
+        assert f"\n{section}. " in done.stdout
+        for row in kept[section]["rows"]:
+            for field in fields:
+                assert math.isfinite(row[field])
+    # Window 64: d windows of 64 keys beside (64 + 1) / 2 local ones.
+    assert [row["share"] for row in kept["a"]["rows"]] == pytest.approx([1 + 64 / 32.5, 1 + 4 * 64 / 32.5])
+    # What torch allocates does not depend on how busy the machine is: four windows are not copied for eight rows.
+    assert kept["b"]["rows"][-1]["of_rows"] < 0.6
+
+
+@pytest.mark.parametrize(("arguments", "named"), [(["--sections", "e"], "--sections"), (["--heads", "4"], "--heads")])
+def test_wrong_arguments_are_refused(arguments, named):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert named in done.stderr

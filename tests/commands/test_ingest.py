@@ -1,0 +1,372 @@
+"""``lightning ingest``: what is read, what is skipped, and what a stop or a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot.cli import main
+from lightning_fot.library.library import Library
+from lightning_fot.pretrained import load_backbone
+from tests.support.memories import SETTINGS, Contents, backbone, books, contents, text
+
+OVERLAP = ("--model.memory.overlap=8", "--model.memory.sink_tokens=2")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ingest(*words: str | Path) -> int:
+    return main(["ingest", *map(str, words)])
+
+
+def test_files_folders_and_lines_are_documents_and_the_memory_is_that_of_lm_ingest(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books(here / "shelf", 1)
+    (here / "shelf" / "deep").mkdir()
+    (here / "shelf" / "deep" / "note.md").write_text(text(5), encoding="utf-8")
+    (here / "code").mkdir()
+    (here / "code" / "a.py").write_text("x = 1\n", encoding="utf-8")
+    (here / "code" / "b.py").write_text("y = 2\n", encoding="utf-8")
+    lines = [{"text": text(7, 20)}, {"text": "Ein Öl für 3 €."}]
+    (here / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (here / "one.txt").write_text(text(9), encoding="utf-8")
+    assert ingest("mine", "shelf", "code", "lines.jsonl", "one.txt", *SETTINGS) == 0
+    said = capsys.readouterr()
+    assert re.search(r"Read 6 documents, [\d,]+ tokens", said.out)
+    assert "memories/mine: 6 documents" in said.out
+    assert "ask mine" in said.out
+    expected = {
+        "shelf/book0.txt": text(0),
+        "shelf/deep/note.md": text(5),
+        "code": "# file: code/a.py\nx = 1\n\n# file: code/b.py\ny = 2\n",
+        "lines.jsonl:1": text(7, 20),
+        "lines.jsonl:2": "Ein Öl für 3 €.",
+        "one.txt": text(9),
+    }
+    found = contents(here / "memories" / "mine")
+    # The tokenizer's ids are bytes, three special tokens before them.
+    ids = {name: [byte + 3 for byte in document.encode()] for name, document in expected.items()}
+    assert {name: tokens for name, _, _, tokens in found.documents} == ids
+    assert found.listed == [(name, count) for name, count, _, _ in found.documents]
+    config = MemoryConfig(memory_layers=[1, 3], window=32, top_k=8, skip_window_start=1)
+    lm = attach_memory(load_backbone("tiny-random-llama"), config)
+    memory = lm.new_memory()
+    for name, _, _, tokens in found.documents:
+        lm.ingest(torch.tensor([tokens]), memory, document=name)
+    for number, layer in memory.layers.items():
+        torch.testing.assert_close(found.pairs[f"{number}.keys"], layer.keys)
+        torch.testing.assert_close(found.pairs[f"{number}.values"], layer.values)
+
+
+def test_documents_already_read_are_skipped_and_new_ones_added(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 2)
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    before = (here / "memories" / "mine" / "memory.json").read_bytes()
+    assert ingest("mine", "shelf") == 0
+    said = capsys.readouterr()
+    assert "Nothing to read: memories/mine has all of it, 2 documents" in said.out
+    assert (here / "memories" / "mine" / "memory.json").read_bytes() == before
+    # A document is its text: moved it is the same, changed it is another; twice the same text is one.
+    (here / "shelf" / "book0.txt").rename(here / "shelf" / "moved.txt")
+    (here / "shelf" / "book1.txt").write_text(text(8), encoding="utf-8")
+    (here / "shelf" / "copy.txt").write_text(text(8), encoding="utf-8")
+    assert ingest("mine", "shelf") == 0
+    said = capsys.readouterr()
+    assert "Left out: 1 read already, 1 with the same text as another." in said.err
+    assert "Read 1 document," in said.out
+    names = [name for name, *_ in contents(here / "memories" / "mine").documents]
+    assert names == ["shelf/book0.txt", "shelf/book1.txt", "shelf/book1.txt (2)"]
+
+
+def test_what_is_no_text_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 1)
+    (here / "shelf" / "empty.txt").write_text(" \n", encoding="utf-8")
+    (here / "shelf" / "picture.png").write_bytes(bytes(range(256)))
+    # Looks like text as far as the first look goes.
+    (here / "shelf" / "late.txt").write_bytes(b"a" * 100_000 + b"\xff")
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    said = capsys.readouterr()
+    assert "2 binary or not UTF-8" in said.err
+    assert "1 empty" in said.err
+    assert "Read 1 document," in said.out
+    assert ingest("other", "shelf/late.txt", *SETTINGS) == 2
+    assert "holds no text (1 binary or not UTF-8)" in capsys.readouterr().err
+    assert ingest("other", "shelf/empty.txt", *SETTINGS) == 2
+    assert "holds no text (1 empty)" in capsys.readouterr().err
+
+
+def test_settings_are_the_memorys_and_others_are_refused_by_name(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books(here / "shelf", 1)
+    assert ingest("mine", "shelf", *SETTINGS, "--model.memory.capacity=4000") == 0
+    (here / "more.txt").write_text(text(4), encoding="utf-8")
+    for words, part in (
+        (["--model.memory.window=64"], "model.memory.window=64: memories/mine was made with model.memory.window=32"),
+        (["--model.backbone=smollm2-135m"], "model.backbone='smollm2-135m'"),
+        (["--model.memory.capacity=null"], "model.memory.capacity=4000"),
+        (["--config=smoke"], "model.memory.window=64: memories/mine was made with model.memory.window=32"),
+        (["--model.memory.windw=64"], "Did you mean model.memory.window"),
+        (["--model.memory.dtype=int4"], "model.memory.dtype='int4'"),
+        (["--ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
+    ):
+        assert ingest("mine", "more.txt", *words) == 2, words
+        assert part in capsys.readouterr().err
+    # The same again, and what is the machine's business, may be given.
+    assert ingest("mine", "more.txt", *SETTINGS, "--model.memory.capacity=4000", "--model.memory.offload_dir=.") == 0
+    model = Library.read(here / "memories" / "mine").model
+    assert (model.memory["window"], model.memory["capacity"], model.memory["offload_dir"]) == (32, 4000, ".")
+
+
+def test_the_oldest_go_beyond_the_capacity_and_are_not_read_again(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books(here / "shelf", 4)
+    assert ingest("mine", "shelf", *SETTINGS, "--model.memory.capacity=300") == 0
+    found = contents(here / "memories" / "mine")
+    assert found.pairs["1.keys"].shape[-2] == 300
+    assert sum(stored for _, _, stored, _ in found.documents) == 300
+    assert found.documents[-1][0] == "shelf/book3.txt"
+    assert len(found.listed) == 4 > len(found.documents)
+    capsys.readouterr()
+    assert ingest("mine", "shelf") == 0
+    assert "Nothing to read" in capsys.readouterr().out
+
+
+def test_a_memory_that_is_being_written_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 2)
+    assert ingest("mine", "shelf/book0.txt", *SETTINGS) == 0
+    library = Library.read(here / "memories" / "mine")
+    with library.locked():
+        assert ingest("mine", "shelf") == 2
+    assert "another process is writing to it" in capsys.readouterr().err
+    assert ingest("mine", "shelf") == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("library.json", "{", "library.json is damaged"),
+        ("library.json", '{"format": 1}', "library.json is damaged (KeyError: 'model')"),
+        ("library.json", '{"format": 9}', "has format 9"),
+        ("memory.json", "", "memory.json is damaged"),
+        ("memory.json", '{"format": 2}', "memory.json is damaged"),
+        ("memory-", None, "is missing, cut short or altered"),
+        ("log-", None, "is damaged"),
+    ],
+)
+def test_damage_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], file: str, content: str | None, part: str
+) -> None:
+    books(here / "shelf", 2)
+    assert ingest("mine", "shelf/book0.txt", *SETTINGS) == 0
+    (path,) = (here / "memories" / "mine").glob(f"{file}*")
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text(content, encoding="utf-8")
+    for words in (["ingest", "mine", "shelf"], ["ask", "mine", "What?"]):
+        capsys.readouterr()
+        assert main(words) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_a_memory_of_other_weights_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 2)
+    backbone(here / "model")
+    assert ingest("mine", "shelf/book0.txt", *SETTINGS, "--model.backbone=model") == 0
+    backbone(here / "model", seed=1)
+    for words in (["ingest", "mine", "shelf"], ["ask", "mine", "What?"]):
+        assert main(words) == 2
+        assert "made by another model: weights differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "MEMORY=None: is missing. Write: "),
+        (["mine"], "PATH=None: is missing. Write: "),
+        (["mine", "nowhere.txt"], "PATH='nowhere.txt': does not exist"),
+        (["shelf", "shelf/book0.txt", "--window=3"], "--window"),
+        (["mine", "shelf", "--config"], "has no value"),
+        (["mine", "shelf", "--model.memory.window=0"], "model.memory.window=0"),
+        (["mine", "shelf", "--model.memory.retriever=hnws"], "hnws"),
+        (["mine", "shelf", "--config=nowhere"], "config='nowhere'"),
+        (["mine", "shelf", "--model.rope={type: linear, factor: 2.0}"], "is applied by run and fit alone"),
+        (["shelf/", "shelf/book0.txt"], "is a folder of other things"),
+        (["shelf/book0.txt", "shelf"], "is a file"),
+        (["", "shelf"], "is empty"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(
+    here: Path, capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    books(here / "shelf", 1)
+    assert ingest(*words) == 2
+    assert part in capsys.readouterr().err
+    assert not (here / "memories").exists()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingest("--help") == 0
+    assert "MEMORY PATH" in capsys.readouterr().out
+
+
+# Runs the command again and again in forks of one process, each of which gets a signal before its n-th access to the
+# disk (0: never), until one comes to its end. Everything is saved as often as possible.
+_DRIVER = """
+import json, os, signal, sys
+import lightning_fot.library.ingest, lightning_fot.model.attach, transformers
+from lightning_fot.cli import main
+
+lightning_fot.library.ingest.SAVE_EVERY_S = lightning_fot.library.ingest.SAVE_AT_END_S = 0.0
+number, moments, words = json.loads(sys.argv[1])
+codes = []
+for moment in moments:
+    child = os.fork()
+    if not child:
+        left = [moment]
+
+        def strike(event, arguments):
+            here = event in ("os.rename", "os.remove", "open") and "memories/mine" in str(arguments[0])
+            if here and not (event == "open" and str(arguments[1]).startswith("r")):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), number)
+
+        sys.addaudithook(strike)
+        code = main(["ingest", *words])
+        sys.stdout.flush()
+        os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if codes[-1] == 0:
+        break
+print("codes", codes)
+"""
+
+
+def _struck(repository: Path, here: Path, number: int, moments: list[int], *words: str) -> tuple[list[int], str]:
+    """Exit codes of one attempt after the other, and all that they said."""
+    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER, json.dumps([number, moments, words])],
+        cwd=here,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    match = re.search(r"codes \[(.*)\]", done.stdout)
+    assert match is not None, done.stdout
+    return [int(code) for code in match[1].split(", ")], done.stdout
+
+
+def _undisturbed(repository: Path, here: Path, *words: str) -> Contents:
+    codes, said = _struck(repository, here, signal.SIGKILL, [0], *words)
+    assert codes == [0], said
+    folder = here / "memories" / "mine"
+    found = contents(folder)
+    folder.rename(here / "undisturbed")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [OVERLAP, ("--model.memory.capacity=400", "--model.memory.dtype=int8")])
+def test_killed_again_and_again_the_memory_is_that_of_an_undisturbed_run(
+    repository: Path, here: Path, extra: tuple[str, ...]
+) -> None:
+    books(here / "shelf", 4)
+    words = ("mine", "shelf", *SETTINGS, *extra)
+    expected = _undisturbed(repository, here, *words)
+    # With an overlap only whole documents are saved: there are fewer moments to strike.
+    draw, last = random.Random(0), 10 if extra is OVERLAP else 120
+    moments = [*range(1, 6), *(draw.randint(6, last) for _ in range(5))]
+    codes, said = _struck(repository, here, signal.SIGKILL, [*moments, 0], *words)
+    assert codes[-1] == 0, said
+    assert codes.count(-signal.SIGKILL) == len(codes) - 1 >= 6
+    assert contents(here / "memories" / "mine") == expected
+    left = {path.name.partition("-")[0] for path in (here / "memories" / "mine").iterdir()}
+    assert left == {".lock", "library.json", "memory.json", "memory", "log"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "number"), [((), signal.SIGINT), (OVERLAP, signal.SIGTERM)])
+def test_stopped_it_saves_and_says_how_to_go_on(
+    repository: Path, here: Path, extra: tuple[str, ...], number: int
+) -> None:
+    books(here / "shelf", 3)
+    words = ("mine", "shelf", *SETTINGS, *extra)
+    expected = _undisturbed(repository, here, *words)
+    codes, said = _struck(repository, here, number, [9, 7, 12, 0], *words)
+    assert codes[0] == 128 + number, said
+    assert codes[-1] == 0, said
+    assert "Traceback" not in said
+    assert "Stopped and saved" in said
+    (command,) = {line for line in said.splitlines() if " ingest mine shelf " in line}
+    assert shlex.split(command)[-len(words) :] == list(words)
+    assert ("will be read again from its start" in said) is bool(extra)
+    assert contents(here / "memories" / "mine") == expected
+
+
+@pytest.mark.slow
+def test_a_document_that_changed_after_a_cut_is_read_as_it_is_now(repository: Path, here: Path) -> None:
+    """Also when the run that forgets the old text is itself killed, anywhere."""
+    books(here / "shelf", 2, words=60)
+    words = ("mine", "shelf", *SETTINGS)
+    folder = here / "memories" / "mine"
+    # Killed late enough, the run is within the second document.
+    for moment in range(180, 600, 40):
+        _struck(repository, here, signal.SIGKILL, [moment], *words)
+        partial = contents(folder)
+        if len(partial.documents) == 2 and partial.listed[1][1] is None:
+            break
+        shutil.rmtree(folder)
+    assert partial.listed[1][1] is None
+    assert 0 < partial.documents[1][1] < len(text(1, 65))
+    (here / "shelf" / "book1.txt").write_text(text(30, 65), encoding="utf-8")
+    codes, said = _struck(repository, here, signal.SIGKILL, [*range(1, 12, 2), 0], *words)
+    assert codes[-1] == 0, said
+    found = contents(folder)
+    folder.rename(here / "cut")
+    assert found == _undisturbed(repository, here, *words)
+
+
+@pytest.mark.slow
+def test_a_trained_run_reads_and_answers_with_its_own_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 4, words=200)
+    words = ["--config", "smoke", "--data.paths=[shelf]", "--data.max_documents=null", "--trainer.max_steps=2"]
+    assert main(["fit", *words, "--run_dir=run"]) == 0
+    assert ingest("plain", "shelf/book0.txt", "--config", "run/config.yaml") == 0
+    assert ingest("trained", "shelf/book0.txt", "--config", "run/config.yaml", "--ckpt_path", "last") == 0
+    checkpoint = Library.read(here / "memories" / "trained").model.checkpoint
+    assert checkpoint == str(here / "run" / "checkpoints" / "last.ckpt")
+    plain, trained = (contents(here / "memories" / name) for name in ("plain", "trained"))
+    assert plain.documents == trained.documents
+    assert not torch.equal(plain.pairs["3.keys"], trained.pairs["3.keys"])
+    # What is added later is read by the same weights, named or not; others are refused.
+    assert ingest("trained", "shelf/book1.txt") == 0
+    assert main(["ask", "trained", "What?", "--max_new_tokens=3"]) == 0
+    capsys.readouterr()
+    assert ingest("trained", "shelf/book2.txt", "--config", "run/config.yaml") == 2
+    assert "ckpt_path=None" in capsys.readouterr().err
+    Path(checkpoint).unlink()
+    assert main(["ask", "trained", "What?"]) == 2
+    assert "no such file" in capsys.readouterr().err
