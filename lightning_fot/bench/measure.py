@@ -321,10 +321,12 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
                 if not name.endswith(_WANTED):
                     continue
                 array = archive[name]
-                if array.dtype.kind not in "fiub":
-                    raise ValueError(f"{name} holds {array.dtype}, not numbers")
+                # What does not begin as an array does is given as it is, in bytes.
+                kind = array.dtype.kind if isinstance(array, np.ndarray) else type(array).__name__
+                if kind not in "fiub":
+                    raise ValueError(f"{name} holds no numbers ({getattr(array, 'dtype', kind)})")
                 # torch knows the machine's byte order alone, and no number longer than float64.
-                wide = array.dtype.kind == "f" and array.dtype.itemsize > _LARGEST_FLOAT
+                wide = kind == "f" and array.dtype.itemsize > _LARGEST_FLOAT
                 native = array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(native))
     except (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, RuntimeError) as error:
