@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory, MemoryShape
 
 _WHOLE = (torch.int64, torch.int32)
-# Marks places that are no target, as in transformers.
-IGNORED = -100
 
 
 def tokens_first(
