@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from lightning_fot.commands.job.parsing import JobCLI, parse, quiet
+from lightning_fot.config.attending.renamed import as_before
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.measures.passkey import passkey_examples
@@ -256,6 +257,8 @@ class Job:
     def _fingerprint(self) -> str:
         """What the records of an evaluation depend on."""
         parts = {key: self.config.get(key) for key in ("model", "data", "evaluation", "seed_everything")}
+        # In the words of older versions, so that what they have measured is not measured again.
+        parts["model"] = {**(parts["model"] or {}), "memory": as_before(parts["model"]["memory"])}
         parts["steps"] = (self.folder.read_training() or {}).get("steps")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

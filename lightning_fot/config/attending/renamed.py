@@ -72,6 +72,26 @@ def current(memory: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def as_before(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a memory as they were written before ``attending``, where they could be: what is kept by a digest of
+    its settings is then found again.
+
+    Example:
+        >>> as_before({"window": 16, "attending": None})["integration"]
+        'softmax'
+    """
+    spec = normal(memory.get("attending"))
+    unset = {key: value for keys in _OLD.values() for key, value in keys.items()}
+    kept = {key: value for key, value in memory.items() if key not in (*OLD_KEYS, "attending")} | unset
+    if spec is None:
+        return kept
+    if spec["name"] == "gate":
+        return kept | {"integration": "gate"}
+    if spec["name"] in _OLD:
+        return kept | {key: value for key, value in spec.items() if key != "name"}
+    return kept | {"attending": spec}
+
+
 def told(old: Mapping[str, Any], spec: Mapping[str, Any] | None) -> str | None:
     """What to say of old settings; None where they say nothing."""
     unset = {key: value for keys in _OLD.values() for key, value in keys.items()}
