@@ -154,14 +154,16 @@ def _log_entries(memory: Stored, log: dict[str, Tensor]) -> list[Entry]:
     return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
 
 
-def load_memory(folder: str | os.PathLike[str], expected: dict[str, Any], empty: Callable[[int], StoredT]) -> StoredT:
+def load_memory(
+    folder: str | os.PathLike[str], expected: Callable[[Any], dict[str, Any]], empty: Callable[[int], StoredT]
+) -> StoredT:
     """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
 
     Pairs in one file are mapped, not read: the operating system brings in what is used.
 
     Args:
         folder: As given to :func:`save_memory`.
-        expected: Fingerprint of the model that will read it.
+        expected: Gives the fingerprint of the model that will read it, to be compared with the one that was written.
         empty: Makes an empty memory of so many rows.
 
     Raises:
@@ -169,7 +171,7 @@ def load_memory(folder: str | os.PathLike[str], expected: dict[str, Any], empty:
     """
     source = Path(folder)
     index, text = _read_index(source, folder)
-    _refuse_other_model(expected, index["fingerprint"], folder)
+    _refuse_other_model(expected(index["fingerprint"]), index["fingerprint"], folder)
     memory = empty(index["rows"])
     try:
         log = _read_checked(source, index["log"], folder)

@@ -22,7 +22,7 @@ from lightning_fot.memory.on_disk import load_memory
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.attention.crossbatch import RowTable
 from lightning_fot.model.backbone.attachment import Attachment
-from lightning_fot.model.backbone.fingerprint import fingerprint
+from lightning_fot.model.backbone.fingerprint import Identity
 from lightning_fot.model.passes.crossbatch import CollectPass, CrossbatchPass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.recorder import Recorder
@@ -67,7 +67,7 @@ class MemoryLM:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self.model = attachment.model
-        self._fingerprint = partial(fingerprint, attachment)
+        self._identity = Identity(attachment)
         self.gates = nn.ParameterDict()
         if self.config.integration == "gate":
             for index in attachment.memory_layers:
@@ -153,7 +153,7 @@ class MemoryLM:
             batch_size,
             chosen,
             self.config.capacity,
-            self._fingerprint,
+            self._identity.now(),
             key_folder=folder if self.config.offload == "all" else None,
             value_folder=folder,
         )
@@ -168,7 +168,7 @@ class MemoryLM:
         Raises:
             SettingError: There is none, it is damaged, or it belongs to another model.
         """
-        return load_memory(folder, self._fingerprint(), lambda rows: self.new_memory(rows, retriever))
+        return load_memory(folder, self._identity.like, lambda rows: self.new_memory(rows, retriever))
 
     def __call__(
         self,
@@ -210,6 +210,8 @@ class MemoryLM:
             memory = self.new_memory(batch)
         elif not update_memory:
             memory = memory.snapshot()
+        else:
+            self._identity.now().digest()
         collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
         for logits in read_windows(self.attachment, ids, memory, lengths, places is not None, collector.read_from):
             collector.add(logits)
@@ -244,6 +246,7 @@ class MemoryLM:
         """
         check_has_memory(self.config, "ingest")
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
+        self._identity.now().digest()
         if document is not None:
             names = [document] * len(ids) if isinstance(document, str) else list(document)
             if len(names) != len(ids):
@@ -305,6 +308,8 @@ class MemoryLM:
                 "attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left."
             )
         kept = self.new_memory(len(ids)) if memory is None else memory
+        if update_memory:
+            self._identity.now().digest()
         config = while_generating(self.config)
         cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
         read_prompt = partial(self._read_prompt, ids, lengths, cache)
@@ -405,7 +410,7 @@ class MemoryLM:
         self.attachment.check_attached()
         rows = tokens_first(input_ids, attention_mask, self.device, self.vocabulary)
         if memory is not None:
-            check_memory(memory, len(input_ids), self._memory_shape(), self._fingerprint)
+            check_memory(memory, len(input_ids), self._memory_shape(), self._identity.now())
         return rows
 
     def _memory_shape(self) -> MemoryShape:
