@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -226,6 +226,20 @@ class MemoryLayer:
         other = MemoryLayer(self.kv_heads, keys, values, self._spec)
         other.retriever.add(keys.view(), keys.lengths)
         return other
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that is done to the layer from now on: nothing is copied."""
+        keys, values, dropped, removed = (
+            self.key_store.fork(), self.value_store.fork(), list(self.dropped), self.retriever.removed,
+        )  # fmt: skip
+
+        def back() -> None:
+            self.key_store.become(keys)
+            self.value_store.become(values)
+            self.dropped = dropped
+            self.retriever.taken_back(removed)
+
+        return back
 
     def reset(self) -> None:
         """Forgets all pairs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -72,7 +72,11 @@ class MemoryLM:
         if self.config.integration == "gate":
             for index in attachment.memory_layers:
                 # sigmoid(0): memory and local context weigh alike before training.
-                self.gates[str(index)] = nn.Parameter(torch.zeros(attachment.facts[index].heads, device=self.device))
+                with torch.inference_mode(False):
+                    gate = nn.Parameter(
+                        torch.zeros(attachment.facts[index].heads, dtype=torch.float32, device=self.device)
+                    )
+                self.gates[str(index)] = gate
             attachment.hooks.gates = {int(index): gate for index, gate in self.gates.items()}
 
     @property
@@ -203,7 +207,7 @@ class MemoryLM:
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         if labels is not None:
             labels = checked_labels(labels, input_ids, self.vocabulary, self.device)
-        batch, length = ids.shape
+        batch = len(ids)
         if memory is not None and len(memory):
             check_has_memory(self.config, "reading beside one")
         if memory is None:
@@ -212,6 +216,19 @@ class MemoryLM:
             memory = memory.snapshot()
         else:
             self._identity.now().digest()
+        with memory.turn:
+            return self._read(ids, memory, lengths, places, labels, logits_to_keep)
+
+    def _read(
+        self,
+        ids: Tensor,
+        memory: Memory,
+        lengths: Tensor,
+        places: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int,
+    ) -> MemoryLMOutput:
+        length = ids.shape[1]
         collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
         for logits in read_windows(self.attachment, ids, memory, lengths, places is not None, collector.read_from):
             collector.add(logits)
@@ -247,18 +264,24 @@ class MemoryLM:
         check_has_memory(self.config, "ingest")
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         self._identity.now().digest()
+        names: list[str | None] | None = None
         if document is not None:
             names = [document] * len(ids) if isinstance(document, str) else list(document)
             if len(names) != len(ids):
                 raise SettingError("document", names, f"is not {len(ids)} names", "Give one a row, or one for all.")
-            memory.log.begin(names)
-        try:
-            with _reporter(progress, ids.numel()) as report:
-                for _ in read_windows(self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report):
-                    pass
-        finally:
-            if document is not None:
-                memory.log.end()
+        with memory.turn:
+            if names is not None:
+                memory.log.begin(names)
+            try:
+                with _reporter(progress, ids.numel()) as report:
+                    parts = read_windows(
+                        self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report
+                    )
+                    for _ in parts:
+                        pass
+            finally:
+                if names is not None:
+                    memory.log.end()
         return memory
 
     @torch.no_grad()
@@ -311,12 +334,13 @@ class MemoryLM:
         if update_memory:
             self._identity.now().digest()
         config = while_generating(self.config)
-        cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
-        read_prompt = partial(self._read_prompt, ids, lengths, cache)
-        generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
-        if update_memory:
-            kept.take(cache.memory)
-            cache.memory = kept
+        with kept.turn if update_memory else nullcontext():
+            cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
+            read_prompt = partial(self._read_prompt, ids, lengths, cache)
+            generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
+            if update_memory:
+                kept.take(cache.memory)
+                cache.memory = kept
         return generated
 
     def _read_prompt(self, ids: Tensor, lengths: Tensor, cache: MemoryCache) -> None:

@@ -16,15 +16,12 @@ from lightning_fot import attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.fingerprint import sampled
 from lightning_fot.model.lm import MemoryLM
-
 from tests.support.models import settings, tiny_llama, tokens
 
 IDS, QUESTION = tokens(1, 60), tokens(1, 9, seed=1)
 
 # peft asks for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # peft asks it
 
 
 def one_number(model: Any) -> None:

@@ -48,6 +48,8 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, config: MemoryConfig) -> None:
         self.model = model
         self.config = config
+        self_test.refuse_offloaded(model)
+        self_test.refuse_virtual_tokens(model)
         self.attentions = attention_layers(model)
         self.memory_layers = config.resolve_layers(len(self.attentions))
         self.calls = Calls()
@@ -149,6 +151,7 @@ class Attachment:
                 "was set after the memory was attached, so that the memory layers are plain layers",
                 "Detach the memory, set it, and attach the memory again.",
             )
+        self_test.refuse_virtual_tokens(self.model)
 
     @contextmanager
     def during(self, current: Pass) -> Iterator[None]:

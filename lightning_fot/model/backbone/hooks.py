@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import Lock, RLock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 from lightning_fot.model.attention.rotary import Embeddings, find_rotary, identity_rotary
 from lightning_fot.model.backbone.calls import Calls
-from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of
+from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of, following_length, forget_length
 from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.probe import LayerFacts
@@ -23,6 +24,49 @@ if TYPE_CHECKING:
 # Attribute of a cosine table that names the pass which its layers served: the table outlives the pass where layers are
 # run again in the backward pass.
 _PASS = "lightning_fot_pass"
+
+
+class KeptCaches:
+    """Suspends gradient checkpointing where a cache is read or written and no gradients are wanted.
+
+    Transformers takes the cache away from layers that may be run again, whatever the gradient mode: tokens would then
+    be generated without what was read before.
+
+    Args:
+        model: The backbone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._lock = Lock()
+        self._calls = 0
+        self._suspended: list[Any] = []
+        self._mine = local()
+
+    def begin(self) -> None:
+        """Before a forward that is given a cache."""
+        if torch.is_grad_enabled() or not (self._model.training or self._calls):
+            self._mine.inside = False
+            return
+        with self._lock:
+            self._calls += 1
+            for layer in self._model.modules():
+                if layer.training and getattr(layer, "gradient_checkpointing", False):
+                    self._suspended.append(layer)
+                    setattr(layer, "gradient_checkpointing", False)  # noqa: B010 - modules have no such attribute
+        self._mine.inside = True
+
+    def end(self) -> None:
+        """After it, however it ended."""
+        if not getattr(self._mine, "inside", False):
+            return
+        self._mine.inside = False
+        with self._lock:
+            self._calls -= 1
+            if not self._calls:
+                for layer in self._suspended:
+                    layer.gradient_checkpointing = True
+                self._suspended = []
 
 
 class Hooks:
@@ -61,6 +105,7 @@ class Hooks:
         self.gates: dict[int, nn.Parameter] = {}
         self.positions = "first"
         self.score_factor = 1.0
+        self._kept = KeptCaches(model)
         self._backends = backends
         self._selected = selected
         self._check_attached = check_attached
@@ -166,6 +211,8 @@ class Hooks:
 
         def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
+            if cache is not None:
+                self._kept.begin()
             if not isinstance(cache, MemoryCache):
                 return
             self._check_attached()
@@ -174,11 +221,17 @@ class Hooks:
                 embeddings = kwargs["inputs_embeds"]
                 inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
             mask = kwargs.get("attention_mask")
+            # Before anything of the cache is changed.
+            functions = checkpointing(self.model)
+            if functions:
+                check_replay(cache, functions)
             cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
             self.enter(cache)
 
         def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs.get("past_key_values")
+            if cache is not None:
+                self._kept.end()
             if isinstance(cache, MemoryCache) and self.calls.state.current is cache:
                 cache.end(completed=output is not None)
                 self.calls.end()
@@ -192,7 +245,25 @@ class Hooks:
                 return args, {**kwargs, "position_ids": positions}
             return (args[0], positions, *args[2:]), kwargs
 
+        # Frequencies that follow the length are kept in the module: one call at a time may look at them, and what an
+        # earlier call has read says nothing of this one.
+        turn = RLock()
+
+        def before_following(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            turn.acquire()
+            if self.calls.state.current is not None:
+                forget_length(module)
+
+        def after_following(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            turn.release()
+
+        following = following_length(self.model)
         return [
+            *(module.register_forward_pre_hook(before_following, with_kwargs=True) for module in following),
+            *(
+                module.register_forward_hook(after_following, with_kwargs=True, always_call=True)
+                for module in following
+            ),
             decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
             decoder.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
             *(
