@@ -219,6 +219,10 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
     missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
     if missing:
         raise _damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
+    rows, lengths = index["rows"], index["lengths"]
+    if not isinstance(rows, int) or not isinstance(lengths, list) or not 0 < rows == len(lengths):
+        # Before anything of that size is made.
+        raise _damaged(folder, f"{INDEX_FILE} names {rows} rows, and not as many lengths")
     return index, text
 
 

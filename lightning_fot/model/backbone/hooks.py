@@ -26,6 +26,38 @@ if TYPE_CHECKING:
 _PASS = "lightning_fot_pass"
 
 
+class OfOneModel:
+    """A hook, bound to the model that it was put on.
+
+    A copy of the model would carry it along: it would serve the first model's passes, or nothing.
+
+    Args:
+        hook: What torch calls.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OfOneModel:
+        raise uncopyable()
+
+    def __reduce__(self) -> Any:
+        raise uncopyable()
+
+
+def uncopyable() -> SettingError:
+    """The error for copying or pickling what has a memory attached."""
+    return SettingError(
+        "model",
+        "a model with a memory attached",
+        "cannot be copied or pickled: its hooks serve this one alone",
+        "Detach the memory, copy or save the plain model, and attach a memory to each; save_pretrained writes both.",
+    )
+
+
 class KeptCaches:
     """Suspends gradient checkpointing where a cache is read or written and no gradients are wanted.
 
@@ -110,10 +142,16 @@ class Hooks:
         self._selected = selected
         self._check_attached = check_attached
         self._handles = [
-            layer.register_forward_pre_hook(self._before_attention(index, layer), with_kwargs=True)
+            layer.register_forward_pre_hook(OfOneModel(self._before_attention(index, layer)), with_kwargs=True)
             for index, layer in attentions.items()
         ]
         self._handles += self._on_decoder()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+        raise uncopyable()
+
+    def __reduce__(self) -> Any:
+        raise uncopyable()
 
     @property
     def in_place(self) -> bool:
@@ -259,15 +297,15 @@ class Hooks:
 
         following = following_length(self.model)
         return [
-            *(module.register_forward_pre_hook(before_following, with_kwargs=True) for module in following),
+            *(module.register_forward_pre_hook(OfOneModel(before_following), with_kwargs=True) for module in following),
             *(
-                module.register_forward_hook(after_following, with_kwargs=True, always_call=True)
+                module.register_forward_hook(OfOneModel(after_following), with_kwargs=True, always_call=True)
                 for module in following
             ),
-            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
+            decoder.register_forward_pre_hook(OfOneModel(before_decoder), with_kwargs=True),
+            decoder.register_forward_hook(OfOneModel(after_decoder), with_kwargs=True, always_call=True),
             *(
-                module.register_forward_pre_hook(local_positions, with_kwargs=True)
+                module.register_forward_pre_hook(OfOneModel(local_positions), with_kwargs=True)
                 for module in decoder.modules()
                 if "RotaryEmbedding" in type(module).__name__
             ),
