@@ -6,21 +6,15 @@ loads.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning_fot.commands.retrievers import _retrievers
-from lightning_fot.commands.script import CONFIG_VERBS, OTHER_VERBS
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.system.openmp import wait_briefly
-from lightning_fot.system.ranks import rank, share_folder
-
-if TYPE_CHECKING:
-    from lightning_fot.request.request import Request
+from lightning_fot.system.package import shipped
 
 HELP = """\
 lightning-fot: a memory of long documents for Llama-style models (Focused Transformer)
@@ -52,8 +46,23 @@ Examples:
 Shipped configurations: {configs}
 --debug shows tracebacks and the libraries' log lines. --version prints the version."""
 
-# `predict` is known only to say what to do instead.
-VERBS = tuple(sorted((CONFIG_VERBS | OTHER_VERBS) - {"predict"}))
+# Where each verb is, loaded when it is asked for. All are called with words, program and whether to debug.
+VERBS = {
+    "run": "job.verbs:run",
+    "fit": "job.verbs:fit",
+    "validate": "job.verbs:validate",
+    "test": "job.verbs:test",
+    "predict": "job.verbs:predict",
+    "sweep": "sweep:sweep",
+    "report": "report:report",
+    "bench": "bench.bench:bench",
+    "ingest": "ingest:ingest",
+    "ask": "ask:ask",
+    "lm-eval": "lm_eval:lm_eval",
+    "export": "export:export",
+    "retrievers": "retrievers:retrievers",
+    "doctor": "doctor:doctor",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,126 +109,21 @@ def program_name() -> str:
 
 
 def _dispatch(words: list[str], debug: bool) -> int:
+    program = program_name()
     if not words or words[0] in ("-h", "--help", "help"):
-        from lightning_fot.request.request import SHIPPED
-
-        configs = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-        print(HELP.format(program=program_name(), configs=configs))
+        configs = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.yaml")))
+        print(HELP.format(program=program, configs=configs))
         return 0
     if words[0] in ("-V", "--version"):
         from lightning_fot import __version__
 
         print(f"lightning-fot {__version__}")
         return 0
-    verb, rest = words[0], words[1:]
-    if verb == "sweep":
-        from lightning_fot.commands.sweep import sweep
-
-        return sweep(rest, f"{program_name()} sweep", debug)
-    if verb == "report":
-        from lightning_fot.commands.report import report
-
-        return report(rest, f"{program_name()} report")
-    if verb in CONFIG_VERBS:
-        return _with_config(verb, rest, debug)
-    if verb == "bench":
-        from lightning_fot.commands.bench.bench import bench
-
-        return bench(rest, f"{program_name()} bench")
-    if verb == "ingest":
-        from lightning_fot.commands.ingest import ingest
-
-        return ingest(rest, f"{program_name()} ingest", debug)
-    if verb == "ask":
-        from lightning_fot.commands.ask import ask
-
-        return ask(rest, f"{program_name()} ask", debug)
-    if verb == "export":
-        from lightning_fot.commands.export import export
-
-        return export(rest, f"{program_name()} export")
-    if verb == "lm-eval":
-        from lightning_fot.commands.lm_eval import lm_eval
-
-        return lm_eval(rest, f"{program_name()} lm-eval")
-    if verb in OTHER_VERBS:
-        if rest and rest[0] in ("-h", "--help"):
-            print(f"Usage: {program_name()} {verb}")
-            return 0
-        if rest:
-            raise SettingError("arguments", " ".join(rest), f"{verb} takes none", f"Write: {program_name()} {verb}")
-        return _retrievers() if verb == "retrievers" else _doctor()
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise SettingError("verb", verb, "is not a command", f"{hint}Commands: {', '.join(VERBS)}.")
-
-
-def _doctor() -> int:
-    from lightning_fot.commands.doctor import doctor
-
-    return doctor()
-
-
-def _with_config(verb: str, words: list[str], debug: bool) -> int:
-    from lightning_fot.commands.job.choice import choose
-    from lightning_fot.request.preflight import check_folder, check_settings, required_bytes
-    from lightning_fot.request.request import read_request
-
-    program = program_name()
-    if verb == "predict":
-        raise SettingError(
-            "verb",
-            verb,
-            "a language model has no prediction loop",
-            "Use run or validate; in Python, generate: lm.generate(ids, memory=memory).",
-        )
-    if "-h" in words or "--help" in words:
-        return _complete_parse(["--help"])
-    request = read_request(verb, words, program)
-    if not request.configs:
-        raise SettingError(
-            "config",
-            None,
-            f"{verb} needs a configuration",
-            f"Write: {program} {verb} --config hnsw (or your own YAML).",
-        )
-    check_settings(request)
-    if any(word.startswith("--print_config") for word in words):
-        return _complete_parse(_arguments(request))
-    if verb in ("validate", "test"):
-        checkpoint = choose(request)[1] if request.get("ckpt_path") is not None else None
-        _say(request)
-        from lightning_fot.commands.job.job import check
-
-        return check(request, _arguments(request), checkpoint, debug=debug)
-    folder, checkpoint = choose(request)
-    if rank() == 0:
-        share_folder(folder.path)
-    check_folder(folder.path, required_bytes(request))
-    _say(request)
-    from lightning_fot.commands.job.job import run
-
-    return run(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
-
-
-def _say(request: Request) -> None:
-    for note in request.notes:
-        print(note, file=sys.stderr)
-
-
-def _arguments(request: Request) -> list[str]:
-    """What jsonargparse gets: real paths, and the overrides as given."""
-    return [*(word for path in request.configs for word in ("--config", str(path))), *request.overrides]
-
-
-def _complete_parse(arguments: list[str]) -> int:
-    """Lets jsonargparse print its help or the resolved configuration."""
-    from lightning_fot.commands.job.parsing import parse, quiet
-    from lightning_fot.request.request import Request
-
-    quiet()
-    try:
-        parse(Request("run", [], arguments), arguments)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        # `predict` is known only to say what to do instead.
+        known = sorted(set(VERBS) - {"predict"})
+        raise SettingError("verb", verb, "is not a command", f"{close_match(verb, known)}Commands: {', '.join(known)}.")
+    module, _, name = VERBS[verb].partition(":")
+    command: Callable[[list[str], str, bool], int] = getattr(import_module(f"lightning_fot.commands.{module}"), name)
+    return command(rest, f"{program} {verb}", debug)

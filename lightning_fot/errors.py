@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class SettingError(ValueError):
@@ -33,6 +33,22 @@ class SettingError(ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # The default rebuilds from the message alone, which breaks errors that cross a process (DDP, loader workers).
         return (type(self), (self.setting, self.value, self.problem, self.fix))
+
+
+def check_choice(setting: str, value: object, choices: Collection[object]) -> None:
+    """Refuses what is none of some words.
+
+    Args:
+        setting: Name, such as ``model.dtype``.
+        value: What was given.
+        choices: What may be given.
+
+    Raises:
+        SettingError: It is something else.
+    """
+    if value not in choices:
+        near = close_match(str(value), map(str, choices))
+        raise SettingError(setting, value, "is not known", f"{near}Choose one of {', '.join(map(str, choices))}.")
 
 
 def check_at_least(prefix: str, owner: object, minimum: int, *names: str) -> None:

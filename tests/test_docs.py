@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from lightning_fot.cli import VERBS, main
-from lightning_fot.commands.bench.bench import _parser as bench_parser
-from lightning_fot.commands.lm_eval import split
+from lightning_fot.commands import lm_eval, sweep
+from lightning_fot.commands.bench import bench as bench_command
 from lightning_fot.request.harness import model_settings
 from lightning_fot.request.preflight import check_settings
-from lightning_fot.request.request import read_request
+from lightning_fot.request.request import make_request, read_request
+from lightning_fot.request.words import read
 from lightning_fot.retrievers import PerBankRetriever, create_retriever
 from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import SearchConfig
@@ -155,16 +156,19 @@ def _follow(words):
                 rest = [*rest, "--model.memory.memory_layers=[-1]"]
         check_settings(read_request(verb, rest))
     elif verb == "sweep":
-        config = SweepConfig.of(read_request(verb, rest).get("sweep"))
+        given = read(rest, sweep.VERB)
+        config = SweepConfig.of(
+            make_request(verb, given.options.config, given.settings, "lightning sweep").get("sweep")
+        )
         assert config.builds()
         if config.search is not None:
             SearchConfig.of(config.search).check()
     elif verb == "lm-eval":
-        own, others = split(rest, "lightning lm-eval")
-        model_settings(own)
-        assert "--tasks" in others
+        given = read(rest, lm_eval.VERB)
+        model_settings(lm_eval.described(given))
+        assert given.options.tasks
     elif verb == "bench":
-        assert bench_parser("bench").parse_args(rest)
+        assert read(rest, bench_command.VERB).options
     else:
         assert verb in VERBS
         assert len(rest) == {"doctor": 0, "export": 2}[verb]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -10,14 +9,16 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.attending.renamed import OLD_KEYS
 from lightning_fot.errors import SettingError
 from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.pretrained.quiet import quietly
-from lightning_fot.request.arguments import Parser
 from lightning_fot.request.model import settings_with
-from lightning_fot.request.request import read_request
+from lightning_fot.request.request import make_request
+from lightning_fot.request.words import Option, Verb, assignments, read
 
 if TYPE_CHECKING:
     from lightning_fot.library.answering import Answer, Answerer
@@ -25,38 +26,30 @@ if TYPE_CHECKING:
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
 _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
-_EPILOG = f"""\
-Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
-Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.
-A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked or
-answered is added to the memory on disk.
-
-The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}."""
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=program,
-        usage=f'{program} MEMORY ["QUESTION" | -] [options] [--model.memory.KEY=VALUE …]',
-        description="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("memory", metavar="MEMORY", help="a name below memories/, or a folder")
-    parser.add_argument("question", metavar="QUESTION", nargs="*", help="- reads it from standard input")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer (default 100)")
-    parser.add_argument("--temperature", type=float, help="sample, at this temperature (default: greedy)")
-    parser.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this joint probability")
-    parser.add_argument("--top_k_tokens", type=int, help="sample among this many likeliest tokens")
-    parser.add_argument("--seed", type=int, help="of sampling (default: a new one each time)")
-    parser.add_argument("--passages", type=int, default=5, help="passages shown, 0 for none (default 5)")
-    parser.add_argument("--passage_tokens", type=int, default=64, help="tokens of a passage (default 64)")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead, when the answer is complete"
-    )
-    return parser
+_OPTIONS = (
+    Option("max_new_tokens", "longest answer (default 100)", int, 100),
+    Option("temperature", "sample, at this temperature (default: greedy)", float),
+    Option("top_p", "sample among the likeliest tokens of this joint probability", float),
+    Option("top_k_tokens", "sample among this many likeliest tokens", int),
+    Option("seed", "of sampling (default: a new one each time)", int),
+    Option("passages", "passages shown, 0 for none (default 5)", int, 5),
+    Option("passage_tokens", "tokens of a passage (default 64)", int, 64),
+    Option("raw", "continue the text as it is, without the chat template", None, False),
+    Option("json", "print one JSON object instead, when the answer is complete", None, False),
+)
+VERB = Verb(
+    "lightning ask",
+    _OPTIONS,
+    settings=("model.",),
+    plain=("MEMORY", "[QUESTION…]"),
+    plain_about=("a name below memories/, or a folder", "- reads it from standard input"),
+    about="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
+    epilog=f"Settings of the memory that may be given: {', '.join(f'--model.memory.{name}' for name in _FREE)}.\n"
+    "Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.\n"
+    "A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked "
+    "or answered is added to the memory on disk.\n\n"
+    f"The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}.",
+)
 
 
 def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
@@ -73,21 +66,23 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: An argument, the question or the memory cannot be used.
     """
-    rest, settings = _split(words, program)
-    try:
-        options = _parser(program).parse_intermixed_args(rest)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    verb = replace(VERB, program=program)
+    given = read(words, verb)
+    if given.help:
+        print(verb.help())
+        return 0
+    options = given.options
     _check(options)
-    library = existing(options.memory)
+    memory, *asked = given.plain
+    library = existing(memory)
     if not Saved.read(library.path).stored:
         raise SettingError(
-            "MEMORY", str(library.path), "is empty", f"Read documents: {_ingest(program)} {options.memory} PATH…"
+            "MEMORY", str(library.path), "is empty", f"Read documents: {_ingest(program)} {memory} PATH…"
         )
-    library.model = _with(library, settings, program)
+    library.model = _with(library, given.settings, program)
     library.model.check()
-    question = _question(options)
-    if question is not None and not any(word.startswith("--model.memory.retriever") for word in settings):
+    question = _question(asked, options.json)
+    if question is not None and not any(word.startswith("--model.memory.retriever") for word in given.settings):
         # An index takes minutes to build for a million tokens; a single question is answered sooner without.
         library.model = replace(library.model, memory={**library.model.memory, "retriever": "exact"})
     return _run(library, options, question, debug)
@@ -97,27 +92,7 @@ def _ingest(program: str) -> str:
     return f"{program.removesuffix('ask')}ingest"
 
 
-def _split(words: Sequence[str], program: str) -> tuple[list[str], list[str]]:
-    """Parts the settings of the model, which are YAML, from the command's own options."""
-    rest: list[str] = []
-    settings: list[str] = []
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        if word == "--":
-            return [*rest, word, *pending], settings
-        if not word.startswith("--model."):
-            rest.append(word)
-            continue
-        if "=" not in word:
-            if not pending:
-                raise SettingError("arguments", word, "has no value", f"See {program} --help")
-            word = f"{word}={pending.pop(0)}"
-        settings.append(word)
-    return rest, settings
-
-
-def _check(options: argparse.Namespace) -> None:
+def _check(options: SimpleNamespace) -> None:
     limits: tuple[tuple[str, float, float], ...] = (
         ("max_new_tokens", 1, float("inf")),
         ("top_k_tokens", 1, float("inf")),
@@ -140,29 +115,33 @@ def _with(library: Library, settings: list[str], program: str) -> Any:
     model = library.model
     if not settings:
         return model
-    for word in settings:
-        key = word.removeprefix("--").partition("=")[0]
+    fixed = {*model.memory, *OLD_KEYS} - set(_FREE)
+    for key, value in assignments(settings):
         name = key.removeprefix("model.memory.").partition(".")[0]
-        if not key.startswith("model.memory.") or (name not in _FREE and name in model.memory):
+        if not key.startswith("model.memory.") or name in fixed:
             raise SettingError(
-                key, word.partition("=")[2], f"is fixed by what wrote {library.path}",
+                key, value, f"is fixed by what wrote {library.path}",
                 f"Leave it out; free are {', '.join(_FREE)}.",
             )  # fmt: skip
-    return settings_with(model, read_request("ask", settings, program))
+    return settings_with(model, make_request("ask", [], settings, program))
 
 
-def _question(options: argparse.Namespace) -> str | None:
+def _question(asked: Sequence[str], alone: bool) -> str | None:
     """The question, None for a conversation.
+
+    Args:
+        asked: Its words.
+        alone: Whether there has to be one.
 
     Raises:
         SettingError: It is empty, no text, or missing where nobody can be asked.
     """
-    if not options.question:
-        if options.json or not sys.stdin.isatty():
+    if not asked:
+        if alone or not sys.stdin.isatty():
             raise SettingError("question", None, "is missing", "Give one, or - to read it from standard input.")
         return None
     try:
-        text = sys.stdin.read() if options.question == ["-"] else " ".join(options.question)
+        text = sys.stdin.read() if asked == ["-"] else " ".join(asked)
         text.encode("utf-8")
     except UnicodeError as error:
         raise SettingError("question", "-", f"is not UTF-8 ({error})", "Convert it.") from error
@@ -171,7 +150,7 @@ def _question(options: argparse.Namespace) -> str | None:
     return text.strip()
 
 
-def _run(library: Library, options: argparse.Namespace, question: str | None, debug: bool) -> int:
+def _run(library: Library, options: SimpleNamespace, question: str | None, debug: bool) -> int:
     from lightning_fot.system.signals import StopGuard, Stopped
 
     with StopGuard(_say) as guard:
@@ -185,7 +164,7 @@ def _run(library: Library, options: argparse.Namespace, question: str | None, de
             return stopped.exit_code
 
 
-def _answer(library: Library, options: argparse.Namespace, question: str | None) -> int:
+def _answer(library: Library, options: SimpleNamespace, question: str | None) -> int:
     _say(f"Loading {library.model.backbone} and {library.path} …")
     from lightning_fot.library.answering import Answerer, AnswerSettings
     from lightning_fot.training.opening import open_model

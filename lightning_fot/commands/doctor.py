@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 
 import lightning_fot
 from lightning_fot.commands.script import OPT_OUT, find_other
+from lightning_fot.request.words import Verb, read
 from lightning_fot.system.environment import cores, installed, processor
 
 
@@ -67,13 +69,25 @@ def self_test() -> tuple[bool, str]:
     return passed, detail
 
 
-def doctor(console: Console | None = None) -> int:
+def doctor(words: Sequence[str], program: str, debug: bool = False) -> int:
     """Prints the report.
+
+    Args:
+        words: Words after ``doctor``: there are none.
+        program: How it was called.
+        debug: Not used: every verb is called alike.
 
     Returns:
         0, or 1 if the self-test fails.
+
+    Raises:
+        SettingError: There are words.
     """
-    console = console or Console()
+    verb = Verb(program, about="Versions, threads, devices, who owns the script name, and a short self-test.")
+    if read(words, verb).help:
+        print(verb.help())
+        return 0
+    console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from lightning_fot.errors import SettingError
 from lightning_fot.library.library import FILE, Library, count, find_folder, is_free
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_of, settings_with
-from lightning_fot.request.request import Request, read_request
+from lightning_fot.request.request import CONFIG, Request, make_request
+from lightning_fot.request.words import Given, Verb, read
 
 if TYPE_CHECKING:
     from lightning_fot.data.text.parts import DocumentSource, Found
 
 DEFAULT_CONFIG = "hnsw"
+VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
 HELP = """\
 Usage: {program} MEMORY PATH… [--config NAME|FILE] [--ckpt_path FILE] [--model.KEY=VALUE …]
 
@@ -37,15 +39,6 @@ Stopped (Ctrl-C) or killed, the same command goes on where it was; documents tha
 documents may be added at any time; the settings stay those of the memory, which need not be given again."""
 
 
-@dataclass
-class _Words:
-    """A command line in parts."""
-
-    memory: str
-    paths: list[str]
-    options: list[str]
-
-
 def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     """Runs the command.
 
@@ -60,60 +53,31 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     Raises:
         SettingError: An argument, a document or the folder cannot be used.
     """
-    if any(word in ("-h", "--help") for word in words):
+    given = read(words, replace(VERB, program=program))
+    if given.help:
         print(HELP.format(program=program, ask=program.replace("ingest", "ask"), default=DEFAULT_CONFIG))
         return 0
-    given = _split(words, program)
-    folder = find_folder(given.memory)
+    name, *paths = given.plain
+    folder = find_folder(name)
     library = _library(folder, given, program)
     library.model.check()
-    found = _find(given.paths)
+    found = _find(paths)
     command = shlex.join([*program.split(), *words])
     with library.locked():
         library.refresh()
         sources, known = _unread(found, library)
         if not sources and not known:
-            raise SettingError(
-                "PATH", given.paths, f"holds no text ({found.skipped_text()})", "Give text files in UTF-8."
-            )
+            raise SettingError("PATH", paths, f"holds no text ({found.skipped_text()})", "Give text files in UTF-8.")
         for note in (found.skipped_text(), known):
             if note:
                 print(f"Left out: {note}.", file=sys.stderr)
         if not sources:
             print(f"Nothing to read: {folder} has all of it, {count(len(library.documents), 'document')}.")
             return 0
-        return _read(library, sources, found.skipped, command, program, given.memory, debug)
+        return _read(library, sources, found.skipped, command, program, name, debug)
 
 
-def _split(words: Sequence[str], program: str) -> _Words:
-    """Parts the memory and the paths from the options; an option without ``=`` takes the next word."""
-    plain: list[str] = []
-    options: list[str] = []
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        if not word.startswith("-"):
-            plain.append(word)
-            continue
-        if word == "--":
-            plain += pending
-            break
-        options.append(word)
-        if "=" not in word:
-            if not pending:
-                raise SettingError("arguments", word, "has no value", f"See {program} --help")
-            options.append(pending.pop(0))
-        key = word.partition("=")[0]
-        if key not in ("--config", "-c", "--ckpt_path") and not key.startswith("--model."):
-            raise SettingError("arguments", key, "is not an option of ingest", f"See {program} --help")
-    if len(plain) < 2:
-        raise SettingError(
-            "arguments", " ".join(words), "a memory and at least one path are needed", f"Write: {program} NAME PATH…"
-        )
-    return _Words(plain[0], plain[1:], options)
-
-
-def _library(folder: Path, given: _Words, program: str) -> Library:
+def _library(folder: Path, given: Given, program: str) -> Library:
     """The library in the folder, or a new one."""
     if not (folder / FILE).is_file():
         if not is_free(folder):
@@ -139,13 +103,12 @@ def _library(folder: Path, given: _Words, program: str) -> Library:
     return library
 
 
-def _request(given: _Words, program: str, default: str | None) -> Request:
-    options = list(given.options)
-    named = any(word.partition("=")[0] in ("--config", "-c") for word in options)
-    if not named and default is not None:
-        options = ["--config", default, *options]
-    request = read_request("ingest", options, program)
-    for note in request.notes if named else ():
+def _request(given: Given, program: str, default: str | None) -> Request:
+    configs = list(given.options.config)
+    if not configs and default is not None:
+        configs = [default]
+    request = make_request("ingest", configs, given.settings, program)
+    for note in request.notes if given.options.config else ():
         print(note, file=sys.stderr)
     return request
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,23 @@ from typing import Any
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.pretrained.backbones import load_tokenizer
 from lightning_fot.request.harness import MODEL_NAME, batch_count, model_settings
+from lightning_fot.request.request import CONFIG
+from lightning_fot.request.words import Given, Option, Verb, assignments, read
 
 INSTALL = "pip install 'lightning-fot[lm-eval]'"
+# What is ours, what is looked at and left to the harness, and what is refused.
+VERB = Verb(
+    "lightning lm-eval",
+    (
+        CONFIG,
+        Option("tasks", short="-t", passed=True),
+        Option("batch_size", short="-b", passed=True),
+        Option("model", short="-M"),
+        Option("model_args", short="-a"),
+    ),
+    settings=("model.", "ckpt_path"),
+    others=True,
+)
 HELP = """\
 Usage: {program} --config NAME|FILE --tasks TASK… [--ckpt_path FILE] [--model.KEY=VALUE …] [options of lm_eval]
 
@@ -32,12 +48,13 @@ Without a hub: tasks of your own (--include_path FOLDER), and of RULER, at 4,096
   {program} --config hnsw --tasks niah_single_1,ruler_vt --limit 10 --metadata='{{"max_seq_lengths": [4096]}}'"""
 
 
-def lm_eval(words: Sequence[str], program: str) -> int:
+def lm_eval(words: Sequence[str], program: str, debug: bool = False) -> int:
     """Runs the command.
 
     Args:
         words: Words after ``lm-eval``.
         program: How it was called.
+        debug: Not used: every verb is called alike.
 
     Returns:
         Exit code.
@@ -46,13 +63,14 @@ def lm_eval(words: Sequence[str], program: str) -> int:
         SettingError: A setting of the model cannot work: said before the harness is loaded.
         MissingLibraryError: The harness is not installed.
     """
-    own, rest = split(words, program)
-    if not words or any(word in ("-h", "--help") for word in rest):
+    given = read(words, replace(VERB, program=program))
+    if not words or given.help:
         print(HELP.format(program=program, install=INSTALL))
         return 0
-    if not any(word.partition("=")[0] in ("--tasks", "-t") for word in rest):
+    own = described(given)
+    if given.options.tasks is None:
         raise SettingError("tasks", None, "are not given", f"Write: {program} --config hnsw --tasks niah_single_1")
-    batch_count(_last(rest, "--batch_size", "-b") or 1)
+    batch_count(given.options.batch_size or 1)
     settings = model_settings(own)
     if find_spec("lm_eval") is None:
         raise MissingLibraryError("lm_eval", INSTALL, "lm-eval")
@@ -62,55 +80,23 @@ def lm_eval(words: Sequence[str], program: str) -> int:
         own.pop("model.backbone", None)
         # The harness names results after `pretrained`.
         model = json.dumps({"pretrained": settings.backbone, **own})
-        arguments = ["--model", MODEL_NAME, "--model_args", model, "--metadata", metadata, *rest]
+        arguments = ["--model", MODEL_NAME, "--model_args", model, "--metadata", metadata, *given.others]
         return _harness(arguments)
 
 
-def split(words: Sequence[str], program: str) -> tuple[dict[str, Any], list[str]]:
-    """Parts what describes our model from what is the harness's.
-
-    Args:
-        words: Words of the command line.
-        program: For messages.
-
-    Returns:
-        Settings by name, and the words left.
+def described(given: Given) -> dict[str, Any]:
+    """What describes our model, by name.
 
     Raises:
-        SettingError: A setting has no value, or the model is one of the harness's own.
-
-    Example:
-        >>> split(["--config", "hnsw", "--tasks", "a", "--model.memory.top_k=8"], "lm-eval")
-        ({'config': 'hnsw', 'model.memory.top_k': '8'}, ['--tasks', 'a'])
+        SettingError: The model is one of the harness's own.
     """
-    own: dict[str, Any] = {}
-    rest: list[str] = []
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--model", "-M", "--model_args", "-a"):
+    for name in ("model", "model_args"):
+        value = getattr(given.options, name)
+        if value is not None:
             fix = "Describe it with --config and --model.KEY=VALUE; for others call lm_eval itself."
-            raise SettingError(name, value or None, f"is always {MODEL_NAME} here", fix)
-        if name not in ("--config", "-c", "--ckpt_path") and not name.startswith("--model."):
-            rest.append(word)
-            continue
-        if not equals:
-            if not pending:
-                raise SettingError("arguments", word, "has no value", f"See {program} --help")
-            value = pending.pop(0)
-        own["config" if name == "-c" else name.removeprefix("--")] = value
-    return own, rest
-
-
-def _last(words: Sequence[str], *names: str) -> str | None:
-    """Value of an option, the last one given; None where it is not, or has none."""
-    found = None
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in names:
-            found = value if equals else (words[place + 1] if place + 1 < len(words) else None)
-    return found
+            raise SettingError(f"--{name}", value, f"is always {MODEL_NAME} here", fix)
+    last = given.options.config[-1:]
+    return {**dict(zip(["config"], last, strict=False)), **dict(assignments(given.settings))}
 
 
 @contextmanager

@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.request.arguments import Parser
 from lightning_fot.request.request import flat_settings
+from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.sweep.runs import headline
 from lightning_fot.sweep.time_split import named_split
 from lightning_fot.system.files import write_json
 
+VERB = Verb(
+    "lightning report",
+    (
+        Option("out", "compare the runs: write report.html there", Path, metavar="FOLDER"),
+        Option("json", "print the headline numbers of each as JSON", None, False),
+    ),
+    plain=("RUN…",),
+    plain_about=("folder of a run or of a sweep",),
+    about="Rebuilds the report of run and sweep folders from their results.json; several runs are compared on one "
+    "page, with --out.",
+)
 
-def report(words: Sequence[str], program: str) -> int:
+
+def report(words: Sequence[str], program: str, debug: bool = False) -> int:
     """Runs the command.
 
     Args:
         words: Words after ``report``.
         program: How it was called.
+        debug: Not used: every verb is called alike.
 
     Returns:
         Exit code.
@@ -29,24 +43,17 @@ def report(words: Sequence[str], program: str) -> int:
     Raises:
         SettingError: A folder holds no results, or the page cannot be written.
     """
-    parser = Parser(
-        prog=program,
-        description="Rebuilds the report of run and sweep folders from their results.json; several runs are compared "
-        "on one page, with --out.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="compare the runs: write report.html there")
-    parser.add_argument("--json", action="store_true", help="print the headline numbers of each as JSON")
-    try:
-        options = parser.parse_args(list(words))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    found = dict(zip(_names(options.folders), map(_read, options.folders), strict=True))
+    verb = replace(VERB, program=program)
+    given = read(words, verb)
+    if given.help:
+        print(verb.help())
+        return 0
+    options, folders = given.options, [Path(word) for word in given.plain]
+    found = dict(zip(_names(folders), map(_read, folders), strict=True))
     from lightning_fot.report import write_report
 
     if options.out is None:
-        for folder, results in zip(options.folders, found.values(), strict=True):
+        for folder, results in zip(folders, found.values(), strict=True):
             for path in write_report(results, folder):
                 print(path, file=sys.stderr if options.json else sys.stdout)
     else:

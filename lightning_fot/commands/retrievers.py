@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def _retrievers() -> int:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.table import Table
 
-    from lightning_fot.retrievers import available_retrievers
+from lightning_fot.request.words import Verb, read
+from lightning_fot.retrievers import available_retrievers
 
+
+def retrievers(words: Sequence[str], program: str, debug: bool = False) -> int:
+    """Runs the command.
+
+    Args:
+        words: Words after ``retrievers``: there are none.
+        program: How it was called.
+        debug: Not used: every verb is called alike.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        SettingError: There are words.
+    """
+    verb = Verb(program, about="Every retriever found: built-in and plug-ins.")
+    if read(words, verb).help:
+        print(verb.help())
+        return 0
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("retriever", "from", "version", "state"):
         table.add_column(title, overflow="fold")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shlex
@@ -10,12 +9,15 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.request.request import Request, read_request
+from lightning_fot.request.request import CONFIG, SHIPPED, Request, make_request
+from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.grid import Build, combinations, digest, label_of
 from lightning_fot.sweep.runs import RunCell, run_cells, with_settings
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from lightning_fot.system.signals import StopGuard
 
 ROOT = Path("sweeps")
+VERB = Verb(
+    "lightning sweep",
+    (CONFIG, Option("plan", kind=None, default=False), Option("json", kind=None, default=False)),
+    settings=("",),
+)
 HELP = """\
 Usage: {program} --config NAME|FILE [--run_dir FOLDER] [--plan] [--json] [--key.sub=value …]
 
@@ -56,14 +63,14 @@ def sweep(words: Sequence[str], program: str, debug: bool = False) -> int:
         SettingError: A setting cannot work: said before anything is measured.
         MissingLibraryError: The library of a retriever is not installed.
     """
-    from lightning_fot.request.request import SHIPPED
-
-    if any(word in ("-h", "--help") for word in words):
+    given = read(words, replace(VERB, program=program))
+    if given.help:
         shipped = ", ".join(sorted(f"sweeps/{path.stem}" for path in (SHIPPED / "sweeps").glob("*.yaml")))
         print(HELP.format(program=program, shipped=shipped))
         return 0
-    options = argparse.Namespace(plan="--plan" in words, json="--json" in words, debug=debug)
-    request = read_request("sweep", [word for word in words if word not in ("--plan", "--json")], program)
+    options = given.options
+    options.debug = debug
+    request = make_request("sweep", options.config, given.settings, program)
     if not request.configs:
         raise SettingError(
             "config", None, "sweep needs a configuration", f"Write: {program} --config configs/sweeps/index_types.yaml"
@@ -87,7 +94,7 @@ class _Sweep:
         options: ``plan``, ``json``, ``debug``.
     """
 
-    def __init__(self, request: Request, config: SweepConfig, folder: SweepFolder, options: argparse.Namespace) -> None:
+    def __init__(self, request: Request, config: SweepConfig, folder: SweepFolder, options: SimpleNamespace) -> None:
         self.request = request
         self.config = config
         self.folder = folder
@@ -213,16 +220,9 @@ class _Sweep:
             with self._claimed(target) as ours:
                 if not ours:
                     continue
-                options = argparse.Namespace(
-                    record=str(part),
-                    config=str(config),
-                    tokens=self.config.tokens,
-                    past=self.config.past,
-                    queries=self.config.queries,
-                    dtype="float16",
-                )
+                wanted = (self.config.tokens, self.config.past, self.config.queries)
                 print(f"Recording keys and queries {label_of(change)}".rstrip(), file=sys.stderr)
-                code = record(options, [], self.request.program)
+                code = record(part, str(config), [], *wanted, program=self.request.program)
                 if code:
                     part.unlink(missing_ok=True)
                     return code

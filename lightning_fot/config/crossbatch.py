@@ -13,8 +13,8 @@ class CrossbatchConfig:
 
     Args:
         layout: ``packed``: one pass, row i sees rows before it (LongLLaMA); ``paper``: previous windows are embedded
-            in a separate call and row i sees those of rows i ... i+d-1; ``previous_window``: a pack is one text, in
-            which every layer sees ``model.memory.overlap`` tokens of the window before (Transformer-XL).
+            in a separate call and row i sees those of rows i ... i+d-1; ``previous_window``: an older word
+            for ``model.memory.attending=previous_window`` with ``packed``.
         range: ``packed``: the most rows that a row sees.
         pack: Consecutive rows that are consecutive windows of one stream; not in ``paper``.
         stepping: ``packed``: rows early in a pack see fewer rows (the 3B recipe: (0,0), (1,1), (2,1), (3,0) positives

@@ -1,9 +1,10 @@
 """Settings of what is measured after training."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lightning_fot.config import tasks as task_settings
+from lightning_fot.config.attending import registry
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError, check_at_least, check_factor
 
@@ -28,9 +29,8 @@ class EvaluationConfig:
             backend's own grid.
         readings: How a context is read for perplexity and passkeys, always beside no context at all: ``memory``: into
             the memory, by the retriever and by exact search; ``full_context``: with what is scored in one window of
-            the backbone, full attention in every layer; ``previous_window``: every layer sees ``model.memory.overlap``
-            tokens of the window before (Transformer-XL); ``dilated``: memory layers see the text by the patterns of
-            ``model.memory.segments`` (LongNet).
+            the backbone, full attention in every layer; the name of a way of attending (``model.memory.attending``)
+            that reads texts as a whole, such as ``previous_window`` or ``dilated``.
         exact_tokens: Up to so many tokens in memory the retriever has exact search at its side, whose time to read a
             text grows with the square of its length; None for all. What retrieval finds is compared with it anyway.
         score_factor: In place of ``model.memory.score_factor`` while it is measured: a model that was trained with soft
@@ -58,9 +58,7 @@ class EvaluationConfig:
     retrieval_queries: int = 512
     retrieval_repeats: int = 5
     query_grid: list[dict[str, Any]] | None = None
-    readings: list[Literal["memory", "full_context", "previous_window", "dilated"]] = field(
-        default_factory=lambda: ["memory"]
-    )
+    readings: list[str] = field(default_factory=lambda: ["memory"])
     exact_tokens: int | None = None
     score_factor: float | None = None
     dictionary: task_settings.DictionaryTask | None = None
@@ -87,7 +85,7 @@ class EvaluationConfig:
                     raise SettingError(
                         f"{prefix}.{name}", getattr(self, name), f"{value!r} is below {minimum} tokens", "Correct it."
                     )
-        known = ("memory", "full_context", "previous_window", "dilated")
+        known = ("memory", *whole_readings())
         if not self.readings or any(reading not in known for reading in self.readings):
             raise SettingError(
                 f"{prefix}.readings", self.readings, "names no reading", f"Choose among {', '.join(known)}."
@@ -133,25 +131,12 @@ class EvaluationConfig:
                 "full_context needs the backbone's positions, and positions=none was trained without",
                 "Leave full_context out.",
             )
-        if ("dilated" in self.readings) != bool(memory.segments) or (memory.segments and "memory" in self.readings):
-            raise SettingError(
-                name,
-                self.readings,
-                f"with model.memory.segments={memory.segments} memory layers have "
-                + ("dilated attention in place of a memory" if memory.segments else "no dilated attention"),
-                "Set readings=[dilated], or segments=[] and dilations=[] for a memory.",
-            )
-        if "previous_window" not in self.readings:
-            return
-        if memory.memory_layers or not memory.overlap:
-            given = f"memory_layers={memory.memory_layers}, overlap={memory.overlap}"
-            raise SettingError(
-                name,
-                self.readings,
-                f"previous_window is for local windows that share tokens, without a memory; here {given}",
-                "Set model.memory.memory_layers=[] and overlap to half of window, or leave it out.",
-            )
+        memory.way.check_readings(self.readings)
+        for way in map(registry.find, self.readings):
+            if way is not None:
+                way.check_reading(self.readings, memory)
 
 
-# Readings that leave no memory behind, in words.
-WHOLE = {"full_context": "full context", "previous_window": "previous window", "dilated": "dilated attention"}
+def whole_readings() -> dict[str, str]:
+    """Readings that leave no memory behind, in words."""
+    return {"full_context": "full context", **registry.readings()}

@@ -1,9 +1,12 @@
 """Settings of memory attention: which layers have a memory, and how they read it."""
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
+from lightning_fot.config.attending import registry, renamed
+from lightning_fot.config.attending.base import Attending
 from lightning_fot.errors import SettingError, check_at_least, check_factor
 
 
@@ -24,8 +27,7 @@ class MemoryConfig:
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
         score_factor: Factor on all scores of memory layers, beside the backbone's own (1/√D). In a larger memory more
             pairs come close to the best one, and together they outweigh it: above 1 attention is sharper.
-        integration: ``softmax``: one softmax over local and retrieved pairs (FoT); ``gate``: a learned mix per head
-            (Memorizing Transformers).
+        integration: Not kept: an older word for what ``attending`` says.
         dtype: Stored dtype of keys and values: ``float32``, ``bfloat16`` or ``int8`` (a byte a coordinate and a scale a
             vector); None takes the model's.
         capacity: Tokens kept a row, oldest out; None keeps all.
@@ -33,11 +35,11 @@ class MemoryConfig:
             than RAM; None keeps all in RAM. The file is gone with the process; ``Memory.save`` is what lasts.
         offload: What goes there: ``values`` (keys are searched, so they stay in RAM) or ``all``.
         last_context_length: Tokens at the end of a prompt that stay local (LongLLaMA); None means ``window``.
-        max_distance: Local distances from this one on count as it, in every layer (rectified positions, ReRoPE): a
-            window may then be longer than the backbone was trained on. For models without memory layers.
-        segments: Memory layers have dilated attention over the whole text (LongNet) in place of a memory, in segments
-            of these lengths; empty leaves it out.
-        dilations: For each of ``segments``, every how many-th token of a segment a head sees; one of them is 1.
+        max_distance: As ``integration``.
+        segments: As ``integration``.
+        dilations: As ``integration``.
+        attending: Another way of attending, for comparison: a name, or ``{"name": ..., **arguments}``; each has a file
+            in ``config/attending``. None is FoT's own: one softmax over local and retrieved pairs.
 
     Raises:
         SettingError: A value is out of its range.
@@ -52,23 +54,25 @@ class MemoryConfig:
     sink_tokens: int = 0
     skip_window_start: int = 0
     score_factor: float = 1.0
-    integration: Literal["softmax", "gate"] = "softmax"
+    integration: InitVar[str | None] = None
     dtype: Literal["float32", "bfloat16", "int8"] | None = None
     capacity: int | None = None
     offload_dir: str | None = None
     offload: Literal["values", "all"] = "values"
     last_context_length: int | None = None
-    max_distance: int | None = None
-    segments: list[int] = field(default_factory=list)
-    dilations: list[int] = field(default_factory=list)
+    max_distance: InitVar[int | None] = None
+    segments: InitVar[list[int] | None] = None
+    dilations: InitVar[list[int] | None] = None
+    attending: str | dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *old: Any) -> None:
         prefix = "model.memory"
-        check_at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length", "max_distance")
+        given = dict(zip(renamed.OLD_KEYS, old, strict=True))
+        self.attending = renamed.in_new_words(self.attending, given)
+        check_at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length")
         check_at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
         for name, choices in (
             ("positions", ("first", "none")),
-            ("integration", ("softmax", "gate")),
             ("dtype", (None, "float32", "bfloat16", "int8")),
             ("offload", ("values", "all")),
         ):
@@ -97,15 +101,15 @@ class MemoryConfig:
                 f"is more than window={self.window}",
                 "It says how much of the window a prompt may fill.",
             )
-        if self.max_distance is not None and (self.memory_layers or self.overlap or self.sink_tokens):
-            raise SettingError(
-                f"{prefix}.max_distance",
-                self.max_distance,
-                "is for windows that are read alone: pairs of a memory, an overlap or sinks have no distance to clamp",
-                "Set memory_layers=[], overlap=0 and sink_tokens=0, or leave it out.",
-            )
-        if self.segments or self.dilations:
-            check_dilated(self)
+        self.way.check(self)
+        note = renamed.told(given, self.attending)
+        if note is not None:
+            warnings.warn(note, DeprecationWarning, stacklevel=3)
+
+    @property
+    def way(self) -> Attending:
+        """The settings of ``attending``."""
+        return registry.read(self.attending)
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Memory layers as sorted non-negative numbers.
@@ -135,48 +139,6 @@ class MemoryConfig:
         for layer in sorted(resolved):
             layer_spec(self.retriever, layer)
         return tuple(sorted(resolved))
-
-
-def check_dilated(memory: MemoryConfig) -> None:
-    """Refuses patterns of dilated attention that are none, and what cannot be had beside them.
-
-    Raises:
-        SettingError: Something cannot work.
-    """
-    name, patterns = "model.memory.segments", (memory.segments, memory.dilations)
-    for key, values in zip(("segments", "dilations"), patterns, strict=True):
-        if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-            raise SettingError(f"model.memory.{key}", values, "must hold whole numbers of at least 1", "Correct it.")
-    if len(memory.segments) != len(memory.dilations):
-        raise SettingError(name, memory.segments, f"has not one each of dilations={memory.dilations}", "Correct it.")
-    if any(step > size for size, step in zip(*patterns, strict=True)):
-        raise SettingError(
-            "model.memory.dilations",
-            memory.dilations,
-            f"leave segments of {memory.segments} without a token for some heads",
-            "Keep each at most its segment's length.",
-        )
-    if 1 not in memory.dilations:
-        raise SettingError(
-            "model.memory.dilations",
-            memory.dilations,
-            "would leave tokens without any pattern",
-            "Give the shortest segment a dilation of 1.",
-        )
-    if not memory.memory_layers:
-        raise SettingError(name, memory.segments, "are for memory layers, and there are none", "Name memory_layers.")
-    for key, given, needed in (
-        ("overlap", memory.overlap, 0),
-        ("sink_tokens", memory.sink_tokens, 0),
-        ("integration", memory.integration, "softmax"),
-    ):
-        if given != needed:
-            raise SettingError(
-                f"model.memory.{key}",
-                given,
-                f"cannot be had beside dilated attention (segments={memory.segments})",
-                f"Set it to {needed}.",
-            )
 
 
 # Where a memory lies on one machine: not the model's.

@@ -63,7 +63,9 @@ class ScheduleConfig:
         if not isinstance(self.at, list) or len(self.at) != wanted or not all(_number(mark) for mark in self.at):
             raise self._wrong("at", f"needs {wanted} numbers with kind {self.kind}", "Name one for each change.")
         if self.kind == "step" and any(
-            not _whole(mark) or mark <= before for before, mark in zip([0, *self.at], self.at, strict=False)
+            # jsonargparse makes 3.0 of the 3 in a file.
+            not float(mark).is_integer() or mark <= before
+            for before, mark in zip([0, *self.at], self.at, strict=False)
         ):
             raise self._wrong("at", "must be whole numbers, each larger than the one before", "Correct it.")
         if (self.metric is None) == (self.kind == "metric"):

@@ -7,13 +7,12 @@ A source is written as a mapping: ``{kind: text, paths: [books/], weight: 3, min
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 
 # <k>, <v> and <q>; a key and a value have four symbols each.
 MARKERS = 3
@@ -354,7 +353,9 @@ def _read_source(source: object, setting: str) -> SourceSettings:
     kind = source.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         problem = "is missing" if kind is None else "is not known"
-        raise SettingError(f"{setting}.kind", kind, problem, f"{_near(str(kind), KINDS)}Kinds: {', '.join(KINDS)}.")
+        raise SettingError(
+            f"{setting}.kind", kind, problem, f"{close_match(str(kind), KINDS)}Kinds: {', '.join(KINDS)}."
+        )
     known = KINDS[kind].names()
     for key in source:
         if key not in (*known, "kind"):
@@ -362,14 +363,9 @@ def _read_source(source: object, setting: str) -> SourceSettings:
                 f"{setting}.{key}",
                 source[key],
                 f"is not a setting of kind {kind}",
-                f"{_near(str(key), known)}Its settings: {', '.join(known)}.",
+                f"{close_match(str(key), known)}Its settings: {', '.join(known)}.",
             )
     given: dict[str, Any] = {str(key): value for key, value in source.items() if key != "kind"}
     if kind == HuggingFaceSettings.kind and "dataset" not in given:
         raise SettingError(f"{setting}.dataset", None, "is missing", "Name a data set, such as allenai/c4.")
     return KINDS[kind](setting=setting, **given)
-
-
-def _near(word: str, choices: Any) -> str:
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"Did you mean {near[0]}? " if near else ""

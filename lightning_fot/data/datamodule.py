@@ -13,7 +13,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fot.config.sources import FOR_TEXT, check_taken, read_sources
+from lightning_fot.config.data import DataConfig
+from lightning_fot.config.sources import FOR_TEXT, read_sources
 from lightning_fot.data.feeds import Feed, MixtureFeed, PathsFeed
 from lightning_fot.data.rows.loader import Batch, RowLoader, TrainPosition, to_tensors
 from lightning_fot.data.rows.plan import BatchSequence, RowPlan
@@ -88,16 +89,20 @@ class CrossbatchDataModule(pl.LightningDataModule):
         sources: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        checked = DataConfig(
+            paths, tokenizer, window, layout, batch_size, pack, prev_windows, heldout_fraction, heldout, min_tokens,
+            max_documents, max_document_tokens, max_tokens, text_field, seed, cache_dir, sources,
+        )  # fmt: skip
         self.paths = [paths] if isinstance(paths, str) else paths
         self.tokenizer = tokenizer
         self.window = window
         self.layout = layout
         self.batch_size = batch_size
-        self.pack = 1 if layout == "paper" else pack
+        self.pack = checked.rows_of_a_text
         self.prev_windows = prev_windows
         self.heldout_fraction = heldout_fraction
         self.heldout = [heldout] if isinstance(heldout, str) else heldout
-        self.min_tokens = window if min_tokens is None else min_tokens
+        self.min_tokens = checked.least_tokens
         self.max_documents = max_documents
         self.max_document_tokens = max_document_tokens
         self.max_tokens = max_tokens
@@ -107,46 +112,11 @@ class CrossbatchDataModule(pl.LightningDataModule):
         self.sources = sources
         self.messages: list[str] = []
         self.report: Callable[[str], None] = rank_zero_info
-        self._check_settings()
         self._tokenizer_object: Any = None
         self._vocabulary = Vocabulary(tokenizer)
         self._feed: Feed | None = None
         self._marks: dict[int, str] = {}
         self._position = TrainPosition()
-
-    def _check_settings(self) -> None:
-        for name, minimum in (
-            ("window", 2), ("batch_size", 1), ("pack", 1), ("prev_windows", 1), ("min_tokens", 2),
-            ("max_documents", 1), ("max_document_tokens", 2), ("max_tokens", 2), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            optional = name.startswith("max_")
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise SettingError(
-                    f"data.{name}", value, f"must be a whole number of at least {minimum}", "Correct it."
-                )
-        if not 0 < self.heldout_fraction < 1:
-            raise SettingError("data.heldout_fraction", self.heldout_fraction, "must be between 0 and 1", "Try 0.1.")
-        if self.layout not in ("packed", "paper", "previous_window"):
-            fix = "Choose packed, paper or previous_window."
-            raise SettingError("data.layout", self.layout, "is not known", fix)
-        if self.batch_size % self.pack:
-            near = max(self.pack, self.batch_size // self.pack * self.pack)
-            raise SettingError(
-                "data.batch_size", self.batch_size, f"is not a multiple of pack={self.pack}", f"Try {near}."
-            )
-        if self.max_document_tokens is not None and self.max_document_tokens < self.min_tokens:
-            raise SettingError(
-                "data.max_document_tokens",
-                self.max_document_tokens,
-                f"is below the {self.min_tokens} tokens that a document must have",
-                "Raise it, or lower data.min_tokens.",
-            )
-        if self.sources is None:
-            return
-        check_taken({name: getattr(self, name) for name in FOR_TEXT}, read_sources(self.sources))
 
     @property
     def tokenizer_object(self) -> Any:

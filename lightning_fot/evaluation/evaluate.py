@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.evaluation import whole_readings
 from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, retriever_label
 from lightning_fot.evaluation.measures.multi_doc import measure_distraction
 from lightning_fot.evaluation.measures.passkey import (
@@ -221,7 +221,7 @@ class _Evaluation:
         if phase.section == "perplexity":
             return self._in_order(phase, len(self.documents), lambda place: self._perplexity(phase, spec, place))
         if phase.section == "passkey":
-            return self._whole_passkey(phase) if phase.memory in WHOLE else self._passkey(phase, spec)
+            return self._whole_passkey(phase) if phase.memory in whole_readings() else self._passkey(phase, spec)
         if phase.section == "multi_doc":
             return self._multi_doc(phase, spec)
         return self._retrieval(phase, spec)
@@ -238,7 +238,7 @@ class _Evaluation:
         if phase.memory == NONE:
             with scoring.running():
                 losses = losses_without_memory(self.lm, target, self._advance)
-        elif phase.memory in WHOLE:
+        elif phase.memory in whole_readings():
             advance = self._shares(phase, len(self.documents) * (len(context) + len(target) - 1))
             with scoring.running():
                 losses, read = losses_of_whole(self.lm, context, target, phase.memory, advance)

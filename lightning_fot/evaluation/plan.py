@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.evaluation import whole_readings
 from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, index_size, retriever_label
 from lightning_fot.errors import SettingError
 
@@ -56,7 +56,7 @@ class Phase:
     Args:
         name: Unique; also what progress shows.
         section: What is measured: ``perplexity``, ``retrieval``, ``passkey``, ``multi_doc``, or the name of a task.
-        memory: ``none``, ``exact``, the retriever's name, or a reading without a memory (:data:`WHOLE`).
+        memory: ``none``, ``exact``, the retriever's name, or a reading without a memory (:func:`whole_readings`).
         context_tokens: Tokens in memory; 0 where the phase covers several lengths or none.
         cost: Token passes, as progress counts them.
     """
@@ -89,7 +89,7 @@ def phases(
     def compared(tokens: int) -> list[str]:
         return [kind for kind in kinds if is_measured(config, kind, label, tokens)]
 
-    whole = [reading for reading in WHOLE if reading in config.readings]
+    whole = [reading for reading in whole_readings() if reading in config.readings]
     count = config.documents if documents is None else min(documents, config.documents)
     contexts = sorted(set(config.context_tokens))
     listed: list[Phase] = []
@@ -102,7 +102,7 @@ def phases(
             listed.append(Phase(f"perplexity: {kind}, {context} tokens", "perplexity", kind, context, cost))
         for reading in whole:
             cost = count * whole_cost(reading, context + config.target_tokens)
-            name = f"perplexity: {WHOLE[reading]}, {context} tokens"
+            name = f"perplexity: {whole_readings()[reading]}, {context} tokens"
             listed.append(Phase(name, "perplexity", reading, context, cost))
     for kind in kinds if contexts else ():
         settings = len(config.query_grid or ()) or GRID
@@ -126,7 +126,7 @@ def phases(
             listed.append(Phase(f"passkey: {kind}", "passkey", kind, 0, cost))
         for reading in whole:
             cost = config.passkey_samples * sum(whole_cost(reading, length) for length in lengths)
-            listed.append(Phase(f"passkey: {WHOLE[reading]}", "passkey", reading, 0, cost))
+            listed.append(Phase(f"passkey: {whole_readings()[reading]}", "passkey", reading, 0, cost))
     # Kind by kind: a memory that grows is the only one.
     for task in config.tasks:
         for kind in (NONE, *kinds) if task.without_memory else kinds:

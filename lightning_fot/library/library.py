@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from lightning_fot.config.attending.renamed import current
 from lightning_fot.errors import SettingError
 from lightning_fot.request.model import ModelSettings
 from lightning_fot.system.files import write_json
@@ -119,7 +120,8 @@ class Library:
                 raise SettingError(
                     "MEMORY", str(path), f"has format {content['format']}", f"This version reads format {FORMAT}."
                 )
-            model = ModelSettings(**content["model"])
+            stored = content["model"]
+            model = ModelSettings(**{**stored, "memory": {"attending": None, **current(stored["memory"])}})
             documents = [Entry(**document) for document in content["documents"]]
             model.config  # noqa: B018  (settings that cannot work are found here)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.attending import registry
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.attachment import INTERFACE, Attachment
@@ -90,7 +91,7 @@ def load_gates(lm: MemoryLM, name: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if pretrained_settings(name).get("integration") != "gate":
+    if not registry.read(pretrained_settings(name).get("attending")).learns:
         return
     file = pretrained_file(name, GATES_FILE)
     try:

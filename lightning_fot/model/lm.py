@@ -29,7 +29,6 @@ from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.model.reading.generation import check_options, generate, read_cached, while_generating
 from lightning_fot.model.reading.inputs import (
     check_count,
-    check_has_memory,
     check_ids,
     check_memory,
     check_switch,
@@ -68,16 +67,10 @@ class MemoryLM:
         self.attachment = attachment
         self.model = attachment.model
         self._identity = Identity(attachment)
-        self.gates = nn.ParameterDict()
-        if self.config.integration == "gate":
-            for index in attachment.memory_layers:
-                # sigmoid(0): memory and local context weigh alike before training.
-                with torch.inference_mode(False):
-                    gate = nn.Parameter(
-                        torch.zeros(attachment.facts[index].heads, dtype=torch.float32, device=self.device)
-                    )
-                self.gates[str(index)] = gate
-            attachment.hooks.gates = {int(index): gate for index, gate in self.gates.items()}
+        with torch.inference_mode(False):
+            self.gates: nn.ParameterDict = attachment.way.gates(attachment)
+        """What the way of attending learns beside the backbone; empty for FoT's own."""
+        attachment.hooks.gates = {int(index): gate for index, gate in self.gates.items()}
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
@@ -209,7 +202,7 @@ class MemoryLM:
             labels = checked_labels(labels, input_ids, self.vocabulary, self.device)
         batch = len(ids)
         if memory is not None and len(memory):
-            check_has_memory(self.config, "reading beside one")
+            self.attachment.way.settings.check_memory("reading beside one")
         if memory is None:
             memory = self.new_memory(batch)
         elif not update_memory:
@@ -261,7 +254,7 @@ class MemoryLM:
         Raises:
             SettingError: Shapes, dtypes, the mask, the names or the memory do not fit.
         """
-        check_has_memory(self.config, "ingest")
+        self.attachment.way.settings.check_memory("ingest")
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         self._identity.now().digest()
         names: list[str | None] | None = None
@@ -319,11 +312,7 @@ class MemoryLM:
             SettingError: Shapes, dtypes, the mask or the memory do not fit, or an option cannot work beside a memory:
                 the message names it.
         """
-        if self.config.max_distance is not None:
-            raise SettingError(
-                "model.memory.max_distance", self.config.max_distance, "is not served while generating", "Leave it out."
-            )
-        check_has_memory(self.config, "generate")
+        self.attachment.way.settings.check_goes_on("generating")
         check_options(self.model, kwargs, update_memory)
         ids, lengths, _ = self._rows(input_ids, attention_mask, memory)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
@@ -401,7 +390,7 @@ class MemoryLM:
             # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
             current = CrossbatchPass(shown, dict(collected.pairs), differentiable, gather)
             collected.pairs.clear()
-        with self.attachment.during(self.attachment.rectified(input_ids.shape[1]) or current):
+        with self.attachment.during(self.attachment.window_pass(input_ids.shape[1]) or current):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.config.attending.renamed import current
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
 
@@ -125,6 +126,7 @@ def read_settings_file(file: Path, **given: Any) -> dict[str, Any]:
     memory = content.get("memory")
     if content.get("format") != FORMAT or not isinstance(memory, dict):
         raise SettingError(file.name, content.get("format"), f"is not format {FORMAT}", "Save the model again.")
+    memory, given = current(memory), current(given)
     if set(memory) - known:
         unknown = ", ".join(sorted(set(memory) - known))
         raise SettingError(file.name, str(file), f"has settings unknown here: {unknown}", "Update lightning-fot.")

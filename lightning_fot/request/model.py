@@ -10,6 +10,7 @@ from typing import Any
 from lightning_fot.config.memory import OF_THE_MACHINE, MemoryConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.request.request import Request
+from lightning_fot.request.sections import build
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,14 @@ def _model(request: Request, memory: dict[str, Any]) -> ModelSettings:
     backbone = str(request.get("model.backbone", "smollm2-135m"))
     if Path(backbone).expanduser().is_dir():
         backbone = str(Path(backbone).expanduser().resolve())
-    dtype = request.get("model.dtype", "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise SettingError("model.dtype", dtype, "is not known", "Choose float32 or bfloat16.")
+    dtype = str(request.get("model.dtype", "float32"))
     checkpoint, rope = _checkpoint(request), request.get("model.rope")
     if rope is not None and checkpoint is None:
         # A checkpoint brings along the positions that it was trained with.
         raise SettingError(
             "model.rope", rope, "is applied by run and fit alone", "Give a checkpoint of that run, or leave it out."
         )
-    return ModelSettings(backbone, asdict(MemoryConfig(**memory)), dtype, checkpoint)
+    return ModelSettings(backbone, asdict(build(MemoryConfig, memory, "model.memory")), dtype, checkpoint)
 
 
 def _checkpoint(request: Request) -> str | None:

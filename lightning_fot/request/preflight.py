@@ -6,38 +6,31 @@ by then a user with a typo in a path has waited for seconds.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import os
 import shutil
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from lightning_fot.config.backbone import RopeSettings
-from lightning_fot.config.combinations import check_training
-from lightning_fot.config.crossbatch import CrossbatchConfig
-from lightning_fot.config.evaluation import EvaluationConfig
+from lightning_fot.config.attending.renamed import modernise
+from lightning_fot.config.data import DataConfig
 from lightning_fot.config.memory import MemoryConfig
-from lightning_fot.config.retriever import RetrieverSpec
-from lightning_fot.errors import SettingError, close_match
+from lightning_fot.config.model import ModelConfig
+from lightning_fot.config.run import LIGHTNING, LINKS, TRAINER, RunConfig
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.request.request import Request
-from lightning_fot.system.package import shipped
+from lightning_fot.request.sections import build, check_names, unknown_setting
 
-OWN_KEYS = ("seed_everything", "trainer", "model", "data", "evaluation", "run_dir", "ckpt_path")
-# The settings that a link fills from the model's: the user never sets them.
-LINKS = {
-    "model.backbone": "data.tokenizer",
-    "model.memory.window": "data.window",
-    "model.crossbatch.layout": "data.layout",
-    "model.crossbatch.pack": "data.pack",
-    "model.crossbatch.w": "data.prev_windows",
-}
+# Verbs whose data are those of the section ``data``; others read the model's settings alone.
+_JOBS = ("run", "fit", "validate", "test")
 # What the weights of a model with its own memory settings were made for.
-_TRAINED_FOR = ("memory_layers", "window", "positions", "integration", "segments", "dilations")
+_TRAINED_FOR = ("memory_layers", "window", "positions", "attending")
+_PATHS = ("data.paths", "data.heldout", "evaluation.distractor_paths")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
 
@@ -51,28 +44,46 @@ def check_settings(request: Request) -> None:
         SettingError: Something cannot work.
         MissingLibraryError: A library that the settings need is not installed.
     """
-    _check_keys(request.settings, OWN_KEYS, "")
-    for section, source, owner in (
-        ("model", shipped("training", "module.py"), "FocusedTransformer"),
-        ("data", shipped("data", "datamodule.py"), "CrossbatchDataModule"),
-        ("trainer", _library_file("lightning", "pytorch/trainer/trainer.py"), "Trainer"),
-    ):
-        _check_keys(request.get(section), _arguments(source, owner), section)
-    for target in LINKS.values():
+    from lightning_fot.retrievers.registry import check_retriever
+
+    request.notes += modernise(request.settings)
+    check_names(request.settings, RunConfig)
+    _check_trainer(request.get("trainer"))
+    for leader, target in LINKS.items():
         if request.get(target) is not None:
-            leader = next(key for key, value in LINKS.items() if value == target)
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
+    _check_lists(request)
     _follow_backbone(request)
-    memory = _build(MemoryConfig, request, "model.memory")
-    check_training(memory, _build(CrossbatchConfig, request, "model.crossbatch"))
-    _build(RopeSettings, request, "model.rope")
-    evaluation = _build(EvaluationConfig, request, "evaluation")
-    evaluation.check_readings(memory)
-    for task in evaluation.tasks:
-        task.check(memory.window)
-    _check_retriever(memory.retriever)
+    memory = _build(request).model.memory
+    check_retriever(memory.retriever)
+    if request.get("model.lora") is not None and find_spec("peft") is None:
+        raise MissingLibraryError("peft", "pip install 'lightning-fot[lora]'", "model.lora")
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
-    _check_paths(request)
+    _check_files(request)
+
+
+def _build(request: Request) -> RunConfig:
+    """The settings as dataclasses, which check themselves and each other."""
+    settings = dict(request.settings)
+    model = settings["model"] = build(ModelConfig, settings.get("model"), "model")
+    data = settings.pop("data", None)
+    if request.verb in _JOBS:
+        linked = {
+            target.removeprefix("data."): attrgetter(leader.removeprefix("model."))(model)
+            for leader, target in LINKS.items()
+        }
+        settings["data"] = build(DataConfig, {**(data or {}), **linked}, "data")
+    return build(RunConfig, settings)
+
+
+def _check_trainer(given: object) -> None:
+    """Refuses typing errors among the arguments of Lightning's Trainer, and leaves what a newer one has to it."""
+    if not isinstance(given, Mapping):
+        return
+    newer = tuple(int(part) for part in version("lightning").split(".")[:2]) > LIGHTNING
+    for name, value in given.items():
+        if name not in TRAINER and close_match(str(name), TRAINER) and not newer:
+            raise unknown_setting("trainer", str(name), value, TRAINER)
 
 
 def _follow_backbone(request: Request) -> None:
@@ -85,7 +96,6 @@ def _follow_backbone(request: Request) -> None:
     given = request.get("model.memory") or {}
     if not isinstance(given, Mapping):
         return
-    _check_keys(given, [item.name for item in dataclasses.fields(MemoryConfig)], "model.memory")
     settings = pretrained_settings(name, **given)
     taken = {key: value for key, value in settings.items() if key not in given}
     if taken:
@@ -117,85 +127,6 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _library_file(library: str, path: str) -> Path | None:
-    spec = find_spec(library)
-    return Path(spec.origin).parent / path if spec is not None and spec.origin else None
-
-
-def _arguments(source: Path | None, owner: str) -> tuple[str, ...]:
-    """Names of a class's constructor arguments, read from its source: importing it would import torch.
-
-    Empty where the source cannot tell; jsonargparse then does the check alone.
-    """
-    if source is None or not source.is_file():
-        return ()
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                    return tuple(argument.arg for argument in (*item.args.args[1:], *item.args.kwonlyargs))
-    return ()
-
-
-def _check_keys(given: Any, known: Sequence[str], prefix: str) -> None:
-    if not isinstance(given, Mapping) or not known:
-        return
-    # `class_path` and `init_args` belong to subclasses, which only jsonargparse can check.
-    if "class_path" in given:
-        return
-    for key in given:
-        if key not in known:
-            raise unknown_setting(
-                f"{prefix}.{key}".lstrip("."), given[key], [f"{prefix}.{k}".lstrip(".") for k in known]
-            )
-
-
-def unknown_setting(key: str, value: object, known: Sequence[str]) -> SettingError:
-    """The error for a setting that does not exist."""
-    return SettingError(
-        key, value, "is not a known setting", f"{close_match(key, known)}Known here: {', '.join(known)}."
-    )
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a YAML value can be meant for a simple annotation; generous where jsonargparse knows better."""
-    origin = get_origin(annotation)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is bool:
-        return isinstance(value, bool)
-    if origin is list:
-        return isinstance(value, list)
-    if origin in (types.UnionType,):
-        return any(_fits(value, option) for option in get_args(annotation))
-    if annotation in (None, type(None)):
-        return value is None
-    return True
-
-
-def _build(kind: Any, request: Request, key: str) -> Any:
-    """The dataclass of a section, made from what is set: it checks ranges itself."""
-    given = request.get(key)
-    if given is None:
-        return kind()
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    _check_keys(given, list(fields), key)
-    for name, value in given.items():
-        annotation = fields[name].type
-        if not _fits(value, annotation):
-            wanted = getattr(annotation, "__name__", str(annotation))
-            if get_origin(annotation) is not None:
-                wanted = str(annotation)
-            raise SettingError(f"{key}.{name}", value, f"must be of type {wanted}", "Correct it.")
-    return kind(**given)
-
-
-def _check_retriever(spec: RetrieverSpec) -> None:
-    from lightning_fot.retrievers.registry import check_retriever
-
-    check_retriever(spec)
-
-
 def _check_backbone(name: str, memory: MemoryConfig) -> None:
     from lightning_fot.pretrained.backbones import check_backbone
 
@@ -204,24 +135,36 @@ def _check_backbone(name: str, memory: MemoryConfig) -> None:
         memory.resolve_layers(info.num_layers)
 
 
-def _check_paths(request: Request) -> None:
+def _check_lists(request: Request) -> None:
+    """Refuses lists of paths and of sources that are none, before anything is opened."""
     from lightning_fot.config.sources import check_taken, read_sources
+
+    if request.get("data.sources") is not None:
+        check_taken(request.get("data"), read_sources(request.get("data.sources")))
+    for key in _PATHS:
+        paths = _paths(request, key)
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise SettingError(key, paths, "must be a list of paths", f"Write --{key}=[folder,file.txt].")
+        if not paths and request.get(key) is not None:
+            raise SettingError(key, paths, "is empty", "Name a folder or file, or leave it out.")
+
+
+def _check_files(request: Request) -> None:
+    """Refuses files of text that are not there, or cannot be read."""
     from lightning_fot.data.mixture.check import check_sources
     from lightning_fot.data.text.readers import check_paths
 
     if request.get("data.sources") is not None:
-        check_taken(request.get("data"), read_sources(request.get("data.sources")))
         check_sources(request.get("data.sources"), request.get("data.text_field", "text"))
-    for key in ("data.paths", "data.heldout", "evaluation.distractor_paths"):
-        paths = request.get(key)
-        if paths is None:
-            continue
-        paths = [paths] if isinstance(paths, str) else paths
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise SettingError(key, paths, "must be a list of paths", f"Write --{key}=[folder,file.txt].")
-        if not paths:
-            raise SettingError(key, paths, "is empty", "Name a folder or file, or leave it out.")
-        check_paths(paths, setting=key)
+    for key in _PATHS:
+        if request.get(key) is not None:
+            check_paths(_paths(request, key), setting=key)
+
+
+def _paths(request: Request, key: str) -> Any:
+    """A list of paths; one that stands alone needs no brackets."""
+    paths = request.get(key)
+    return [] if paths is None else [paths] if isinstance(paths, str) else paths
 
 
 def required_bytes(request: Request) -> int:

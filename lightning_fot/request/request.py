@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
+from lightning_fot.request.words import Option, Verb, asks_for_itself, assignments, read
 from lightning_fot.system.package import shipped
 
 SHIPPED = shipped("configs")
 RETRIEVER = "model.memory.retriever"
-_OPTIONS_WITHOUT_VALUE = ("--print_config", "--help", "-h")
+CONFIG = Option("config", "configuration: a shipped name or a YAML file", short="-c", many=True, metavar="NAME|FILE")
 
 
 @dataclass
@@ -28,10 +30,10 @@ class Request:
     Attributes:
         verb: First word.
         configs: YAML files, in order.
-        overrides: All other words, as given.
+        overrides: All other settings, each as ``--key=value``.
         settings: The files merged, with the overrides that this pass understands.
         notes: What to say on screen, such as which shipped configuration a name stands for.
-        program: How the user called the program.
+        program: How the user called the command.
         config_words: The configurations as the user named them.
     """
 
@@ -40,7 +42,7 @@ class Request:
     overrides: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    program: str = "lightning"
+    program: str = "lightning run"
     config_words: list[str] = field(default_factory=list)
 
     @property
@@ -63,26 +65,17 @@ class Request:
 
     def command(self, **settings: object) -> str:
         """The command line that was given, with some settings replaced, ready to be pasted into a shell."""
-        words = [*self.program.split(), self.verb]
+        words = self.program.split()
         for word in self.config_words:
             words += ["--config", word]
-        words += _without(self.overrides, settings)
+        words += _without(self.overrides, *settings)
         words += [f"--{key}={value}" for key, value in settings.items() if value is not None]
         return shlex.join(words)
 
 
-def _without(overrides: Sequence[str], settings: Iterable[str]) -> list[str]:
-    kept: list[str] = []
-    names = {f"--{key}" for key in settings}
-    skip = False
-    for index, word in enumerate(overrides):
-        if skip:
-            skip = False
-        elif word in names:
-            skip = index + 1 < len(overrides) and not overrides[index + 1].startswith("--")
-        elif word.split("=", 1)[0] not in names:
-            kept.append(word)
-    return kept
+def _without(overrides: Sequence[str], *names: str) -> list[str]:
+    """The overrides but those of these names."""
+    return [word for word in overrides if word.removeprefix("--").partition("=")[0] not in names]
 
 
 def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -128,29 +121,40 @@ def find_config(word: str) -> tuple[Path, str | None]:
     )
 
 
-def read_request(verb: str, words: Sequence[str], program: str = "lightning") -> Request:
-    """Splits a command line into configurations and overrides, and merges what it says.
+def read_request(verb: str, words: Sequence[str], program: str | None = None) -> Request:
+    """Reads a command line of configurations and settings, and merges what it says.
+
+    Args:
+        verb: The command.
+        words: Those after it.
+        program: How the user called the command.
 
     Raises:
-        SettingError: A file is missing or not YAML, or a top-level key is unknown.
+        SettingError: A word is not understood, or a file is missing or not YAML.
     """
-    request = Request(verb, [], [], program=program)
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        name, _, value = word.partition("=")
-        if name in ("--config", "-c"):
-            if "=" not in word:
-                if not pending:
-                    raise SettingError("config", None, "no file given", f"Write: {program} {verb} --config hnsw")
-                value = pending.pop(0)
-            path, note = find_config(value)
-            request.configs.append(path)
-            request.config_words.append(value)
-            if note:
-                request.notes.append(note)
-        else:
-            request.overrides.append(word)
+    program = program or f"lightning {verb}"
+    given = read(words, Verb(program, (CONFIG,), settings=("",)))
+    return make_request(verb, given.options.config, given.settings, program)
+
+
+def make_request(verb: str, configs: Sequence[str], overrides: Sequence[str], program: str) -> Request:
+    """Merges configurations and settings.
+
+    Args:
+        verb: The command.
+        configs: The configurations as the user named them.
+        overrides: Settings, each as ``--key=value``.
+        program: How the user called the command.
+
+    Raises:
+        SettingError: A file is missing or not YAML.
+    """
+    request = Request(verb, [], list(overrides), program=program, config_words=list(configs))
+    for word in configs:
+        path, note = find_config(word)
+        request.configs.append(path)
+        if note:
+            request.notes.append(note)
     _merge(request)
     return request
 
@@ -173,7 +177,7 @@ def _merge(request: Request) -> None:
             _check_section(loaded, section)
         merged = _overlay(merged, loaded)
     _keep_index_size(request, OmegaConf.select(merged, f"{RETRIEVER}.min_index_size"))
-    for key, value in _assignments(request.overrides):
+    for key, value in _values(request.overrides):
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
     try:
         settings = OmegaConf.to_container(merged, resolve=True)
@@ -193,7 +197,7 @@ def _keep_index_size(request: Request, size: int | None) -> None:
     """
     from lightning_fot.retrievers.registry import check_retriever
 
-    names = [value for key, value in _assignments(request.overrides) if key == RETRIEVER]
+    names = [value for key, value in _values(request.overrides) if key == RETRIEVER]
     if size is None or not names or not isinstance(names[-1], str) or names[-1] == "exact":
         return
     spec = {"name": names[-1], "min_index_size": size}
@@ -201,7 +205,7 @@ def _keep_index_size(request: Request, size: int | None) -> None:
         check_retriever(spec)
     except (SettingError, MissingLibraryError):
         return  # Not for us to say: a plug-in without this argument runs as it is, and a wrong name is refused later.
-    request.overrides = [*_without(request.overrides, [RETRIEVER]), f"--{RETRIEVER}={json.dumps(spec)}"]
+    request.overrides = [*_without(request.overrides, RETRIEVER), f"--{RETRIEVER}={json.dumps(spec)}"]
     request.notes.append(f"Retriever {names[-1]} keeps min_index_size={size} of the configuration.")
 
 
@@ -222,37 +226,25 @@ def _overlay(base: Any, top: Any) -> Any:
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(base, top)
-    # A later file's retriever replaces the earlier one's: arguments of another backend make no sense.
-    retriever = OmegaConf.select(top, RETRIEVER)
-    if retriever is not None:
-        OmegaConf.update(merged, RETRIEVER, retriever, merge=False)
+    # A later file's retriever replaces the earlier one's: arguments of another backend make no sense. So do ways of
+    # attending.
+    for key in (RETRIEVER, SETTING):
+        chosen = OmegaConf.select(top, key)
+        if chosen is not None:
+            OmegaConf.update(merged, key, chosen, merge=False)
     return merged
 
 
-def _assignments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def _values(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Settings with their values; what is added to a list, or asks jsonargparse for something, is left to that."""
     import yaml
 
     found: list[tuple[str, Any]] = []
-    pending = list(overrides)
-    while pending:
-        word = pending.pop(0)
-        name = word.partition("=")[0]
-        if name in _OPTIONS_WITHOUT_VALUE:
-            continue
-        if not word.startswith("--"):
-            raise SettingError("arguments", word, "is not understood", "Write settings as --key.sub=value.")
-        if "=" in word:
-            value = word.partition("=")[2]
-        elif pending and not pending[0].startswith("--"):
-            value = pending.pop(0)
-        else:
-            continue
-        key = name[2:]
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*\+?", key) or key.endswith("+"):
+    for key, text in assignments(overrides):
+        if text is None or asks_for_itself(key) or key.endswith("+"):
             continue
         try:
-            parsed = yaml.safe_load(value)
+            found.append((key, yaml.safe_load(text)))
         except yaml.YAMLError:
-            parsed = value
-        found.append((key, parsed))
+            found.append((key, text))
     return found

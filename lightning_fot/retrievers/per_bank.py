@@ -18,7 +18,7 @@ from lightning_fot.config.retriever import TransformSpec
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.index.answers import Rows, merged_few
-from lightning_fot.retrievers.index.build import BuildJob
+from lightning_fot.retrievers.index.build import BuildJob, Recipe
 from lightning_fot.retrievers.index.built import Built
 from lightning_fot.retrievers.index.built import Index as Index
 from lightning_fot.retrievers.index.duplicates import Groups
@@ -245,6 +245,12 @@ class PerBankRetriever(Retriever):
         with _OWNERSHIP:
             owners = len(built.owners)
         return owners > 1 or waiting + sum(other is built for other in self._built) > 1
+
+    def build_recipe(self) -> Recipe:
+        """How the index of a bank is built."""
+        return Recipe(
+            self.new_index, self.transform, self.duplicate_distance, self.smallest_index, self.incremental, self.cells
+        )
 
     def _begin(self, bank: int, length: int, extends: Built | None, wait: bool) -> None:
         """Start to build the index of a bank, or to extend it."""

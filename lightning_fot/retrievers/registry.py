@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.retriever import COMMON_ARGUMENTS, SETTING, RetrieverSpec, check_value, layer_specs
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.retrievers.plugins import LIMIT, ImportTimeoutError, constructor_arguments, describe, load, try_out
 
 if TYPE_CHECKING:
@@ -234,8 +233,7 @@ def _resolve(name: str) -> Callable[..., Any]:
             raise SettingError(
                 SETTING, name, f"cannot be imported ({describe(error)})", "Check the class path."
             ) from error
-    close = get_close_matches(name, [*_BUILTIN, *plugins], n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
+    hint = close_match(name, [*_BUILTIN, *plugins])
     raise SettingError(SETTING, name, "is not an installed retriever", f"{hint}Installed: {_names()}.")
 
 
@@ -248,8 +246,7 @@ def _check_arguments(maker: Callable[..., Any], arguments: Mapping[str, Any]) ->
 def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for argument, value in arguments.items():
         if argument not in known:
-            close = get_close_matches(argument, known, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
+            hint = close_match(argument, known)
             raise SettingError(
                 f"{SETTING}.{argument}", value, f"is not an argument of {name}", f"{hint}It has: {', '.join(known)}."
             )

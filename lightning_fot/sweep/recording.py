@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_fot.errors import SettingError
 from lightning_fot.request.model import ModelSettings, settings_of
-from lightning_fot.request.request import Request, read_request
+from lightning_fot.request.request import Request, make_request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +21,28 @@ if TYPE_CHECKING:
 PHASE = "reading"
 
 
-def record(options: argparse.Namespace, overrides: Sequence[str], program: str) -> int:
+def record(
+    target: Path,
+    config: str,
+    overrides: Sequence[str],
+    tokens: int,
+    past: int,
+    queries: int,
+    dtype: Literal["float16", "float32"] = "float16",
+    *,
+    program: str,
+) -> int:
     """Runs the command.
 
     Args:
-        options: ``record`` (the file), ``config``, ``tokens``, ``past``, ``queries``, ``dtype``.
-        overrides: Words ``--model.…=…`` and ``--data.…=…``.
-        program: How it was called.
+        target: The file.
+        config: Configuration with the model and its text.
+        overrides: Settings ``--model.…=…`` and ``--data.…=…``.
+        tokens: Tokens whose keys are kept.
+        past: Past queries kept of each head.
+        queries: Queries to measure with.
+        dtype: Of the file.
+        program: How the command was called.
 
     Returns:
         Exit code: 0, or 130 and 143 when stopped by a signal.
@@ -36,10 +50,9 @@ def record(options: argparse.Namespace, overrides: Sequence[str], program: str) 
     Raises:
         SettingError: A setting, the text or the file cannot work.
     """
-    target = Path(options.record).expanduser()
+    target = target.expanduser()
     _check_target(target)
-    words = ["--config", options.config or "hnsw", *overrides]
-    request = read_request("bench", words, program)
+    request = make_request("bench", [config], overrides, program)
     for note in request.notes:
         print(note, file=sys.stderr)
     model = settings_of(request)
@@ -50,7 +63,7 @@ def record(options: argparse.Namespace, overrides: Sequence[str], program: str) 
     found = _find(request, paths)
     from lightning_fot.evaluation.measures.recording import RecordSettings
 
-    settings = RecordSettings(options.tokens, options.past, options.queries, options.dtype)
+    settings = RecordSettings(tokens, past, queries, dtype)
     return _record(target, model, settings, found, _name(paths))
 
 

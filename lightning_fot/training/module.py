@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_fot.config.backbone import LoraSettings, RopeSettings
-from lightning_fot.config.combinations import check_training
 from lightning_fot.config.crossbatch import CrossbatchConfig
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.config.model import ModelConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory
 from lightning_fot.model.lm import MemoryLM
@@ -74,9 +74,12 @@ class FocusedTransformer(L.LightningModule):
         rope: Optional[RopeSettings] = None,  # noqa: UP045  (as lr_scheduler)
     ) -> None:
         super().__init__()
-        check_training(memory, crossbatch)
+        checked = ModelConfig(
+            backbone, memory, crossbatch, optimizer, lr_scheduler, trainable, dtype, lora, gradient_checkpointing,
+            weight_decay_on, validation, rope,
+        )  # fmt: skip
         self.backbone_name = backbone
-        self.memory_config = memory
+        self.memory_config = checked.memory
         self.crossbatch_config = crossbatch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

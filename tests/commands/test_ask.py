@@ -185,9 +185,9 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["mine", " "], "question=' ': is empty"),
     (["mine"], "question=None: is missing"),
     (["mine", "-"], "is empty"),
-    (["mine", "What?", "--tempratur=1"], "unrecognized arguments: --tempratur=1"),
+    (["mine", "What?", "--tempratur=1"], "--tempratur='1': is not an option of ask. Did you mean --temperature?"),
     (["mine", "What?", "--max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
-    (["mine", "What?", "--max_new_tokens=x"], "invalid int value"),
+    (["mine", "What?", "--max_new_tokens=x"], "max_new_tokens='x': must be a whole number"),
     (["mine", "What?", "--temperature=0"], "temperature=0.0: must be above 0"),
     (["mine", "What?", "--temperature=nan"], "temperature=nan"),
     (["mine", "What?", "--top_p=1.5"], "top_p=1.5"),
@@ -201,7 +201,7 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["mine", "What?", "--model.backbone=other"], "model.backbone='other': is fixed"),
     (["mine", "What?", "--model.memory.retriever=hnws"], "hnws"),
     (["mine", "What?", "--model.memory.top_k"], "has no value"),
-    ([], "arguments"),
+    ([], "MEMORY=None: is missing"),
 ]
 
 

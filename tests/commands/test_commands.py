@@ -63,8 +63,8 @@ def test_bench_takes_retriever_and_k_from_a_configuration(recorded: Path, capsys
         (["--retriever", "hnws"], "hnws"),
         (["--retriever", "{name: x"], "is not JSON"),
         (["--k", "0"], "k=0: must be a whole number of at least 1"),
-        (["--k", "many"], "invalid int value: 'many'"),
-        (["--repeat", "3"], "--repeat"),
+        (["--k", "many"], "k='many': must be a whole number"),
+        (["--repeat", "3"], "--repeat=None: is not an option of bench. Did you mean --repeats?"),
         (["--config", "nowhere"], "config='nowhere'"),
     ],
 )

@@ -201,8 +201,8 @@ def test_a_memory_of_other_weights_is_refused(here: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "a memory and at least one path are needed"),
-        (["mine"], "a memory and at least one path are needed"),
+        ([], "MEMORY=None: is missing. Write: "),
+        (["mine"], "PATH=None: is missing. Write: "),
         (["mine", "nowhere.txt"], "PATH='nowhere.txt': does not exist"),
         (["shelf", "shelf/book0.txt", "--window=3"], "--window"),
         (["mine", "shelf", "--config"], "has no value"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_fot import _shim
+from lightning_fot.commands import script
 
 
 class _Other:
@@ -32,7 +33,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, *scripts: object) -> None:
         assert (group, name) == ("console_scripts", "lightning")
         return list(scripts)
 
-    monkeypatch.setattr(_shim, "entry_points", found)
+    monkeypatch.setattr(script, "entry_points", found)
 
 
 def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
@@ -66,7 +67,7 @@ def _call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
 )
 def test_claims_only_its_own(monkeypatch: pytest.MonkeyPatch, words: list[str], ours: bool) -> None:
     _install(monkeypatch, _Ours(), _Other())
-    assert _shim.claims(words) is ours
+    assert script.claims(words) is ours
     assert _call(monkeypatch, *words) == (42 if ours else 7)
 
 
@@ -77,16 +78,16 @@ def test_alone_it_takes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_opting_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv(_shim.OPT_OUT, "1")
+    monkeypatch.setenv(script.OPT_OUT, "1")
     _install(monkeypatch, _Ours(), _Other())
     assert _call(monkeypatch, "run", "--config", "x") == 7
     _install(monkeypatch, _Ours())
     assert _call(monkeypatch, "run", "--config", "x") == 2
     assert "lightning-fot" in capsys.readouterr().err
-    monkeypatch.setenv(_shim.OPT_OUT, "0")
+    monkeypatch.setenv(script.OPT_OUT, "0")
     assert _call(monkeypatch, "run", "--config", "x") == 42
 
 
 def test_finds_itself_by_value_when_the_distribution_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, EntryPoint("lightning", "lightning_fot._shim:main", "console_scripts"))
-    assert _shim.find_other() is None
+    assert script.find_other() is None

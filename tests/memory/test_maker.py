@@ -122,7 +122,7 @@ def test_what_gets_into_no_pair_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_gates_of_lower_memory_layers_get_into_the_pairs_of_higher_ones() -> None:
-    with attach_memory(tiny_llama(), settings(integration="gate")) as lm:
+    with attach_memory(tiny_llama(), settings(attending="gate")) as lm:
         memory = lm.ingest(IDS, lm.new_memory())
         with torch.no_grad():
             lm.gates["3"].add_(1.0)

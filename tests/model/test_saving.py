@@ -132,7 +132,7 @@ def test_every_setting_is_written(tmp_path):
         overlap=4,
         sink_tokens=2,
         skip_window_start=1,
-        integration="gate",
+        attending="gate",
         dtype="bfloat16",
         capacity=1000,
         last_context_length=7,
@@ -154,7 +154,7 @@ def test_places_on_this_machine_are_not_the_models(tmp_path):
 
 class TestGates:
     def write(self, folder):
-        lm = attach_memory(tiny_llama(), settings(integration="gate"))
+        lm = attach_memory(tiny_llama(), settings(attending="gate"))
         with torch.no_grad():
             for number, gate in enumerate(lm.gates.values(), start=1):
                 gate.copy_(torch.linspace(-number, number, len(gate)))
@@ -169,7 +169,7 @@ class TestGates:
             opened.gates["1"].zero_()
             assert not torch.equal(opened(ids).logits, lm(ids).logits)
         # For training, too; and a layer that had no gate starts with a new one.
-        module = FocusedTransformer(str(tmp_path / "model"), settings(integration="gate", memory_layers=[2, 3]))
+        module = FocusedTransformer(str(tmp_path / "model"), settings(attending="gate", memory_layers=[2, 3]))
         module.configure_model()
         assert torch.equal(module.gates["3"], lm.gates["3"])
         assert not bool(module.gates["2"].any())
@@ -278,7 +278,7 @@ class TestTarget:
 def run_folder(tmp_path_factory):
     """A run of three steps, and what its model says of a text."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    memory = {"memory_layers": [1, 3], "window": 16, "top_k": 8, "integration": "gate", "retriever": "exact"}
+    memory = {"memory_layers": [1, 3], "window": 16, "top_k": 8, "attending": {"name": "gate"}, "retriever": "exact"}
     module = FocusedTransformer("tiny-random-llama", MemoryConfig(**memory), CrossbatchConfig(), trainable="all")
     ids = torch.randint(3, 259, (3, 4, 17), generator=torch.Generator().manual_seed(0))
     batches = DataLoader([{"input_ids": i[:, :-1], "targets": i[:, 1:]} for i in ids], batch_size=None)
@@ -319,9 +319,9 @@ class TestExport:
     @pytest.mark.parametrize(
         ("words", "reason"),
         [
-            ([], "must be a run folder and a folder to write"),
-            (["RUN"], "must be a run folder and a folder to write"),
-            (["RUN", "OUT", "--force"], "must be a run folder and a folder to write"),
+            ([], "RUN_FOLDER=None: is missing"),
+            (["RUN"], "OUT=None: is missing"),
+            (["RUN", "OUT", "--force"], "--force=None: is not an option of export"),
             (["RUN", "OUT", "--delta"], "has trained gates, which are no difference"),
             (["nowhere", "OUT"], "has no config.yaml of a run"),
             (["untrained", "OUT"], "has no checkpoints/last.ckpt"),

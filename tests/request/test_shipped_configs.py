@@ -109,7 +109,10 @@ def test_one_setting_of_a_task_is_overridden_and_a_task_is_left_out() -> None:
     assert (needles.tokens, needles.keys, needles.samples) == ([4096, 16384], 4, 2)
     assert cli.evaluation.story is None
     assert cli.config_dict(run_dir=None)["evaluation"]["needles"]["tokens"] == [4096, 16384]
-    with pytest.raises(SettingError, match=r"evaluation\.needles\.key=3: is not a setting"):
+    with pytest.raises(
+        SettingError,
+        match=r"key=3: is not a known setting. Did you mean evaluation\.needles\.keys",
+    ):
         check_settings(read_request("run", ["--config", "tasks", "--evaluation.needles.key=3"]))
 
 
@@ -166,7 +169,7 @@ def test_errors_name_setting_value_and_fix(overrides: list[str], message: str) -
         ("data: {window: 3}", "data.window=3: always follows model.memory.window"),
         ("model: {memory: {window: '${model.nothing}'}}", "model.memory.window='${...}': cannot be resolved"),
         ("evaluation: {documents: 0}", "evaluation.documents=0: must be a whole number"),
-        ("evaluation: {context_tokens: 3}", "evaluation.context_tokens=3: must be of type list[int]"),
+        ("evaluation: {context_tokens: 3}", "evaluation.context_tokens=3: must be of type list[int]. Correct it."),
         ("data: {paths: []}", "data.paths=[]: is empty"),
         ("a: b: c", "is not valid YAML"),
         ("- 1", "holds no settings"),

@@ -14,7 +14,7 @@ from tests.support.models import WINDOW, settings, tiny_llama, tokens
 
 def _memorizing_model():
     """In fp64, gates that differ by head and layer: at sigmoid(0) heads could be mixed up unseen."""
-    lm = attach_memory(tiny_llama().double(), settings(integration="gate"))
+    lm = attach_memory(tiny_llama().double(), settings(attending="gate"))
     with torch.no_grad():
         for number, gate in enumerate(lm.gates.values()):
             gate.data = torch.linspace(-1, 1, len(gate), dtype=torch.float64) + number
@@ -24,7 +24,7 @@ def _memorizing_model():
 def test_memorizing_is_a_gate_and_detached_pairs_without_negatives():
     path = str(SHIPPED / "baselines" / "memorizing.yaml")
     module = parse(read_request("run", ["--config", path]), ["--config", path]).model
-    assert module.memory_config.integration == "gate"
+    assert module.memory_config.attending == {"name": "gate"}
     assert module.crossbatch_config.differentiable is False
     assert (module.crossbatch_config.layout, module.crossbatch_config.d) == ("paper", 1)
 
@@ -71,7 +71,7 @@ def test_memorizing_gates_have_the_gradient_of_finite_differences():
 def test_memorizing_trains_on_what_it_reads():
     """A row beside its previous window has the logits of that text, read window by window; one memory layer."""
     ids = tokens(2, 2 * WINDOW)
-    lm = attach_memory(tiny_llama(), settings(memory_layers=[1], integration="gate"))
+    lm = attach_memory(tiny_llama(), settings(memory_layers=[1], attending="gate"))
     with torch.no_grad():
         lm.gates["1"].copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
         read = lm(ids).logits[:, WINDOW:]
@@ -89,4 +89,4 @@ def test_baselines_without_a_memory_read_the_full_context(name: str) -> None:
     assert (job.model.crossbatch_config.pack, job.model.crossbatch_config.range) == (1, 0)
     assert job.model.trainable == "all"
     assert (job.model.rope is not None) == (name == "extrapolation")
-    assert (job.model.memory_config.max_distance is not None) == (name == "rectified")
+    assert (job.model.memory_config.attending is not None) == (name == "rectified")

@@ -9,7 +9,7 @@ import pytest
 from lightning_fot.commands.job.choice import choose
 from lightning_fot.errors import SettingError
 from lightning_fot.request.preflight import check_folder
-from lightning_fot.request.request import Request
+from lightning_fot.request.request import Request, read_request
 from lightning_fot.system.files import write_json, write_text
 from lightning_fot.training.run_folder import RunFolder
 
@@ -154,8 +154,8 @@ def test_no_room_on_disk() -> None:
 
 
 def test_the_command_to_go_on_can_be_pasted() -> None:
-    request = Request("run", [], ["--data.paths=[my books]", "--run_dir", "old", "--trainer.max_steps=3"])
-    request.config_words = ["configs/hnsw.yaml"]
+    words = ["--data.paths=[my books]", "--run_dir", "old", "--trainer.max_steps", "3", "-c", "configs/hnsw.yaml"]
+    request = read_request("run", words)
     assert request.command(run_dir="runs/new", ckpt_path="last") == (
         "lightning run --config configs/hnsw.yaml '--data.paths=[my books]' --trainer.max_steps=3 "
         "--run_dir=runs/new --ckpt_path=last"

@@ -2,94 +2,92 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lightning_fot.bench.measure import SHIPPED_KEYS
 from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
-from lightning_fot.request.arguments import Parser
+from lightning_fot.request.words import Option, Verb, read
 
 DEFAULT_BATCHES = (1, 512)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=program,
-        description="Recall and speed of retrievers on keys and queries of a model, exact search beside them. "
-        "With --record, the keys and queries are recorded first; with --target-recall or --budget-ms, the settings "
-        "that reach it are looked for.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        help=".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and "
-        "optionally <name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
-    )
-    parser.add_argument(
-        "--config", "-c", help="take the retriever and k from this configuration (file or shipped name)"
-    )
-    parser.add_argument(
-        "--retriever",
-        action="append",
+_RECORDING = "recording: keys and queries of a model, on real text"
+_TUNING = "tuning: retriever and settings for each memory layer"
+_OPTIONS = (
+    Option("config", "take the retriever and k from this configuration", short="-c", metavar="NAME|FILE"),
+    Option(
+        "retriever",
+        'name, or JSON such as {"name": "hnsw", "M": 32}; may be repeated; default: all that can be used',
+        many=True,
         metavar="NAME",
-        help='name, or JSON such as {"name": "hnsw", "M": 32}; may be repeated; default: all that can be used',
-    )
-    parser.add_argument("--k", type=int, help="neighbours wanted (default 32)")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        action="append",
-        help="queries a bank in one call; may be repeated (default 1, as in decoding, and 512, as in reading)",
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the queries (default 3)")
-    parser.add_argument(
-        "--min_index_size",
-        type=int,
-        default=1,
-        help="search exactly below this many keys (default 1: always the index)",
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the rows as JSON; - prints them instead of the table"
-    )
-    recording = parser.add_argument_group("recording: keys and queries of a model, on real text")
-    recording.add_argument(
-        "--record",
-        metavar="OUT",
-        help="read text with the model of --config (default hnsw) and write its keys and queries to this .safetensors; "
+    ),
+    Option("k", "neighbours wanted (default 32)", int),
+    Option(
+        "batch",
+        "queries a bank in one call; may be repeated (default 1, as in decoding, and 512, as in reading)",
+        int,
+        many=True,
+    ),
+    Option("repeats", "timed passes over the queries (default 3)", int, 3),
+    Option("min_index_size", "search exactly below this many keys (default 1: always the index)", int, 1),
+    Option("json", "also write the rows as JSON; - prints them instead of the table", metavar="FILE"),
+    Option(
+        "record",
+        "read text with the model of --config (default hnsw) and write its keys and queries to this .safetensors; "
         "--model.KEY=VALUE and --data.paths=[…] as in run; Ctrl-C keeps what was recorded so far",
-    )
-    recording.add_argument("--tokens", type=int, default=122_880, help="tokens whose keys are kept (default 122880)")
-    recording.add_argument("--past", type=int, default=8192, help="past queries kept of each head (default 8192)")
-    recording.add_argument("--queries", type=int, default=2048, help="queries to measure with (default 2048)")
-    recording.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="of the file (default float16)"
-    )
-    tuning = parser.add_argument_group("tuning: retriever and settings for each memory layer")
-    tuning.add_argument(
-        "--target-recall", type=float, metavar="SHARE", help="the fastest settings that find this share of the k best"
-    )
-    tuning.add_argument(
-        "--budget-ms",
-        type=float,
+        Path,
+        metavar="OUT",
+        group=_RECORDING,
+    ),
+    Option("tokens", "tokens whose keys are kept (default 122880)", int, 122_880, group=_RECORDING),
+    Option("past", "past queries kept of each head (default 8192)", int, 8192, group=_RECORDING),
+    Option("queries", "queries to measure with (default 2048)", int, 2048, group=_RECORDING),
+    Option("dtype", "of the file (default float16)", str, "float16", choices=("float16", "float32"), group=_RECORDING),
+    Option(
+        "target-recall",
+        "the fastest settings that find this share of the k best",
+        float,
+        metavar="SHARE",
+        group=_TUNING,
+    ),
+    Option(
+        "budget-ms",
+        "the best settings whose call takes no longer, all heads of a layer",
+        float,
         metavar="MS",
-        help="the best settings whose call takes no longer, all heads of a layer",
-    )
-    tuning.add_argument("--out", metavar="YAML", help="write the settings found, for run --config hnsw --config YAML")
-    tuning.add_argument("--plot", metavar="PNG", help="draw recall and speed of what was tried")
-    return parser
+        group=_TUNING,
+    ),
+    Option("out", "write the settings found, for run --config hnsw --config YAML", metavar="YAML", group=_TUNING),
+    Option("plot", "draw recall and speed of what was tried", metavar="PNG", group=_TUNING),
+)
 
 
-def _specs(given: Sequence[str] | None, configured: Any) -> list[Any]:
+VERB = Verb(
+    "lightning bench",
+    _OPTIONS,
+    settings=("model.", "data."),
+    plain=("[FILE]",),
+    plain_about=(
+        ".npz or .safetensors with <name>_keys and <name>_queries, each (n, dim) or (banks, n, dim), and "
+        "optionally <name>_past_queries; without one: keys and queries of SmolLM2 that come with the package",
+    ),
+    about="Recall and speed of retrievers on keys and queries of a model, exact search beside them. With --record, "
+    "the keys and queries are recorded first; with --target-recall or --budget-ms, the settings that reach it are "
+    "looked for.",
+)
+
+
+def _specs(given: Sequence[str], configured: Any) -> list[Any]:
     from lightning_fot.retrievers import available_retrievers, check_retriever
 
     specs: list[RetrieverSpec] = []
-    for word in given or []:
+    for word in given:
         try:
             specs.append(json.loads(word) if word.lstrip().startswith("{") else word)
         except ValueError as error:
@@ -106,12 +104,13 @@ def _specs(given: Sequence[str] | None, configured: Any) -> list[Any]:
     return ["exact", *(spec for spec in specs if spec != "exact")]
 
 
-def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
+def bench(words: Sequence[str], program: str, debug: bool = False) -> int:
     """Runs the command.
 
     Args:
         words: Words after ``bench``.
         program: How it was called.
+        debug: Not used: every verb is called alike.
 
     Returns:
         Exit code: 0; 1 where nothing reaches what was asked for; 130 and 143 when recording was stopped by a signal.
@@ -119,32 +118,34 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
     Raises:
         SettingError: An argument, the file or a retriever cannot be used.
     """
-    own, overrides = _split(words)
-    try:
-        options = _parser(program).parse_args(own)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    verb = replace(VERB, program=program)
+    given = read(words, verb)
+    if given.help:
+        print(verb.help())
+        return 0
+    options, file = given.options, Path(given.plain[0]) if given.plain else None
     if options.record is not None:
-        if options.file is not None:
-            raise SettingError("file", str(options.file), "is not read with --record", "Leave it out.")
+        if file is not None:
+            raise SettingError("file", str(file), "is not read with --record", "Leave it out.")
         from lightning_fot.sweep.recording import record
 
-        return record(options, overrides, program)
-    if overrides:
-        raise SettingError("arguments", overrides[0], "only goes with --record", f"See {program} --help")
+        wanted = (options.tokens, options.past, options.queries, options.dtype)
+        return record(options.record, options.config or "hnsw", given.settings, *wanted, program=program)
+    if given.settings:
+        raise SettingError("arguments", given.settings[0], "only goes with --record", f"See {program} --help")
     _check_numbers(options)
     configured, k = None, options.k
     if options.config is not None:
-        from lightning_fot.request.request import read_request
+        from lightning_fot.request.request import make_request
 
-        request = read_request("bench", ["--config", options.config])
+        request = make_request("bench", [options.config], [], program)
         configured = request.get("model.memory.retriever")
-        k = k or request.get("model.memory.top_k")
+        k = request.get("model.memory.top_k") if k is None else k
     k = 32 if k is None else k
     if not isinstance(k, int) or k < 1:
         raise SettingError("k", k, "must be a whole number of at least 1", "Correct it.")
     specs = _specs(options.retriever, configured)
-    file = options.file or SHIPPED_KEYS
+    file = file or SHIPPED_KEYS
     if not file.is_file():
         raise SettingError("file", str(file), "no such file", "Give a .npz or .safetensors of keys and queries.")
     if options.target_recall is not None or options.budget_ms is not None:
@@ -163,23 +164,7 @@ def bench(words: Sequence[str], program: str = "lightning-fot bench") -> int:
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own words, and settings of the model and its text; one without ``=`` takes the next word."""
-    own: list[str] = []
-    settings: list[str] = []
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        if not word.startswith(("--model.", "--data.")):
-            own.append(word)
-            continue
-        settings.append(word)
-        if "=" not in word and pending:
-            settings.append(pending.pop(0))
-    return own, settings
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
+def _check_numbers(options: SimpleNamespace) -> None:
     options.batch = options.batch or list(DEFAULT_BATCHES)
     counts = [("repeats", options.repeats), ("min_index_size", options.min_index_size)]
     for name, value in counts + [("batch", size) for size in options.batch]:
@@ -202,7 +187,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise SettingError(name, str(path), "cannot be written there", "Give a file in a folder that exists.")
 
 
-def _measure(file: Path, specs: Sequence[RetrieverSpec], k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(file: Path, specs: Sequence[RetrieverSpec], k: int, options: SimpleNamespace) -> list[dict[str, Any]]:
     from lightning_fot.bench.measure import layer_of, load_metadata, load_qk, measure_retriever, scale_of
     from lightning_fot.config.retriever import layer_spec
     from lightning_fot.system.progress import JobProgress

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.retriever import RetrieverSpec
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_fot.bench.goals import Choice, Goal
 
 
-def tune(file: Path, specs: Sequence[RetrieverSpec], k: int, options: argparse.Namespace, program: str) -> int:
+def tune(file: Path, specs: Sequence[RetrieverSpec], k: int, options: SimpleNamespace, program: str) -> int:
     """Runs the command.
 
     Args:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from lightning_fot.errors import SettingError
 from lightning_fot.request.request import Request
 from lightning_fot.system.ranks import rank, shared_folder
 from lightning_fot.training.run_folder import ROOT, RunFolder
-
-
-def _numbered(base: Path) -> list[Path]:
-    """``base`` and its siblings ``base-2``, ``base-3``… that exist."""
-    pattern = re.compile(re.escape(base.name) + r"(-\d+)?")
-    if not base.parent.is_dir():
-        return []
-    return [path for path in base.parent.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
 
 
 def choose(request: Request) -> tuple[RunFolder, Path | None]:
@@ -33,49 +25,61 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
     Raises:
         SettingError: There is no such checkpoint.
     """
-    given = request.get("run_dir")
+    word, run_dir = request.get("ckpt_path"), request.get("run_dir")
+    named = None if word is None else Path(str(word)).expanduser()
     if (shared := shared_folder()) is not None:
         # Rank 0 has made it already: this rank neither takes another nor finds it used.
-        last = RunFolder(shared).last_checkpoint
-        word = request.get("ckpt_path")
-        named = None if word is None else Path(str(word)).expanduser()
-        return RunFolder(shared), (last if last.is_file() else None) if word == "last" else named
-    base = Path(str(given)).expanduser() if given is not None else ROOT / request.name
-    checkpoint = request.get("ckpt_path")
-    if checkpoint == "last":
-        return _go_on(request, base, given is not None)
-    if checkpoint is not None and not Path(str(checkpoint)).expanduser().is_file():
+        folder = RunFolder(shared)
+        return folder, _last(folder) if word == "last" else named
+    base = ROOT / request.name if run_dir is None else Path(str(run_dir)).expanduser()
+    if word == "last":
+        newest = _newest(_attempts(base) if run_dir is None else [RunFolder(base)])
+        if newest is None:
+            where = base if run_dir is not None else f"{base}*"
+            fix = "Leave it out to start from the beginning."
+            raise SettingError("ckpt_path", "last", f"there is no last.ckpt in {where}/checkpoints", fix)
+        request.notes.append(f"Going on in {newest.path}.")
+        return newest, _last(newest)
+    if named is not None and not named.is_file():
         raise SettingError(
-            "ckpt_path", checkpoint, "no such file", "Give a checkpoint, or 'last' for the run folder's newest one."
+            "ckpt_path", word, "no such file", "Give a checkpoint, or 'last' for the run folder's newest one."
         )
     # Of processes that were started together, those of other ranks write nothing there.
-    folder = _fresh(base) if rank() == 0 else RunFolder(base)
+    folder = _unused(base) if rank() == 0 else RunFolder(base)
     if folder.path != base:
         request.notes.append(f"{base} holds an earlier run: writing to {folder.path}.")
-    return folder, None if checkpoint is None else Path(str(checkpoint)).expanduser()
+    return folder, named
 
 
-def _fresh(base: Path) -> RunFolder:
-    folder = RunFolder(base)
-    number = 2
-    while folder.used:
-        folder = RunFolder(base.with_name(f"{base.name}-{number}") if base.name else base / f"run-{number}")
-        number += 1
-    return folder
+def _last(folder: RunFolder) -> Path | None:
+    """The folder's last checkpoint; None where the model was not trained."""
+    return folder.last_checkpoint if folder.last_checkpoint.is_file() else None
 
 
-def _go_on(request: Request, base: Path, given: bool) -> tuple[RunFolder, Path | None]:
-    candidates: Sequence[RunFolder] = [RunFolder(base)] if given else [RunFolder(path) for path in _numbered(base)]
-    found = [folder for folder in candidates if folder.resumable]
-    if not found:
-        where = str(base / "checkpoints") if given else f"{base}*/checkpoints"
-        raise SettingError(
-            "ckpt_path", "last", f"there is no last.ckpt in {where}", "Leave it out to start from the beginning."
-        )
-    newest = max(found, key=lambda folder: _age(folder))
-    request.notes.append(f"Going on in {newest.path}.")
-    return newest, newest.last_checkpoint if newest.last_checkpoint.is_file() else None
+def _numbered(base: Path, number: int) -> Path:
+    """Where the attempt of this number goes: ``base``, ``base-2``, ``base-3``…"""
+    if number == 1:
+        return base
+    return base.with_name(f"{base.name}-{number}") if base.name else base / f"run-{number}"
 
 
-def _age(folder: RunFolder) -> float:
+def _unused(base: Path) -> RunFolder:
+    """The first attempt's folder that no run has been in."""
+    return next(folder for number in count(1) if not (folder := RunFolder(_numbered(base, number))).used)
+
+
+def _attempts(base: Path) -> list[RunFolder]:
+    """The folders of all attempts that there are."""
+    name = re.compile(re.escape(base.name) + r"(-\d+)?")
+    there = base.parent.iterdir() if base.parent.is_dir() else ()
+    return [RunFolder(path) for path in there if path.is_dir() and name.fullmatch(path.name)]
+
+
+def _newest(folders: list[RunFolder]) -> RunFolder | None:
+    """The newest of the folders that can be gone on with; None where there is none."""
+    return max((folder for folder in folders if folder.resumable), key=_changed, default=None)
+
+
+def _changed(folder: RunFolder) -> float:
+    """When what can be gone on with was written last."""
     return max(path.stat().st_mtime for path in (folder.last_checkpoint, folder.partial) if path.exists())

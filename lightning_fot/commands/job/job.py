@@ -152,7 +152,7 @@ class Job:
         self.progress.finish(DOCUMENTS_PHASE)
 
     def _header(self) -> str:
-        return f"# {self.request.program} {self.request.verb} --config {self.folder.config}\n"
+        return f"# {self.request.program} --config {self.folder.config}\n"
 
     def _heldout(self) -> list[Any]:
         data, config = self.cli.datamodule, self.evaluation

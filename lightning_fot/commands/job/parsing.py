@@ -19,9 +19,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_fot.config.evaluation import EvaluationConfig
+from lightning_fot.config.run import LINKS
 from lightning_fot.data.datamodule import CrossbatchDataModule
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.request.preflight import LINKS
 from lightning_fot.request.request import Request
 from lightning_fot.training.module import FocusedTransformer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_fot.errors import SettingError
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.reading.generation import forward_cached, read_cached, while_generating
-from lightning_fot.model.reading.inputs import IGNORED, check_has_memory
+from lightning_fot.model.reading.inputs import IGNORED
 
 if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig
@@ -44,10 +44,7 @@ class Score:
 
 def plain_tokens(config: MemoryConfig) -> int:
     """Tokens up to which an attached model with an empty memory is its plain backbone; 0 where it never is."""
-    if config.positions != "first" or config.integration != "softmax" or config.segments:
-        return 0
-    # Farther local distances would be clamped.
-    return min(config.window, getattr(config, "max_distance", None) or config.window)
+    return config.way.plain_tokens(config.window) if config.positions == "first" else 0
 
 
 def new_tokens(options: Mapping[str, Any], default: int) -> int:
@@ -117,9 +114,9 @@ def score_continuations(
         One for each continuation.
 
     Raises:
-        SettingError: The context, or a continuation, is empty; or the model has dilated attention and no memory.
+        SettingError: The context, or a continuation, is empty; or the model's way of attending does not go on.
     """
-    check_has_memory(lm.config, "scoring what goes on from a context")
+    lm.attachment.way.settings.check_goes_on("scoring what goes on from a context")
     if not context or not all(continuations):
         raise SettingError("request", "", "has no token to score or to go on from", "Give at least one of each.")
     cache = _after(lm, context)

@@ -52,12 +52,12 @@ def measure_decoding(lm: MemoryLM, memory: Memory | None, ids: Tensor) -> dict[s
     Returns:
         ``memory_tokens``, ``ms_p50`` of a token, ``splits`` (see ``split_rows``)
         and the fields of ``Limit.beside``; None where a text is too short, or
-        positions are rectified, which are not served while generating.
+        the way of attending is not served while generating.
     """
     config = while_generating(lm.config)
     prompt = max(1, config.window // 4)
     steps = min(STEPS + _WARM, len(ids) - prompt, config.window - prompt)
-    if steps <= _WARM or lm.config.max_distance is not None:
+    if steps <= _WARM or not lm.attachment.way.settings.goes_on:
         return None
     held = lm.new_memory(1) if memory is None else memory.snapshot()
     cache = MemoryCache(held, config, len(lm.attachment.attentions))

@@ -22,7 +22,7 @@ from lightning_fot.model.backbone.layers import attention_function, attention_la
 from lightning_fot.model.passes.base import Pass, StopForward, memory_attention_forward
 from lightning_fot.model.passes.probe import LayerFacts, ProbePass
 from lightning_fot.model.passes.recorder import Recorder
-from lightning_fot.model.passes.rectified import RectifiedPass
+from lightning_fot.model.passes.way import way_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ class Attachment:
     Attributes:
         attentions: Attention layers by number.
         memory_layers: Numbers of the memory layers, counted from 0.
+        way: How they attend.
 
     Raises:
         SettingError: The model or one of the layers cannot be served; the message says why, and the model is as before.
@@ -53,6 +54,7 @@ class Attachment:
         self_test.refuse_virtual_tokens(model)
         self.attentions = attention_layers(model)
         self.memory_layers = config.resolve_layers(len(self.attentions))
+        self.way = way_of(config)
         self.calls = Calls()
         self_test.refuse_sliding_layers(model, self.memory_layers)
         self._original = self._implementation
@@ -120,10 +122,9 @@ class Attachment:
         module = self.attentions[layer]
         return float(getattr(module, "scaling", self.facts[layer].head_dim ** -0.5)) * self.score_factor
 
-    def rectified(self, length: int) -> Pass | None:
-        """What serves all layers in a window of ``length`` tokens with rectified positions; None without them."""
-        limit = self.config.max_distance
-        return None if limit is None else RectifiedPass(length, limit, self.device)
+    def window_pass(self, length: int) -> Pass | None:
+        """What serves a window of ``length`` tokens alone; None where the way of attending leaves it to the caller."""
+        return self.way.window_pass(length, self.device)
 
     @property
     def _implementation(self) -> str:
@@ -186,8 +187,8 @@ class Attachment:
         self.hooks.facts = probe.facts
         self_test.refuse_silent_layers(self.facts, self.memory_layers)
         self_test.refuse_narrow_layers(self.facts, self.memory_layers, self.config.window)
-        self_test.refuse_following_positions(self.model, self.config.segments)
-        for current in self_test.plain_passes(self.config, self.device):
+        self_test.refuse_following_positions(self.model, self.way)
+        for current in self_test.plain_passes(self.way, self.device):
             with self.during(current):
                 logits = self_test.logits_of(self.model)
             self_test.refuse_other_logits(self.model, reference, logits)

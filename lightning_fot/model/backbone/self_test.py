@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import following_length, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
-from lightning_fot.model.passes.dilated import DilatedPass
 from lightning_fot.model.passes.probe import LayerFacts
-from lightning_fot.model.passes.rectified import RectifiedPass
+from lightning_fot.model.passes.way import WayOfAttending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lightning_fot.config.memory import MemoryConfig
-
 # Largest difference of logits, relative to their spread, that still is rounding.
 _PARITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOKENS = 8
@@ -66,20 +63,14 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
         )
 
 
-def plain_passes(config: MemoryConfig, device: torch.device) -> list[Pass]:
+def plain_passes(way: WayOfAttending, device: torch.device) -> list[Pass]:
     """Passes under which the fixed tokens must get the plain backbone's logits.
 
     Args:
-        config: Names the ways of attending that will be used.
+        way: That the model will attend by.
         device: Of the model.
     """
-    passes: list[Pass] = [CollectPass()]
-    if config.max_distance is not None:
-        passes.append(RectifiedPass(_TOKENS, _TOKENS, device))
-    if config.segments:
-        # One segment without a gap is plain attention.
-        passes.append(DilatedPass([(max(config.segments), 1)], _TOKENS, 1, 1, device))
-    return passes
+    return [CollectPass(), *way.plain_passes(_TOKENS, device)]
 
 
 def refuse_other_logits(model: PreTrainedModel, reference: Tensor, logits: Tensor) -> None:
@@ -116,12 +107,12 @@ def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]
             )
 
 
-def refuse_following_positions(model: PreTrainedModel, segments: list[int]) -> None:
-    """Raises: SettingError: Dilated attention is asked of positions whose frequencies follow the length."""
-    if segments and following_length(model):
+def refuse_following_positions(model: PreTrainedModel, way: WayOfAttending) -> None:
+    """Raises: SettingError: The way needs positions whose frequencies do not follow the length, and these do."""
+    if way.fixed_frequencies and following_length(model):
         raise SettingError(
-            "model.memory.segments",
-            segments,
+            SETTING,
+            way.settings.name,
             "cannot be had with positions whose frequencies change as a text goes on",
             "Choose another model.rope.type, or a backbone of fixed frequencies.",
         )

@@ -39,7 +39,11 @@ def read(attached: Attachment, ids: Tensor, memory: Memory, advance: Callable[[i
         ids: (n,) int64; the last window may be shorter.
         memory: Of one row, extended in place.
         advance: Called with the tokens of each step.
+
+    Raises:
+        SettingError: Its memory layers attend in place of having a memory.
     """
+    attached.way.settings.check_memory("ingest")
     tell = advance or (lambda tokens: None)
     window = attached.config.window
     whole = len(ids) // window * window if windows_are_independent(attached) else 0

@@ -13,7 +13,6 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory, MemoryShape
 
 if TYPE_CHECKING:
-    from lightning_fot.config.memory import MemoryConfig
     from lightning_fot.model.backbone.fingerprint import Maker
 
 _WHOLE = (torch.int64, torch.int32)
@@ -124,25 +123,6 @@ def checked_labels(labels: Tensor, input_ids: Tensor, vocabulary: int, device: t
             f"Use ids from 0 to {vocabulary - 1}, and {IGNORED} where there is no target.",
         )
     return labels.to(device, torch.int64)
-
-
-def check_has_memory(config: MemoryConfig, what: str) -> None:
-    """Refuses what only a model with a memory can do.
-
-    Args:
-        config: The model's settings.
-        what: What was asked for, such as ``ingest``.
-
-    Raises:
-        SettingError: Its memory layers have dilated attention in place of a memory.
-    """
-    if config.segments:
-        raise SettingError(
-            "model.memory.segments",
-            config.segments,
-            f"dilated attention is in place of a memory, and {what} needs one",
-            "Set segments=[] and dilations=[], or read whole texts.",
-        )
 
 
 def check_switch(name: str, value: object) -> None:

@@ -12,7 +12,6 @@ from lightning_fot.memory.memory import Memory
 from lightning_fot.memory.token_log import TokensRead
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.window import WindowPass
-from lightning_fot.model.reading.dilated import read_dilated
 from lightning_fot.model.reading.generation import forward_cached
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def read_windows(
     keep_from: int,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Tensor]:
-    """Reads rows into a memory, as the settings have it: in windows that overlap or do not, or dilated.
+    """Reads rows into a memory, as the settings have it: window by window, or as the way of attending does.
 
     Args:
         attached: The model with its memory layers.
@@ -44,8 +43,9 @@ def read_windows(
         Logits (B, n, vocabulary) of the next tokens that are wanted.
     """
     length = ids.shape[1]
-    if attached.config.segments:
-        for read, logits in read_dilated(attached, ids, length - keep_from):
+    texts = attached.way.read_texts(attached, ids, length - keep_from)
+    if texts is not None:
+        for read, logits in texts:
             if logits is not None:
                 yield logits
             report(len(ids) * read)
@@ -82,7 +82,7 @@ def _read_window(
     valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
     current = WindowPass(memory, attached.config.top_k, stop, attached.recorder, None if counts is None else valid)
     logits: Tensor | None = None
-    with attached.during(attached.rectified(ids.shape[1]) or current):
+    with attached.during(attached.window_pass(ids.shape[1]) or current):
         logits = attached.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits
     skip = min(attached.config.skip_window_start, ids.shape[1])
     pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.evaluation import whole_readings
 from lightning_fot.report.content import formats, read
 from lightning_fot.report.content.scales import log_ticks
 
@@ -247,7 +247,7 @@ def _error(row: read.Row, paired: bool) -> float | None:
 
 def memory_name(kind: str) -> str:
     """A memory kind, or a reading without a memory, in words."""
-    return {"none": "no memory", "exact": "exact search", **WHOLE}.get(kind, kind)
+    return {"none": "no memory", "exact": "exact search", **whole_readings()}.get(kind, kind)
 
 
 def styles(lines: Sequence[Line]) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_fot.config.evaluation import WHOLE
+from lightning_fot.config.evaluation import whole_readings
 from lightning_fot.report.content import curves, formats, read
 
 
@@ -50,7 +50,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _perplexity(results: read.Row) -> Finding | None:
     table = read.by_context(read.rows(results, "perplexity"), "value")
     name = read.retriever_name(results)
-    kind = next((kind for kind in (name, "exact", *WHOLE, "none") if table.get(kind)), None)
+    kind = next((kind for kind in (name, "exact", *whole_readings(), "none") if table.get(kind)), None)
     if kind is None:
         return None
     context, row = max(table[kind].items())
@@ -74,17 +74,17 @@ def _perplexity(results: read.Row) -> Finding | None:
             f"With {memory}, perplexity on held-out text is {formats.percent(abs(change))} {direction} than without: "
         )
         text += f"the model predicts the text {meaning}."
-    if kind not in WHOLE:
+    if kind not in whole_readings():
         text += _beside_exact(table, kind, context, row)
     caveat, settled = _perplexity_caveat(row, base_row)
     verdict = "open" if no_change or not settled else "good" if change < 0 else "bad"
-    topic = f"Perplexity with {formats.tokens(context)} tokens of {'context' if kind in WHOLE else 'memory'}"
+    topic = f"Perplexity with {formats.tokens(context)} tokens of {'context' if kind in whole_readings() else 'memory'}"
     return Finding(topic, f"{formats.fixed(base)} → {shown}", text, caveat, verdict)
 
 
 def _context(kind: str, tokens: int) -> str:
     """What was read before the scored text, in words."""
-    what = "a context" if kind in WHOLE else "a memory"
+    what = "a context" if kind in whole_readings() else "a memory"
     return f"{what} of {formats.tokens(tokens)} tokens ({curves.memory_name(kind)})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from lightning_fot.retrievers.index.built import Built, Index, flags_of, prepare
 from lightning_fot.retrievers.index.duplicates import find_duplicates, harmless, reach
 from lightning_fot.retrievers.index.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.index.isolated import LonelyDetector, fit_lonely
-from lightning_fot.retrievers.index.jobs import Job, StoppedError, check_job
+from lightning_fot.retrievers.index.jobs import Job, check_job
 from lightning_fot.retrievers.index.transforms import FittedTransform, fit_transform
 from lightning_fot.retrievers.keys.store import KeyStore
 
@@ -33,7 +33,7 @@ class Recipe:
         transform: Maps to put before the index.
         duplicate_distance: As a retriever's.
         smallest: Vectors that the index needs at least: fewer groups are not indexed as such.
-        at_once: Rows in memory as float32 at a time; None takes all of them, for an index that is not extended.
+        pieces: Whether the index may get its rows in pieces: whether it can be extended.
         cells: Set lonely keys apart.
     """
 
@@ -41,14 +41,14 @@ class Recipe:
     transform: TransformSpec
     duplicate_distance: float = 0.0
     smallest: int = 1
-    at_once: int | None = None
+    pieces: bool = False
     cells: bool = False
 
 
 def build(recipe: Recipe, store: KeyStore, bank: int, length: int, past: Tensor) -> Built:
     """An index over the first ``length`` rows of a bank.
 
-    Of a longer bank than ``recipe.at_once`` rows the transform and the hubs are learned from so many, evenly spread,
+    Of a longer bank than ``AT_ONCE`` rows the transform and the hubs are learned from so many, evenly spread,
     and the index gets its rows in pieces; not where duplicates are sought, which takes all rows.
 
     Args:
@@ -58,8 +58,8 @@ def build(recipe: Recipe, store: KeyStore, bank: int, length: int, past: Tensor)
         length: Rows to cover.
         past: (m, D) past queries of the bank, to learn from.
     """
-    if recipe.at_once is not None and length > recipe.at_once and not recipe.duplicate_distance:
-        return _build_in_pieces(recipe, recipe.at_once, store, bank, length, past)
+    if recipe.pieces and length > AT_ONCE and not recipe.duplicate_distance:
+        return _build_in_pieces(recipe, AT_ONCE, store, bank, length, past)
     keys = store.rows(bank, 0, length).cpu()
     transform, hubs, lonely, moved, apart = _learn(recipe, keys, past)
     same = reach(moved, recipe.duplicate_distance)
@@ -109,7 +109,15 @@ def _learn(
     return transform, hubs, lonely[0], moved, union(apart, lonely[1])
 
 
-class BuildJob(Job):
+class Owner(Protocol):
+    """What a build is for: a retriever. Its forks have the same recipe."""
+
+    def build_recipe(self) -> Recipe:
+        """How its indexes are built."""
+        ...
+
+
+class BuildJob(Job[Owner]):
     """Builds the index of one bank, or extends one, from a snapshot of its keys.
 
     Args:
@@ -140,21 +148,9 @@ class BuildJob(Job):
         super().abandon()
 
 
-def _work(store: KeyStore, bank: int, past: Tensor, job: Job) -> None:
-    assert isinstance(job, BuildJob)
+def _work(store: KeyStore, bank: int, past: Tensor, job: BuildJob) -> None:
     if job.extends is not None:
         while job.extends.size < job.length:
             job.extends.extend(store, bank, min(job.length, job.extends.size + AT_ONCE), job)
         return
-    owner: Any = next(iter(job.wanted_by), None)
-    if owner is None:
-        raise StoppedError
-    recipe = Recipe(
-        owner.new_index,
-        owner.transform,
-        owner.duplicate_distance,
-        owner.smallest_index,
-        AT_ONCE if owner.incremental else None,
-        owner.cells,
-    )
-    job.built = build(recipe, store, bank, job.length, past)
+    job.built = build(job.waiting().build_recipe(), store, bank, job.length, past)

@@ -126,7 +126,7 @@ class Built:
         few_apart, few_repeated = len(self.apart) <= 128 + self.size // 16, 3 * self._repeated <= self.size
         return length < 2 * self.trained_at and few_apart and few_repeated
 
-    def extend(self, store: KeyStore, bank: int, length: int, job: Job) -> None:
+    def extend(self, store: KeyStore, bank: int, length: int, job: Job[Any]) -> None:
         """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
 
         Raises:
@@ -166,7 +166,7 @@ class Built:
             self.groups = groups
             take(0, length - done)
 
-    def _added(self, vectors: Tensor, job: Job) -> Iterator[tuple[int, int]]:
+    def _added(self, vectors: Tensor, job: Job[Any]) -> Iterator[tuple[int, int]]:
         """Adds vectors to the index, some at a time; yields which, behind the gate."""
         done, step, given = 0, _FIRST_STEP, vectors.numpy()
         while done < len(given):

@@ -7,22 +7,25 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
+
+OwnerT = TypeVar("OwnerT")
 
 
 class StoppedError(Exception):
     """A job ends early: nobody wants its result any more, or the process ends."""
 
 
-class Job:
+class Job(Generic[OwnerT]):
     """Work that is done once, in whatever thread, and looked at later.
 
     Nothing of it is seen by those who wait for the result before they take it: a job that is dropped changes nothing.
 
     Args:
-        work: Called without gradients; it may call :meth:`check` at points where it can end early.
+        work: Called with the job, without gradients; it may call :meth:`check` at points where it can end early.
 
     Attributes:
         wanted_by: Who waits for the result, held weakly: when all are gone the job ends early.
@@ -31,12 +34,12 @@ class Job:
         begun: Whether the work has begun.
     """
 
-    def __init__(self, work: Callable[[Job], None]) -> None:
-        self.wanted_by: WeakSet[object] = WeakSet()
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        self.wanted_by: WeakSet[OwnerT] = WeakSet()
         self.error: BaseException | None = None
         self.seconds = 0.0
         self.begun = False
-        self._work: Callable[[Job], None] | None = work
+        self._work: Callable[[Any], None] | None = work
         self._done = threading.Event()
 
     @property
@@ -53,7 +56,17 @@ class Job:
         if not len(self.wanted_by) or not threading.main_thread().is_alive():
             raise StoppedError
 
-    def release(self, owner: object) -> None:
+    def waiting(self) -> OwnerT:
+        """One of those who wait for the result.
+
+        Raises:
+            StoppedError: Nobody does.
+        """
+        for owner in self.wanted_by:
+            return owner
+        raise StoppedError
+
+    def release(self, owner: OwnerT) -> None:
         """``owner`` does not want the result any more."""
         self.wanted_by.discard(owner)
 
@@ -92,7 +105,7 @@ class Job:
 
 
 class _Current(threading.local):
-    job: Job | None = None
+    job: Job[Any] | None = None
 
 
 _current = _Current()
@@ -118,11 +131,11 @@ def in_background() -> bool:
 class _Worker:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.running: Job | None = None
+        self.running: Job[Any] | None = None
         self._lock = threading.Lock()
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[Job[Any]] = deque()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job[Any]) -> None:
         with self._lock:
             self._waiting.append(job)
             if self.thread is not None:
@@ -137,7 +150,7 @@ class _Worker:
                 return
             self.thread = thread
 
-    def take_back(self, job: Job) -> bool:
+    def take_back(self, job: Job[Any]) -> bool:
         """Removes a job that has not begun; whether it had not."""
         with self._lock:
             if job not in self._waiting:
@@ -174,7 +187,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_worker.forget)
 
 
-def submit(job: Job) -> None:
+def submit(job: Job[Any]) -> None:
     """Hands a job to the thread, behind those that wait already."""
     _worker.submit(job)
 

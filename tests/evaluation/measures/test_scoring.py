@@ -11,10 +11,11 @@ import torch
 
 from lightning_fot import attach_memory
 from lightning_fot.cli import main
-from lightning_fot.commands.lm_eval import split
+from lightning_fot.commands.lm_eval import VERB, described
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.scoring import Score, answer_apart, new_tokens, plain_tokens, score_continuations
 from lightning_fot.request.harness import model_settings
+from lightning_fot.request.words import read
 from tests.support.models import WINDOW, settings, tiny_llama, tokens
 
 SETTINGS = [
@@ -23,7 +24,7 @@ SETTINGS = [
     {"last_context_length": 6},
     {"overlap": 5, "sink_tokens": 2},
     {"positions": "none"},
-    {"integration": "gate"},
+    {"attending": "gate"},
 ]
 
 
@@ -72,7 +73,7 @@ def test_nothing_to_score_is_named():
 
 def test_models_that_are_plain_up_to_a_window():
     assert plain_tokens(settings()) == WINDOW
-    assert plain_tokens(settings(positions="none")) == plain_tokens(settings(integration="gate")) == 0
+    assert plain_tokens(settings(positions="none")) == plain_tokens(settings(attending="gate")) == 0
 
 
 def test_answers_come_back_in_order():
@@ -95,10 +96,10 @@ def test_the_length_of_an_answer_has_many_names():
 
 def test_the_command_line_is_parted():
     words = "--config=a.yaml --tasks x,y --model.memory.top_k 8 --limit 2 --ckpt_path last --model.dtype=bfloat16"
-    own, rest = split(words.split(), "lightning lm-eval")
+    given = read(words.split(), VERB)
     expected = {"config": "a.yaml", "model.memory.top_k": "8", "ckpt_path": "last", "model.dtype": "bfloat16"}
-    assert own == expected
-    assert rest == ["--tasks", "x,y", "--limit", "2"]
+    assert described(given) == expected
+    assert given.others == ["--tasks", "x,y", "--limit", "2"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.config import EvaluationConfig, RopeSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures import whole_text
+from lightning_fot.evaluation.measures.scoring import score_continuations
 from lightning_fot.evaluation.measures.whole_text import read_whole
 from lightning_fot.model.attention.rectified import rectified_attention
 from lightning_fot.model.backbone.stretch import stretch_positions
@@ -21,6 +22,7 @@ from tests.support.models import WINDOW, settings, tiny_llama, tiny_qwen3, token
 from tests.support.pair_oracle import causal, pair_logits, plain_frequencies, turned
 
 LENGTH, LIMIT = 60, 7
+RECTIFIED = {"name": "rectified", "max_distance": LIMIT}
 
 
 def _read(lm, ids: Tensor, keep: int, reading: str = "full_context") -> Tensor:
@@ -66,7 +68,7 @@ def test_full_context_respects_layers_with_a_sliding_window(monkeypatch: pytest.
     with attach_memory(model, MemoryConfig(memory_layers=[], window=LENGTH)) as lm:
         torch.testing.assert_close(_read(lm, ids[0], LENGTH), expected, atol=2e-5, rtol=2e-5)
     with pytest.raises(SettingError, match="max_distance"):
-        attach_memory(model, MemoryConfig(memory_layers=[], window=LENGTH, max_distance=4))
+        attach_memory(model, MemoryConfig(memory_layers=[], window=LENGTH, attending={**RECTIFIED, "max_distance": 4}))
 
 
 def test_dynamic_positions_are_those_of_the_whole_text_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,7 @@ def test_dynamic_positions_are_those_of_the_whole_text_in_every_chunk(monkeypatc
 def test_rectified_distances_are_clamped(chunk: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_text, "CHUNK", chunk)
     model, ids = tiny_llama(kv_heads), tokens(2, LENGTH)
-    config = settings(memory_layers=[], window=LENGTH, max_distance=LIMIT)
+    config = settings(memory_layers=[], window=LENGTH, attending=RECTIFIED)
     with torch.no_grad(), attach_memory(model, config) as lm:
         for row in range(2):
             score = _clamped(plain_frequencies(model), LIMIT)
@@ -106,7 +108,9 @@ def test_rectified_within_the_limit_is_the_backbone() -> None:
     with torch.no_grad():
         expected = model(ids).logits
         for limit in (LENGTH - 1, LENGTH, 4 * LENGTH):
-            with attach_memory(model, settings(memory_layers=[], window=LENGTH, max_distance=limit)) as lm:
+            with attach_memory(
+                model, settings(memory_layers=[], window=LENGTH, attending={**RECTIFIED, "max_distance": limit})
+            ) as lm:
                 torch.testing.assert_close(lm(ids).logits, expected, atol=2e-5, rtol=2e-5)
         assert torch.equal(model(ids).logits, expected)
 
@@ -120,7 +124,7 @@ def test_rectified_positions_stack_on_stretched_ones() -> None:
     expected = pair_logits(
         model, ids[0].tolist(), lambda q, k: factor**2 * _clamped(inverse, LIMIT)(q, k), causal(LENGTH)
     )
-    config = settings(memory_layers=[], window=LENGTH, max_distance=LIMIT)
+    config = settings(memory_layers=[], window=LENGTH, attending=RECTIFIED)
     with torch.no_grad(), attach_memory(model, config) as lm:
         assert float((lm(ids).logits[0] - expected).abs().max()) < 2e-4
 
@@ -142,7 +146,7 @@ def test_rectified_gradients_and_chunks_of_queries() -> None:
 def test_rectified_trains_with_gradient_checkpointing() -> None:
     ids, found = tokens(2, LENGTH), []
     for checkpointing in (False, True):
-        config = settings(memory_layers=[], window=LENGTH, max_distance=LIMIT)
+        config = settings(memory_layers=[], window=LENGTH, attending=RECTIFIED)
         module = FocusedTransformer("tiny-random-llama", config, trainable="all", gradient_checkpointing=checkpointing)
         module.train()
         module.configure_model()
@@ -155,7 +159,7 @@ def test_rectified_trains_with_gradient_checkpointing() -> None:
 @pytest.mark.parametrize("change", [{"memory_layers": [1]}, {"overlap": 4}, {"sink_tokens": 2}])
 def test_rectified_positions_with_pairs_that_have_no_distance_are_refused(change) -> None:
     with pytest.raises(SettingError, match="max_distance=7"):
-        MemoryConfig(**{"memory_layers": [], "max_distance": LIMIT, **change})
+        MemoryConfig(**{"memory_layers": [], "attending": RECTIFIED, **change})
 
 
 def test_what_cannot_be_read_so_is_named() -> None:
@@ -170,9 +174,11 @@ def test_what_cannot_be_read_so_is_named() -> None:
         with pytest.raises(SettingError, match="previous_window is for local windows"):
             EvaluationConfig(readings=["previous_window"]).check_readings(memory)
     model = tiny_llama()
-    config = MemoryConfig(memory_layers=[], max_distance=LIMIT)
+    config = MemoryConfig(memory_layers=[], attending=RECTIFIED)
     with attach_memory(model, config) as lm, pytest.raises(SettingError, match="while generating"):
         lm.generate(tokens(1, 4), max_new_tokens=2)
+    with attach_memory(model, config) as lm, pytest.raises(SettingError, match="is not served while scoring"):
+        score_continuations(lm, [1, 2], [[3]])
 
 
 @pytest.mark.parametrize("overlap", [4, 8])

@@ -122,11 +122,11 @@ def test_an_answer_counts_when_greedy_decoding_gives_it_whole(lm) -> None:
 @pytest.mark.parametrize("layers", [[2], [1, 3]])
 def test_windows_read_together_store_what_they_store_one_by_one(layers: list[int], changes: dict[str, Any]) -> None:
     with attach_memory(tiny_llama(), settings(memory_layers=layers, **changes)) as lm:
-        assert windows_are_independent(lm) == (layers == [2])
+        assert windows_are_independent(lm.attachment) == (layers == [2])
         ids = torch.randint(3, 66, (16 * 5 + 3,), generator=torch.Generator().manual_seed(1))
         one_by_one = lm.ingest(ids[None], lm.new_memory())
         together, done = lm.new_memory(), []
-        read(lm, ids, together, done.append)
+        read(lm.attachment, ids, together, done.append)
         assert sum(done) == len(ids)
         assert together.lengths.tolist() == one_by_one.lengths.tolist()
         assert together.tokens_seen.tolist() == one_by_one.tokens_seen.tolist()

@@ -137,7 +137,7 @@ def test_a_detached_model_says_so():
 
 def test_a_gate_mixes_memory_and_local_context():
     model, ids = tiny_llama(), tokens(1, 48)
-    with attach_memory(model, settings(integration="gate")) as lm:
+    with attach_memory(model, settings(attending="gate")) as lm:
         assert set(lm.gates) == {"1", "3"}
         lm.crossbatch(ids.view(3, 16), [[], [0], [0, 1]]).square().mean().backward()
         assert all(float(gate.grad.abs().max()) > 0 for gate in lm.gates.values())

@@ -152,7 +152,7 @@ def _filled(lm: MemoryLM) -> Any:
 
 def test_gates_made_in_inference_mode_are_trained() -> None:
     with torch.inference_mode():
-        lm = attach_memory(tiny_llama(), settings(integration="gate"))
+        lm = attach_memory(tiny_llama(), settings(attending="gate"))
     lm(IDS, labels=IDS).loss.backward()
     assert lm.gates["1"].grad is not None
     lm.detach()

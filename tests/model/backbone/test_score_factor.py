@@ -25,7 +25,8 @@ def with_larger_queries(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize(
-    "changes", [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"integration": "gate"}]
+    "changes",
+    [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"attending": "gate"}],
 )
 def test_scores_times_a_factor_are_those_of_longer_queries(make, changes):
     ids, previous = tokens(2, 5 * WINDOW), tokens(4, WINDOW, seed=1)[:, None]

@@ -18,9 +18,9 @@ from lightning_fot.config.schedule import ScheduleConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.whole_text import read_whole
 from lightning_fot.model.backbone.stretch import stretch_positions
+from lightning_fot.model.passes.ways.previous_window import previous_window_logits
 from lightning_fot.request.preflight import check_settings
 from lightning_fot.request.request import SHIPPED, read_request
-from lightning_fot.training.batch_logits import previous_window_logits
 from tests.support.models import settings, tiny_llama, tiny_qwen3, tokens
 from tests.support.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 from tests.support.quiet_trainer import trainer
@@ -30,7 +30,7 @@ LENGTH = 48
 
 
 def _config(overlap: int = SEGMENT) -> MemoryConfig:
-    return settings(memory_layers=[], window=overlap + SEGMENT, overlap=overlap)
+    return settings(memory_layers=[], window=overlap + SEGMENT, overlap=overlap, attending="previous_window")
 
 
 def _read(lm, ids: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def test_training_and_reading_are_a_dense_band(overlap: int, kv_heads: int) -> N
     first_seen = places // SEGMENT * SEGMENT - overlap
     band = causal(LENGTH).masked_fill(places < first_seen[:, None], -math.inf)
     with attach_memory(model, _config(overlap)) as lm, torch.no_grad():
-        trained = previous_window_logits(lm, ids)
+        trained = previous_window_logits(lm.attachment, ids)
         for row in range(2):
             expected = pair_logits(model, ids[row].tolist(), rotary_score(plain_frequencies(model)), band)
             assert float((trained[row] - expected).abs().max()) < 2e-4
@@ -63,7 +63,9 @@ def test_norms_sliding_windows_and_stretched_positions_are_trained_as_they_are_r
     ids = tokens(1, LENGTH)
     for model in (mistral, stretched, tiny_qwen3()):
         with attach_memory(model, _config()) as lm, torch.no_grad():
-            torch.testing.assert_close(previous_window_logits(lm, ids)[0], _read(lm, ids[0]), atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(
+                previous_window_logits(lm.attachment, ids)[0], _read(lm, ids[0]), atol=2e-5, rtol=2e-5
+            )
 
 
 def _segment_by_segment(model, ids: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def test_gradients_are_those_of_a_detached_kv_cache() -> None:
         F.cross_entropy(_segment_by_segment(model, ids).flatten(0, 1), labels), list(model.parameters())
     )
     with attach_memory(model, _config()) as lm:
-        loss = F.cross_entropy(previous_window_logits(lm, ids).flatten(0, 1), labels)
+        loss = F.cross_entropy(previous_window_logits(lm.attachment, ids).flatten(0, 1), labels)
         found = torch.autograd.grad(loss, list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -97,13 +99,13 @@ def test_no_gradient_reaches_the_previous_window() -> None:
     with attach_memory(model, _config()) as lm:
         for differentiable in (False, True):
             kept.clear()
-            logits = previous_window_logits(lm, ids, differentiable)
+            logits = previous_window_logits(lm.attachment, ids, differentiable)
             (gradient,) = torch.autograd.grad(logits[:, 2 * SEGMENT :].square().sum(), kept)
             reached = gradient.abs().sum((1, 2)) > 0
             # Rows are segments. With gradients the first is reached too: by the second, in the layers between.
             assert reached.tolist() == ([True] * 3 if differentiable else [False, False, True])
         with torch.no_grad():
-            assert torch.equal(previous_window_logits(lm, ids, True), logits)
+            assert torch.equal(previous_window_logits(lm.attachment, ids, True), logits)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -111,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         module = _module(gradient_checkpointing=checkpointing)
         module.train()
-        previous_window_logits(module.lm, tokens(2, LENGTH)).square().mean().backward()
+        previous_window_logits(module.lm.attachment, tokens(2, LENGTH)).square().mean().backward()
         found.append([parameter.grad.clone() for parameter in module.lm.model.parameters()])
     for plain, replayed in zip(*found, strict=True):
         torch.testing.assert_close(plain, replayed)
@@ -122,7 +124,7 @@ def test_one_segment_is_the_plain_backbone() -> None:
     with torch.no_grad():
         expected = model(ids).logits
         with attach_memory(model, _config()) as lm:
-            torch.testing.assert_close(previous_window_logits(lm, ids), expected, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(previous_window_logits(lm.attachment, ids), expected, atol=2e-5, rtol=2e-5)
         assert torch.equal(model(ids).logits, expected)
 
 
@@ -130,7 +132,7 @@ def _module(memory: MemoryConfig | None = None, crossbatch: CrossbatchConfig | N
     made = FocusedTransformer(
         "tiny-random-llama",
         _config() if memory is None else memory,
-        crossbatch or CrossbatchConfig("previous_window", pack=2, differentiable=False),
+        crossbatch or CrossbatchConfig(pack=2, differentiable=False),
         trainable="all",
         **changes,
     )
@@ -158,7 +160,7 @@ def test_the_loss_of_a_batch_is_that_of_reading_its_packs(tmp_path) -> None:
 def test_packs_of_the_data_are_texts_in_one_piece(tmp_path) -> None:
     (tmp_path / "text.txt").write_text(" ".join(str(number) for number in range(900)), encoding="utf-8")
     data = CrossbatchDataModule(
-        [str(tmp_path)], "tiny-random-llama", 16, "previous_window", batch_size=4, pack=2, cache_dir=str(tmp_path / "c")
+        [str(tmp_path)], "tiny-random-llama", 16, "packed", batch_size=4, pack=2, cache_dir=str(tmp_path / "c")
     )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -174,19 +176,20 @@ def test_the_configuration_reads_as_it_trains() -> None:
     job = parse(request, ["--config", path])
     memory, crossbatch = job.model.memory_config, job.model.crossbatch_config
     assert (memory.memory_layers, memory.window, memory.overlap) == ([], 512, 256)
-    assert (crossbatch.layout, crossbatch.differentiable, job.model.trainable) == ("previous_window", False, "all")
+    assert (crossbatch.layout, crossbatch.differentiable, job.model.trainable) == ("packed", False, "all")
     assert job.evaluation.readings == ["previous_window"]
-    assert job.datamodule.layout == "previous_window"
+    assert memory.attending == {"name": "previous_window"}
 
 
 @pytest.mark.parametrize(
     ("memory", "crossbatch", "message"),
     [
-        ({"memory_layers": [1]}, {}, r"layout='previous_window'.*memory_layers=\[1\]"),
-        ({"overlap": 0}, {}, "layout='previous_window'.*overlap=0"),
-        ({"sink_tokens": 2}, {}, "layout='previous_window'.*sink_tokens=2"),
+        ({"memory_layers": [1]}, {}, r"attending='previous_window'.*memory_layers=\[1\]"),
+        ({"overlap": 0}, {}, "attending='previous_window'.*overlap=0"),
+        ({"sink_tokens": 2}, {}, "attending='previous_window'.*sink_tokens=2"),
         ({"overlap": 4}, {}, "overlap=4.*do not divide window=16"),
         ({}, {"across_ranks": True}, "across_ranks=True"),
+        ({}, {"layout": "paper"}, "layout='paper'"),
         ({}, {"schedule": ScheduleConfig()}, "schedule="),
     ],
 )
@@ -194,13 +197,13 @@ def test_what_cannot_stand_together_is_named(memory, crossbatch, message: str) -
     with pytest.raises(SettingError, match=message):
         FocusedTransformer(
             "tiny-random-llama",
-            settings(**{"memory_layers": [], "window": 16, "overlap": 8, **memory}),
-            CrossbatchConfig(layout="previous_window", **crossbatch),
+            settings(**{"memory_layers": [], "window": 16, "overlap": 8, "attending": "previous_window", **memory}),
+            CrossbatchConfig(**crossbatch),
         )
 
 
 def test_ids_that_are_no_whole_segments_are_refused() -> None:
     with attach_memory(tiny_llama(), _config()) as lm, pytest.raises(SettingError, match="no whole segments"):
-        previous_window_logits(lm, tokens(1, LENGTH - 1))
+        previous_window_logits(lm.attachment, tokens(1, LENGTH - 1))
     with attach_memory(tiny_llama(), settings()) as lm, pytest.raises(SettingError, match="previous_window"):
-        previous_window_logits(lm, tokens(1, LENGTH))
+        previous_window_logits(lm.attachment, tokens(1, LENGTH))

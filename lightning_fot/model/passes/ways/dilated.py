@@ -7,17 +7,22 @@ than its segment, no distance is larger than the longest one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_fot.config.attending.base import SETTING
+from lightning_fot.config.attending.dilated import Settings
 from lightning_fot.errors import SettingError
-from lightning_fot.model.attention.dilated import Patterns, dilated_attention
+from lightning_fot.model.attention.dilated import Patterns, dilated_attention, first_needed
 from lightning_fot.model.passes.base import LayerCall, Pairs, Pass, StopForward
+from lightning_fot.model.passes.way import Attached, WayOfAttending, register
 
 if TYPE_CHECKING:
-    from lightning_fot.config.memory import MemoryConfig
+    from lightning_fot.config.crossbatch import CrossbatchConfig
 
 
 class DilatedPass(Pass):
@@ -91,13 +96,75 @@ class DilatedPass(Pass):
         else:
             return
         raise SettingError(
-            "model.memory.segments",
+            f"{SETTING}.segments",
             [size for size, _ in self.patterns],
             f"layer {call.layer_idx} of this backbone {problem}",
             "Use a backbone of plain full attention without dropout of attention weights.",
         )
 
 
-def patterns_of(config: MemoryConfig) -> list[tuple[int, int]]:
-    """Segment lengths and dilations of the settings, in pairs; none where memory layers are not dilated."""
-    return list(zip(config.segments, config.dilations, strict=True))
+@register
+class DilatedWay(WayOfAttending):
+    """Whole texts, in training as in reading; nothing is stored in a memory."""
+
+    settings_type = Settings
+    fixed_frequencies = True
+    trains_texts = True
+    settings: Settings
+
+    def plain_passes(self, tokens: int, device: torch.device) -> list[Pass]:
+        """One segment without a gap is plain attention."""
+        return [DilatedPass([(max(self.settings.segments), 1)], tokens, 1, 1, device)]
+
+    def read_texts(
+        self, attached: Attached, input_ids: Tensor, keep: int, ends_full: bool = False
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Window by window; memory layers keep keys and values of their longest segment in progress."""
+        patterns = self.settings.patterns
+        earlier: Pairs = {}
+        length, window = input_ids.shape[1], attached.config.window
+        rest = length % window if ends_full else 0
+        starts = [0, *range(rest or window, length, window)]
+        for start, stop in pairwise([*starts, length]):
+            part = input_ids[:, start:stop]
+            wanted = max(0, stop - max(start, length - keep))
+            stop_layer = None if wanted else attached.memory_layers[-1]
+            current = DilatedPass(patterns, part.shape[1], 1, len(part), attached.device, start, earlier, stop_layer)
+            logits: Tensor | None = None
+            with attached.during(current):
+                logits = attached.model(input_ids=part, use_cache=False, logits_to_keep=wanted).logits
+            kept = stop - first_needed(stop, patterns)
+            earlier = {
+                layer: (keys[:, :, keys.shape[2] - kept :], values[:, :, values.shape[2] - kept :])
+                for layer, (keys, values) in current.pairs.items()
+            }
+            yield part.shape[1], logits
+
+    def batch_logits(self, attached: Attached, input_ids: Tensor, crossbatch: CrossbatchConfig) -> Tensor:
+        """Each pack is a text."""
+        texts = input_ids.reshape(len(input_ids) // crossbatch.rows_of_a_text, -1)
+        return dilated_logits(attached, texts, self.settings.patterns).reshape(*input_ids.shape, -1)
+
+
+def dilated_logits(attached: Attached, input_ids: Tensor, patterns: Patterns) -> Tensor:
+    """Logits of whole texts, with gradients.
+
+    Args:
+        attached: The attached model; the window is that of its settings.
+        input_ids: (N, T) int64, T a multiple of the window.
+        patterns: Segment lengths and dilations.
+
+    Returns:
+        (N, T, vocabulary).
+
+    Raises:
+        SettingError: Ids do not fit.
+    """
+    texts, length = input_ids.shape
+    window = attached.config.window
+    if length % window:
+        raise SettingError("input_ids", (texts, length), f"are no whole windows of {window}", "Give whole ones.")
+    current = DilatedPass(patterns, window, length // window, texts, attached.device)
+    with attached.during(current):
+        logits: Tensor = attached.model(input_ids=input_ids.reshape(-1, window), use_cache=False).logits
+    return logits.reshape(texts, length, -1)

@@ -29,10 +29,11 @@ from lightning_fot.evaluation.measures.scoring import plain_tokens, score_contin
 from lightning_fot.evaluation.measures.whole_text import read_whole
 from lightning_fot.model.attention.dilated import dilated_attention, first_needed
 from lightning_fot.model.backbone.stretch import stretch_positions
+from lightning_fot.model.passes.ways.dilated import dilated_logits
+from lightning_fot.model.reading import batched
 from lightning_fot.pretrained import load_tokenizer
 from lightning_fot.request.preflight import check_settings
 from lightning_fot.request.request import SHIPPED, read_request
-from lightning_fot.training.batch_logits import dilated_logits
 from tests.support.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 from tests.support.pair_oracle import causal, pair_logits, plain_frequencies, rotary_score
 from tests.support.quiet_trainer import trainer
@@ -40,6 +41,7 @@ from tests.support.quiet_trainer import trainer
 LENGTH = 3 * WINDOW
 # Segments that are no multiples of each other or of their dilation; more offsets than heads.
 PATTERNS = [(8, 1), (16, 3), (20, 2), (32, 5)]
+_PLAIN = {"name": "dilated", "segments": [WINDOW], "dilations": [1]}
 SEGMENTS, DILATIONS = ([pair[side] for pair in PATTERNS] for side in (0, 1))
 
 
@@ -115,7 +117,7 @@ def test_one_segment_without_a_gap_is_plain_attention() -> None:
 
 
 def _dilated(**changes) -> MemoryConfig:
-    return settings(segments=SEGMENTS, dilations=DILATIONS, **changes)
+    return settings(**{"attending": {"name": "dilated", "segments": SEGMENTS, "dilations": DILATIONS}, **changes})
 
 
 def _log_counts(length: int, heads: int = 4) -> Tensor:
@@ -141,7 +143,7 @@ def test_a_model_is_the_oracle_in_training_and_in_reading(kv_heads: int) -> None
     local = causal(LENGTH).masked_fill(windows[:, None] != windows, -torch.inf)
     counts = {0: local, 1: _log_counts(LENGTH), 2: local, 3: _log_counts(LENGTH)}
     with attach_memory(model, _dilated()) as lm, torch.no_grad():
-        trained, called = dilated_logits(lm, ids), lm(ids)
+        trained, called = dilated_logits(lm.attachment, ids, PATTERNS), lm(ids)
         assert len(called.memory) == 0
         for row in range(2):
             expected = pair_logits(model, ids[row].tolist(), rotary_score(plain_frequencies(model)), counts)
@@ -167,7 +169,7 @@ def test_the_last_window_of_a_reading_is_full() -> None:
 def test_training_is_reading_with_norms_and_without_positions(positions: str) -> None:
     model, ids = tiny_qwen3(), tokens(2, LENGTH)
     with attach_memory(model, _dilated(positions=positions)) as lm, torch.no_grad():
-        torch.testing.assert_close(dilated_logits(lm, ids), lm(ids).logits, atol=5e-5, rtol=5e-5)
+        torch.testing.assert_close(dilated_logits(lm.attachment, ids, PATTERNS), lm(ids).logits, atol=5e-5, rtol=5e-5)
 
 
 def test_padding_changes_nothing() -> None:
@@ -184,7 +186,7 @@ def test_no_token_sees_a_later_one() -> None:
     changed = ids.clone()
     changed[0, 20] += 1
     with attach_memory(model, _dilated()) as lm, torch.no_grad():
-        before, after = dilated_logits(lm, ids)[0], dilated_logits(lm, changed)[0]
+        before, after = (dilated_logits(lm.attachment, text, PATTERNS)[0] for text in (ids, changed))
     assert torch.equal(before[:20], after[:20])
     # Place 24 is in another window, and sees it through the memory layers.
     assert bool((before[32:] != after[32:]).any())
@@ -194,7 +196,7 @@ def test_a_window_in_one_segment_is_the_plain_backbone_and_detaching_leaves_it()
     model, ids = tiny_llama(), tokens(2, WINDOW)
     with torch.no_grad():
         expected = model(ids).logits
-        with attach_memory(model, settings(segments=[WINDOW], dilations=[1])) as lm:
+        with attach_memory(model, settings(attending=_PLAIN)) as lm:
             torch.testing.assert_close(lm(ids).logits, expected, atol=2e-5, rtol=2e-5)
         assert torch.equal(model(ids).logits, expected)
 
@@ -226,7 +228,7 @@ def test_gradient_checkpointing_and_bfloat16_autocast_train_the_same() -> None:
         module = _module(gradient_checkpointing=checkpointing)
         module.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = dilated_logits(module.lm, tokens(2, LENGTH))
+            logits = dilated_logits(module.lm.attachment, tokens(2, LENGTH), PATTERNS)
         logits.float().square().mean().backward()
         weight = module.lm.model.model.layers[1].self_attn.k_proj.weight
         found.append(weight.grad.clone())
@@ -254,7 +256,8 @@ def test_the_configuration_reads_as_it_trains() -> None:
     check_settings(request)
     job = parse(request, ["--config", path])
     memory = job.model.memory_config
-    assert (memory.memory_layers, memory.segments, memory.dilations) == ([18, 20], [256, 1024, 4096], [1, 4, 16])
+    patterns = {"name": "dilated", "segments": [256, 1024, 4096], "dilations": [1, 4, 16]}
+    assert (memory.memory_layers, memory.attending) == ([18, 20], patterns)
     assert job.evaluation.readings == ["dilated"]
     assert job.model.trainable == "memory_layers"
 
@@ -275,8 +278,11 @@ def test_the_configuration_reads_as_it_trains() -> None:
     ],
 )
 def test_patterns_that_are_none_are_named(change, message: str) -> None:
+    own = {"name": "dilated", "segments": [8, 16], "dilations": [1, 2]}
+    own |= {key: change[key] for key in own if key in change}
+    others = {key: value for key, value in change.items() if key not in own}
     with pytest.raises(SettingError, match=message):
-        settings(**{"segments": [8, 16], "dilations": [1, 2], **change})
+        settings(attending=own, **others)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +314,12 @@ def test_what_needs_a_memory_is_refused() -> None:
             with pytest.raises(SettingError, match="in place of a memory"):
                 use()
         with pytest.raises(SettingError, match="no whole windows"):
-            dilated_logits(lm, ids[:, 1:])
+            dilated_logits(lm.attachment, ids[:, 1:], PATTERNS)
+    with (
+        attach_memory(tiny_llama(), _dilated(memory_layers=[1])) as lm,
+        pytest.raises(SettingError, match="in place of a memory"),
+    ):
+        batched.read(lm.attachment, ids[0], lm.new_memory())
     for readings, memory in ((["memory"], _dilated()), (["dilated"], settings()), (["dilated", "memory"], _dilated())):
         with pytest.raises(SettingError, match="readings="):
             EvaluationConfig(readings=readings).check_readings(memory)
@@ -338,4 +349,4 @@ def test_backbones_that_cannot_are_named() -> None:
     capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **kinds)).eval()
     for model, message in ((following, "frequencies change"), (capped, "soft-capped")):
         with pytest.raises(SettingError, match=message):
-            attach_memory(model, MemoryConfig(memory_layers=[1], window=WINDOW, segments=[16], dilations=[1]))
+            attach_memory(model, MemoryConfig(memory_layers=[1], window=WINDOW, attending=_PLAIN))

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_fot.config.attending.previous_window import Settings
+from lightning_fot.errors import SettingError
 from lightning_fot.model.attention.rotary import rotate
 from lightning_fot.model.attention.softmax import attend, causal_mask
 from lightning_fot.model.passes.base import LayerCall, Pass
+from lightning_fot.model.passes.way import Attached, WayOfAttending, register
 
 if TYPE_CHECKING:
-    pass
+    from lightning_fot.config.crossbatch import CrossbatchConfig
 
 
 class PreviousWindowPass(Pass):
@@ -77,3 +80,41 @@ class PreviousWindowPass(Pass):
             there = self._columns >= self.window - begun
             self._masks[texts, sliding] = (seen & there[:, None]).repeat(texts, 1, 1)[:, None]
         return self._masks[texts, sliding]
+
+
+@register
+class PreviousWindowWay(WayOfAttending):
+    """Training on whole texts; to read them needs nothing more than local windows that share tokens."""
+
+    settings_type = Settings
+    trains_texts = True
+
+    def batch_logits(self, attached: Attached, input_ids: Tensor, crossbatch: CrossbatchConfig) -> Tensor:
+        """Each pack is a text."""
+        texts = input_ids.reshape(len(input_ids) // crossbatch.rows_of_a_text, -1)
+        return previous_window_logits(attached, texts, crossbatch.differentiable).reshape(*input_ids.shape, -1)
+
+
+def previous_window_logits(attached: Attached, input_ids: Tensor, differentiable: bool = False) -> Tensor:
+    """Logits of whole texts in which every layer sees the window before, with gradients.
+
+    Args:
+        attached: The attached model, without memory layers; window and overlap are those of its settings.
+        input_ids: (N, T) int64, T a multiple of window - overlap. The first segment of a text has none before it.
+        differentiable: Let gradients reach keys and values of earlier segments. The paper's models do not.
+
+    Returns:
+        (N, T, vocabulary).
+
+    Raises:
+        SettingError: Settings or ids do not fit.
+    """
+    Settings().check(attached.config)
+    window, segment = attached.config.window, attached.config.window - attached.config.overlap
+    texts, length = input_ids.shape
+    if length % segment:
+        raise SettingError("input_ids", (texts, length), f"are no whole segments of {segment}", "Give whole ones.")
+    current = PreviousWindowPass(length // segment, segment, window, differentiable, attached.device)
+    with attached.during(current):
+        logits: Tensor = attached.model(input_ids=input_ids.reshape(-1, segment), use_cache=False).logits
+    return logits.reshape(texts, length, -1)

@@ -14,11 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_fot.config.attending.base import SETTING
+from lightning_fot.config.attending.rectified import Settings
 from lightning_fot.errors import SettingError
 from lightning_fot.model.attention.rectified import rectified_attention
 from lightning_fot.model.attention.rotary import rotate
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.passes.base import LayerCall, Pass
+from lightning_fot.model.passes.way import WayOfAttending, register
 
 
 class RectifiedPass(Pass):
@@ -44,7 +47,7 @@ class RectifiedPass(Pass):
         """Attention of any layer over all tokens so far."""
         if call.sliding_window is not None:
             raise SettingError(
-                "model.memory.max_distance",
+                f"{SETTING}.max_distance",
                 self.max_distance,
                 f"layer {call.layer_idx} of this backbone sees {call.sliding_window} tokens back and no further",
                 "Use a backbone of full attention.",
@@ -69,3 +72,19 @@ class RectifiedPass(Pass):
             softcap=softcap,
             dropout=call.dropout,
         )
+
+
+@register
+class RectifiedWay(WayOfAttending):
+    """All layers of a window that is read alone; also of a whole text in one window, the reading ``full_context``."""
+
+    settings_type = Settings
+    settings: Settings
+
+    def plain_passes(self, tokens: int, device: torch.device) -> list[Pass]:
+        """No distance within the limit changes."""
+        return [RectifiedPass(tokens, tokens, device)]
+
+    def window_pass(self, length: int, device: torch.device) -> Pass:
+        """Every window has it."""
+        return RectifiedPass(length, self.settings.max_distance, device)
