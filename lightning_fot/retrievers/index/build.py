@@ -69,7 +69,7 @@ def build(recipe: Recipe, store: KeyStore, bank: int, length: int, past: Tensor)
         groups = None
     if groups is not None:
         asked = torch.from_numpy(transform.queries(past.cpu().clone()))
-        if not harmless(groups, moved[others], others.numpy(), asked):
+        if not harmless(groups, moved[others], others.numpy(), asked, len(transform.mean)):
             groups, same = None, 0.0
     index = recipe.new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])

@@ -175,7 +175,7 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
     return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, vectors[first])
 
 
-def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], queries: Tensor) -> bool:
+def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], queries: Tensor, real: int) -> bool:
     """Whether neighbours are found by groups as they are without: asked, not assumed.
 
     How near is nearly the same cannot be told from distances alone: a few keys far out make near neighbours of all the
@@ -186,6 +186,7 @@ def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], querie
         vectors: (n, dim) as an index gets them.
         numbers: (n,) int64, sorted: their row numbers.
         queries: (m, dim) past queries, as the index gets them; few or none are known.
+        real: Coordinates that queries have; the others are zero.
     """
     k = min(_WANTED, max(1, len(vectors) // 8))
     some = some_of(vectors, _ASKED)
@@ -200,6 +201,7 @@ def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], querie
     of_row[np.searchsorted(numbers, groups.members)] = np.repeat(np.arange(len(groups.first)), groups.counts)
     group = torch.from_numpy(of_row)
     for asked in sorts:
+        asked = torch.nn.functional.pad(asked[:, :real], (0, vectors.shape[1] - real))
         lost = []
         for part in torch.split(asked, 16):
             check_job()

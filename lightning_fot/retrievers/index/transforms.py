@@ -19,6 +19,7 @@ from lightning_fot.config.retriever import TransformSpec
 _EIGENVALUE_FLOOR = 1e-3
 _MIN_QUERIES_PER_DIM = 4
 _USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
+_LONGEST = 1024.0  # lengths of the median key: longer ones are not typical
 _FARTHEST = 64.0  # lengths of a typical key: what is longer is an outlier, without any map too
 _FEW = 16
 
@@ -129,8 +130,8 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
             query_map = ((vectors * values**-spec.query_power) @ vectors.T).float()
     norms = _map(_scaled(keys, mean, scale), key_map).norm(dim=1).nan_to_num(nan=float("inf"))
     typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
-    # Where most keys are usual, a length that overflows is not typical of them.
-    typical = min(typical, _USUAL**2)
+    # However many are far longer than most: beside them, distances of the others would have no digits left.
+    typical = min(typical, _LONGEST * float(norms.median()))
     if spec != TransformSpec():
         # Some room above: keys added later are a little longer.
         radius = max(1.1 * min(float(norms.max()), 1.5 * typical), 1e-6)
