@@ -58,7 +58,7 @@ def _alone(method: Callable[Concatenate[KeyStore, P], R]) -> Callable[Concatenat
     """One change at a time among all stores that share segments: who may write behind an end is decided by claims."""
 
     @wraps(method)
-    def changed(self: KeyStore, *args: P.args, **kwargs: P.kwargs) -> R:
+    def changed(self: KeyStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._family:
             return method(self, *args, **kwargs)
 
