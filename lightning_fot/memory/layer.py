@@ -173,10 +173,14 @@ class MemoryLayer:
         if stored == 0:
             return None
         if stored <= k:
+            keys, values = self.keys, self.values
+            if torch.is_grad_enabled():
+                # A backward pass needs what was read as it was, and the stores go on to be written to.
+                keys, values = keys.clone(), values.clone()
             if min(lengths) == stored:
-                return Shown(self.keys, self.values)
+                return Shown(keys, values)
             places = torch.arange(stored, device=queries.device)
-            return Shown(self.keys, self.values, places < torch.tensor(lengths, device=queries.device)[:, None])
+            return Shown(keys, values, places < torch.tensor(lengths, device=queries.device)[:, None])
         return self.gather(self.search(queries, k))
 
     def drop_oldest(self, counts: Sequence[int]) -> None:

@@ -77,28 +77,32 @@ class KeptCaches:
 
     def begin(self) -> None:
         """Before a forward that is given a cache."""
-        if torch.is_grad_enabled() or not (self._model.training or self._calls):
-            self._mine.inside = False
-            return
-        with self._lock:
-            self._calls += 1
-            for layer in self._model.modules():
-                if layer.training and getattr(layer, "gradient_checkpointing", False):
-                    self._suspended.append(layer)
-                    setattr(layer, "gradient_checkpointing", False)  # noqa: B010 - modules have no such attribute
-        self._mine.inside = True
+        suspends = not torch.is_grad_enabled() and (self._model.training or self._calls > 0)
+        # Forwards are nested: the first one of generation reads the prompt.
+        self._nested().append(suspends)
+        if suspends:
+            with self._lock:
+                self._calls += 1
+                for layer in self._model.modules():
+                    if layer.training and getattr(layer, "gradient_checkpointing", False):
+                        self._suspended.append(layer)
+                        setattr(layer, "gradient_checkpointing", False)  # noqa: B010 - modules have no such attribute
 
     def end(self) -> None:
         """After it, however it ended."""
-        if not getattr(self._mine, "inside", False):
-            return
-        self._mine.inside = False
-        with self._lock:
-            self._calls -= 1
-            if not self._calls:
-                for layer in self._suspended:
-                    layer.gradient_checkpointing = True
-                self._suspended = []
+        nested = self._nested()
+        if nested and nested.pop():
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    for layer in self._suspended:
+                        layer.gradient_checkpointing = True
+                    self._suspended = []
+
+    def _nested(self) -> list[bool]:
+        """Of each forward that this thread is in, whether it suspends."""
+        found: list[bool] = self._mine.__dict__.setdefault("nested", [])
+        return found
 
 
 class Hooks:
