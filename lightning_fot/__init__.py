@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_fot.model.attach import attach_pretrained as attach_pretrained
     from lightning_fot.training.module import FocusedTransformer as FocusedTransformer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "attach_memory": "model.attach",

@@ -1,6 +1,5 @@
 """The pages do what they say: Python runs, commands are followed or understood, links lead somewhere."""
 
-import ast
 import os
 import re
 import shlex
@@ -69,13 +68,6 @@ def test_it_takes_at_most_thirty_lines():
     assert len(blocks(OWN, "python")[0].splitlines()) <= 30
 
 
-def test_the_readme_shows_the_same_code():
-    shown = [ast.parse(block) for block in blocks(section(README, "A retriever of your own"), "python")]
-    tested = [ast.parse(block) for block in blocks(OWN, "python")]
-    # Comments and blank lines may differ.
-    assert [ast.dump(tree) for tree in shown] == [ast.dump(tree) for tree in tested[: len(shown)]]
-
-
 def test_python_blocks_run_one_after_the_other(capsys):
     scope = {"__name__": "page"}
     for block in blocks(PAGE, "python"):
@@ -101,7 +93,7 @@ def test_every_public_member_is_described():
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", PAGE))
 def test_links_lead_somewhere(link):
-    assert (ROOT / "docs" / link).exists()
+    assert (ROOT / "docs" / link.partition("#")[0]).exists()  # anchors: mkdocs build --strict
 
 
 @pytest.mark.parametrize("name", ["training", "distributed"])
@@ -128,6 +120,7 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "tuned.yaml").write_text("model: {memory: {retriever: {name: hnsw, ef_search: 48}}}\n")
     (tmp_path / "path" / "to").mkdir(parents=True)
     backbone(tmp_path / "path" / "to" / "model")
+    (tmp_path / "runs" / "exact").mkdir(parents=True)
     (tmp_path / "runs" / "hnsw" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "hnsw" / "checkpoints" / "last.ckpt").touch()
     config = (ROOT / "configs" / "hnsw.yaml").read_text(encoding="utf-8")
@@ -169,14 +162,21 @@ def _follow(words):
         assert given.options.tasks
     elif verb == "bench":
         assert read(rest, bench_command.VERB).options
+    elif verb == "report":
+        # The folders are there; what is written in them is the tests' of the report.
+        folders = [word for word in rest if not word.startswith("--")]
+        assert folders
+        assert all(os.path.isdir(folder) for folder in folders)
     else:
         assert verb in VERBS
-        assert len(rest) == {"doctor": 0, "export": 2}[verb]
+        others = [word for word in rest if word != "--delta"]
+        assert len(others) == {"doctor": 0, "export": 2, "retrievers": 0}[verb]
 
 
 NEW = [
     "quickstart",
     "concepts",
+    "commands",
     "bring_your_model",
     "bring_your_documents",
     "cluster",
@@ -235,7 +235,7 @@ def test_ray_tune_runs_such_trials(desk):
     assert scope["best"].metrics["exact"] > 1
 
 
-@pytest.mark.parametrize("page", [*NEW, "README", "sweeps", "distributed", "training", "architecture"])
+@pytest.mark.parametrize("page", [*NEW, "README", "sweeps", "distributed", "training", "architecture", "results"])
 def test_links_of_a_page_lead_somewhere(page):
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", _page(page)):
         assert (ROOT / "docs" / link.partition("#")[0]).exists(), link

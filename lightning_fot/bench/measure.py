@@ -20,6 +20,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.retrievers.base import Retriever
 from lightning_fot.retrievers.keys.scan import topk_rows
 from lightning_fot.retrievers.registry import create_retriever
+from lightning_fot.system.digests import TENSORS_KEY, check_zip
 from lightning_fot.system.package import shipped
 
 DEFAULT_QUERY_GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -34,6 +35,9 @@ _MOST_CALLS = 300
 _SEARCHED_AT_ONCE = 512
 _QUERY_BLOCK = 64
 _HEAD = re.compile(r"L(\d+)h(\d+)")
+_WANTED = ("_keys", "_queries", "_positions")
+# Bytes of the widest float of torch.
+_LARGEST_FLOAT = 8
 
 
 def measure_retriever(
@@ -279,12 +283,14 @@ def load_qk(path: str | Path) -> dict[str, dict[str, Tensor]]:
     if not file.is_file():
         raise SettingError("qk", str(path), "is not a file", "Give a .npz or .safetensors of keys and queries.")
     if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as archive:
-            tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
+        tensors = _read_npz(file)
     elif file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+        from lightning_fot.system.tensor_files import load_tensors
 
-        tensors = load_file(file)
+        try:
+            tensors = load_tensors(file)
+        except (OSError, ValueError) as error:
+            raise SettingError("qk", str(path), str(error), "Record the keys again.") from error
     else:
         raise SettingError("qk", str(path), "is of an unknown kind", "Give a .npz or a .safetensors.")
     found: dict[str, dict[str, Tensor]] = {}
@@ -292,21 +298,61 @@ def load_qk(path: str | Path) -> dict[str, dict[str, Tensor]]:
         name = full.removesuffix("_keys")
         if full == name or f"{name}_queries" not in tensors:
             continue
-        entry = {"keys": _three_dims(full, keys), "queries": _three_dims(full, tensors[f"{name}_queries"])}
-        if f"{name}_past_queries" in tensors:
-            entry["past_queries"] = _three_dims(full, tensors[f"{name}_past_queries"])
+        entry = {"keys": _three_dims(full, keys), "queries": _three_dims(f"{name}_queries", tensors[f"{name}_queries"])}
+        if f"{name}_past_queries" in tensors and tensors[f"{name}_past_queries"].numel():
+            entry["past_queries"] = _three_dims(f"{name}_past_queries", tensors[f"{name}_past_queries"])
         if f"{name}_positions" in tensors:
             entry["positions"] = tensors[f"{name}_positions"]
+        _check_sizes(name, entry)
         found[name] = entry
     if not found:
         raise SettingError("qk", str(path), "holds no <name>_keys with <name>_queries", "Rename the arrays.")
     return found
 
 
+def _read_npz(file: Path) -> dict[str, Tensor]:
+    """Arrays of numbers of an archive; others that stand beside them are left alone."""
+    tensors = {}
+    try:
+        check_zip(file)
+        with np.load(file, allow_pickle=False) as archive:
+            for name in archive.files:
+                # Only the names say what is wanted: an array beside them may be of objects, or of words.
+                if not name.endswith(_WANTED):
+                    continue
+                array = archive[name]
+                # What does not begin as an array does is given as it is, in bytes.
+                kind = array.dtype.kind if isinstance(array, np.ndarray) else type(array).__name__
+                if kind not in "fiub":
+                    raise ValueError(f"{name} holds no numbers ({getattr(array, 'dtype', kind)})")
+                # torch knows the machine's byte order alone, and no number longer than float64.
+                wide = kind == "f" and array.dtype.itemsize > _LARGEST_FLOAT
+                native = array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(native))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, RuntimeError) as error:
+        raise SettingError("qk", str(file), f"cannot be read ({error})", "Save it again with numpy.savez.") from error
+    return tensors
+
+
 def _three_dims(name: str, tensor: Tensor) -> Tensor:
     if tensor.dim() not in (2, 3):
         raise SettingError("qk", name, f"has shape {tuple(tensor.shape)}", "Use (n, dim) or (banks, n, dim).")
-    return (tensor if tensor.dim() == 3 else tensor.unsqueeze(0)).float()
+    if not tensor.numel():
+        raise SettingError("qk", name, f"has shape {tuple(tensor.shape)}, nothing", "Record some.")
+    found = (tensor if tensor.dim() == 3 else tensor.unsqueeze(0)).float()
+    if not bool(torch.isfinite(found).all()):
+        raise SettingError("qk", name, "has values that are no finite float32", "Leave them out, or scale them.")
+    return found
+
+
+def _check_sizes(name: str, entry: Mapping[str, Tensor]) -> None:
+    banks, _, dim = entry["keys"].shape
+    for kind in ("queries", "past_queries"):
+        shape = tuple(entry[kind].shape) if kind in entry else (banks, 0, dim)
+        if (shape[0], shape[2]) != (banks, dim):
+            raise SettingError(
+                "qk", f"{name}_{kind}", f"has shape {shape}, its keys have {banks} banks of {dim}", "Let both be alike."
+            )
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
@@ -320,10 +366,14 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).suffix != ".safetensors":
         return {}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        words = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise SettingError("qk", str(path), f"cannot be read ({error})", "Record the keys again.") from error
+    words.pop(TENSORS_KEY, None)
     found: dict[str, Any] = {}
     for name, word in words.items():
         try:

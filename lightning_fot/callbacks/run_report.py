@@ -122,12 +122,13 @@ class RunReport(L.Callback):
             return
         from lightning_fot.report import write_page
         from lightning_fot.report.content.cells import rows_as_csv
-        from lightning_fot.system.files import write_json, write_text
+        from lightning_fot.system.digests import write_sealed
+        from lightning_fot.system.files import write_text
 
         folder = self._folder(trainer)
         results = self._results(trainer, module)
         write_text(folder / "metrics.csv", rows_as_csv([{**row, "step": int(row["step"])} for row in self._rows]))
-        write_json(folder / "results.json", results)
+        write_sealed(folder / "results.json", results)
         self.written = write_page(results, folder)
 
     def _results(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

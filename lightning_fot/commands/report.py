@@ -14,7 +14,7 @@ from lightning_fot.request.request import flat_settings
 from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.sweep.runs import headline
 from lightning_fot.sweep.time_split import named_split
-from lightning_fot.system.files import write_json
+from lightning_fot.system.digests import write_sealed
 
 VERB = Verb(
     "lightning report",
@@ -63,7 +63,7 @@ def report(words: Sequence[str], program: str, debug: bool = False) -> int:
             raise SettingError("out", str(options.out), "is the folder of a run", "Give another one.")
         options.out.mkdir(parents=True, exist_ok=True)
         compared = comparison(found)
-        write_json(options.out / "results.json", compared)
+        write_sealed(options.out / "results.json", compared)
         for path in write_report(compared, options.out):
             print(path, file=sys.stderr if options.json else sys.stdout)
     if options.json:

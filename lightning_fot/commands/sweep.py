@@ -84,6 +84,19 @@ def sweep(words: Sequence[str], program: str, debug: bool = False) -> int:
     return job.plan() if options.plan else job.run()
 
 
+def _is_whole(recording: Path) -> bool:
+    """Whether a recording is there and is what was written."""
+    if not recording.is_file():
+        return False
+    from lightning_fot.system.tensor_files import load_tensors
+
+    try:
+        load_tensors(recording)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 class _Sweep:
     """One call of the command.
 
@@ -131,7 +144,7 @@ class _Sweep:
         """Prints the cells, which of them are done, and how long the others may take."""
         from lightning_fot.sweep.estimate import Spent
 
-        made = [change for change in self._recordings() if self._recording(change).is_file()]
+        made = [change for change in self._recordings() if _is_whole(self._recording(change))]
         for change in self._recordings():
             state = "done" if change in made else "to do"
             print(f"{state:5}  recording of {self.config.tokens:,} tokens {label_of(change)}".rstrip())
@@ -207,27 +220,34 @@ class _Sweep:
         import yaml
 
         from lightning_fot.sweep.recording import record
-        from lightning_fot.system.files import write_text
+        from lightning_fot.system.files import publish, workspace, write_text
 
         for change in self._recordings():
             target = self._recording(change)
-            if target.is_file():
+            if _is_whole(target):
                 continue
+            self._drop_altered(target)
             config = target.with_suffix(".yaml")
             write_text(config, yaml.safe_dump(with_settings(self.settings, change), sort_keys=False))
-            # What was stopped half-way is no recording.
-            part = target.with_name(f"{target.stem}.part.safetensors")
-            with self._claimed(target) as ours:
+            with self._claimed(target) as ours, workspace(target) as place:
                 if not ours:
                     continue
+                part = place / target.name
                 wanted = (self.config.tokens, self.config.past, self.config.queries)
                 print(f"Recording keys and queries {label_of(change)}".rstrip(), file=sys.stderr)
                 code = record(part, str(config), [], *wanted, program=self.request.program)
                 if code:
-                    part.unlink(missing_ok=True)
+                    # What was stopped half-way is no recording.
                     return code
-                part.rename(target)
+                publish(part, target)
         return None
+
+    def _drop_altered(self, target: Path) -> None:
+        """Removes a recording that is not what was written: it is made again."""
+        with self.folder.claim(target.stem) as ours:
+            if ours and target.is_file() and not _is_whole(target):
+                print(f"{target} was altered since it was written: recording it again.", file=sys.stderr)
+                target.unlink()
 
     @contextlib.contextmanager
     def _claimed(self, target: Path) -> Iterator[bool]:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 from lightning_fot.config.sources import FOR_TEXT, check_taken, read_sources
 from lightning_fot.errors import SettingError, check_at_least, check_choice
 
+# A label that is no target: no loss counts it, as in torch and transformers.
+IGNORED = -100
+
 
 @dataclass
 class DataConfig:

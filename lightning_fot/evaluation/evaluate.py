@@ -47,8 +47,8 @@ from lightning_fot.evaluation.plan import (
 from lightning_fot.evaluation.rows import summarise
 from lightning_fot.evaluation.speed.decoding import measure_decoding, searched_exactly
 from lightning_fot.evaluation.speed.split import Split, Stopwatch
+from lightning_fot.evaluation.tasks.parts.texts import Texts
 from lightning_fot.evaluation.tasks.runner import TaskRunner
-from lightning_fot.evaluation.tasks.texts import Texts
 from lightning_fot.model.backbone.layers import evaluation_mode
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def evaluate(
         config: What to measure.
         distractors: (n,) ids of other documents, as many as ``config.distractor_tokens`` asks for.
         texts: By task, the held-out documents that it takes: see
-            :func:`~lightning_fot.evaluation.tasks.texts.select_texts`.
+            :func:`~lightning_fot.evaluation.tasks.parts.texts.select_texts`.
         progress: Shows what goes on; :func:`~lightning_fot.evaluation.plan.plan` gives its phases.
         done: Records of finished phases, from the same model and settings; these phases are skipped.
         on_result: Called with name and record of each phase as it ends, such as to write them to disk; within a phase

@@ -8,7 +8,6 @@ far, even where ``capacity`` has dropped it since.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Self
 from lightning_fot.config.attending.renamed import current
 from lightning_fot.errors import SettingError
 from lightning_fot.request.model import ModelSettings
-from lightning_fot.system.files import write_json
+from lightning_fot.system.digests import read_sealed, unsealed, write_sealed
+from lightning_fot.system.files import clean, is_unfinished
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
@@ -29,8 +29,9 @@ ROOT = Path("memories")
 FILE = "library.json"
 MEMORY_FILE = "memory.json"
 LOCK_FILE = ".lock"
-# What a kill may leave of files that were being written.
-_UNFINISHED = ("*.part", f".{FILE}.*")
+# What kills left of files that versions before 0.2 were writing.
+_UNFINISHED = ("tmp????????.part", f".{FILE}.????????")
+_READS = 20
 FORMAT = 1
 
 
@@ -82,12 +83,20 @@ class Saved:
             return cls()
         from safetensors import SafetensorError, safe_open
 
-        try:
-            index = json.loads(file.read_text(encoding="utf-8"))
-            with safe_open(path / index["log"]["file"], framework="np") as log:
-                return cls(int(log.get_tensor("seen").sum()), sum(index["lengths"]))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise damaged(path, MEMORY_FILE, error) from error
+        text, before = "", None
+        for _ in range(_READS):
+            try:
+                text = file.read_text(encoding="utf-8")
+                index = unsealed(file, text)
+                with safe_open(path / Path(index["log"]["file"]).name, framework="np") as log:
+                    return cls(int(log.get_tensor("seen").sum()), sum(index["lengths"]))
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                wrong = error
+                # A writer beside this process may have saved meanwhile, and removed what the index named.
+                if text == before:
+                    break
+                before = text
+        raise damaged(path, MEMORY_FILE, wrong) from wrong
 
 
 @dataclass
@@ -115,7 +124,7 @@ class Library:
         if not file.is_file():
             raise SettingError("MEMORY", str(path), f"holds no {FILE}", _others())
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_sealed(file)
             if content["format"] != FORMAT:
                 raise SettingError(
                     "MEMORY", str(path), f"has format {content['format']}", f"This version reads format {FORMAT}."
@@ -161,7 +170,7 @@ class Library:
             "documents": [asdict(document) for document in self.documents],
         }
         try:
-            write_json(self.path / FILE, content)
+            write_sealed(self.path / FILE, content)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -211,6 +220,7 @@ class Library:
                 ) from None
             for left in [file for pattern in _UNFINISHED for file in self.path.glob(pattern)]:
                 left.unlink(missing_ok=True)
+            clean(self.path)
             yield
 
 
@@ -235,7 +245,9 @@ def is_free(path: Path) -> bool:
     """Whether a new memory can be made in a folder: it is missing or empty, but for what a kill may have left."""
     if not path.is_dir():
         return True
-    return all(file.name == LOCK_FILE or any(map(file.match, _UNFINISHED)) for file in path.iterdir())
+    return all(
+        file.name == LOCK_FILE or is_unfinished(file) or any(map(file.match, _UNFINISHED)) for file in path.iterdir()
+    )
 
 
 def existing(word: str) -> Library:

@@ -2,7 +2,8 @@
 
 The folder holds ``memory.json``, which names data files and their SHA-256. Files are written first, under names of
 their own; then ``memory.json`` is replaced, which file systems do whole. Pairs never change, so a memory that grew is
-saved by one more file with what is new.
+saved by one more file with what is new. Files of the save before stay for those who have read its ``memory.json`` and
+are still opening what it names; older ones are removed, and nothing that no ``memory.json`` here has named.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,7 +21,8 @@ import torch
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import TokenLog
 from lightning_fot.retrievers.keys.quantiser import Quantiser
-from lightning_fot.system.files import _replace_text, follow_umask
+from lightning_fot.system.digests import file_digest, sealed, unsealed
+from lightning_fot.system.files import clean, json_text, publish, workspace, write_text
 from lightning_fot.system.tensor_files import Entry, write_tensors
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ FORMAT = 2
 INDEX_FILE = "memory.json"
 # A folder of more data files than this is written anew as one.
 MOST_FILES = 64
+# How often a reader begins again because a writer has saved meanwhile.
+_READS = 20
+# What a data file is called: an index may name no other file, and so none of other folders.
+_DATA_FILE = re.compile(r"(?:memory|log)-[0-9a-f]{16}\.safetensors")
+# Temporary files of versions before 0.2, which kills left.
+_OLD_LEFTOVERS = "tmp????????.part"
 
 # Digest of the index that a folder was given, and how far each row is in it.
 Saved = tuple[str, list[int]]
@@ -69,6 +77,10 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
     lengths = memory.lengths.tolist()
     try:
         target.mkdir(parents=True, exist_ok=True)
+        clean(target)
+        for left in target.glob(_OLD_LEFTOVERS):
+            left.unlink(missing_ok=True)
+        before, older = _named_before(target)
         shards, done = _already_there(memory, target)
         if not shards or lengths != done:
             file = _write(target, "memory", _pairs(memory, done, lengths))
@@ -83,16 +95,28 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
             "pairs": shards,
             "log": log_file,
             "documents": documents,
+            "before": before,
         }
-        text = json.dumps(index, indent=1)
-        _replace_text(target / INDEX_FILE, text)
+        text = json_text(sealed(index))
+        write_text(target / INDEX_FILE, text)
     except OSError as error:
         raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
     memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}
     named = {file["file"] for file in (*shards, log_file)}
-    for old in [*target.glob("memory-*.safetensors"), *target.glob("log-*.safetensors")]:
-        if old.name not in named:
-            old.unlink(missing_ok=True)
+    for name in set(older) - named - set(before):
+        (target / name).unlink(missing_ok=True)
+
+
+def _named_before(target: Path) -> tuple[list[str], list[str]]:
+    """Data files that the index in the folder names, and those that the one before it did."""
+    try:
+        index = unsealed(target / INDEX_FILE, (target / INDEX_FILE).read_text(encoding="utf-8"))
+        now = [str(file["file"]) for file in (*index["pairs"], index["log"])]
+        older = [str(name) for name in index.get("before", [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], []
+    # Files that are not named as ours are nobody's to remove.
+    return list(filter(_DATA_FILE.fullmatch, now)), list(filter(_DATA_FILE.fullmatch, older))
 
 
 def _already_there(memory: Stored, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -171,6 +195,26 @@ def load_memory(
     """
     source = Path(folder)
     index, text = _read_index(source, folder)
+    for _ in range(_READS):
+        try:
+            return _load(source, index, text, folder, expected, empty)
+        except SettingError:
+            # A writer beside this process may have saved twice since, and removed what the index named.
+            now, later = _read_index(source, folder)
+            if later == text:
+                raise
+            index, text = now, later
+    return _load(source, index, text, folder, expected, empty)
+
+
+def _load(
+    source: Path,
+    index: dict[str, Any],
+    text: str,
+    folder: str | os.PathLike[str],
+    expected: Callable[[Any], dict[str, Any]],
+    empty: Callable[[int], StoredT],
+) -> StoredT:
     _refuse_other_model(expected(index["fingerprint"]), index["fingerprint"], folder)
     memory = empty(index["rows"])
     try:
@@ -208,7 +252,7 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
         raise SettingError("folder", str(folder), f"holds no {INDEX_FILE}", "Give a folder that Memory.save wrote.")
     try:
         text = index_file.read_text(encoding="utf-8")
-        index = json.loads(text)
+        index = unsealed(index_file, text)
         written = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
@@ -246,11 +290,15 @@ def _read_checked(source: Path, named: dict[str, Any], folder: str | os.PathLike
     from safetensors.torch import load_file
 
     path = source / str(named["file"])
-    if not path.is_file() or _digest(path) != named["sha256"]:
-        raise _damaged(folder, f"{path.name} is missing, cut short or altered")
+    if not _DATA_FILE.fullmatch(str(named["file"])):
+        raise _damaged(folder, f"{INDEX_FILE} names {named['file']!r}, which is no data file of a memory")
     try:
+        if file_digest(path) != named["sha256"]:
+            raise _damaged(folder, f"{path.name} is missing, cut short or altered")
         return load_file(path)
-    except SafetensorError as error:
+    except FileNotFoundError as error:
+        raise _damaged(folder, f"{path.name} is missing, cut short or altered") from error
+    except (OSError, SafetensorError) as error:
         raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
 
 
@@ -260,23 +308,12 @@ def _damaged(folder: str | os.PathLike[str], reason: str) -> SettingError:
 
 def _write(target: Path, kind: str, entries: list[Entry]) -> dict[str, Any]:
     """Writes a data file under a name of its content; gives its name and digest."""
-    handle, temporary = tempfile.mkstemp(dir=target, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
+    with workspace(target / kind) as place:
+        with (place / kind).open("wb") as stream:
             digest = write_tensors(stream, entries)
-            stream.flush()
-            os.fsync(stream.fileno())
         name = f"{kind}-{digest[:16]}.safetensors"
-        follow_umask(temporary)
-        os.replace(temporary, target / name)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        publish(place / kind, target / name)
     return {"file": name, "sha256": digest}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _text_digest(text: str) -> str:

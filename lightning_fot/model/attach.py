@@ -88,19 +88,19 @@ def load_gates(lm: MemoryLM, name: str) -> None:
     if not len(lm.gates):
         return
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+
+    from lightning_fot.system.tensor_files import load_tensors
 
     if not registry.read(pretrained_settings(name).get("attending")).learns:
         return
     file = pretrained_file(name, GATES_FILE)
     try:
-        saved = load_file(file) if file is not None else {}
+        saved = load_tensors(file) if file is not None else {}
         with torch.no_grad():
             for layer, gate in lm.gates.items():
                 if layer in saved:
                     gate.copy_(saved[layer])
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise _damaged_gates(name, str(error)) from error
     if not saved:
         raise _damaged_gates(name, "missing")

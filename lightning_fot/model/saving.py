@@ -11,9 +11,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.pretrained.folder import check_target, portable_settings
+from lightning_fot.pretrained.folder import DIGESTS, check_target, portable_settings
 from lightning_fot.pretrained.longllama import FORMAT, GATES_FILE, SETTINGS_FILE, longllama_keys
-from lightning_fot.system.files import replacing
+from lightning_fot.system.digests import file_digest, write_sealed
+from lightning_fot.system.files import replacing, write_json
+from lightning_fot.system.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,20 +47,15 @@ def save_attached(
 def _write(
     attached: Attachment, folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    from safetensors.torch import save_file
-
     attached.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = str(attached.model.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config | longllama_keys(attached.config, attached.memory_layers, dtype))
+    write_json(folder / "config.json", config | longllama_keys(attached.config, attached.memory_layers, dtype))
     if len(attached.gates):
         gates = {str(layer): gate.detach().cpu().contiguous() for layer, gate in attached.gates.items()}
-        save_file(gates, folder / GATES_FILE)
-    files = sorted([*(path.name for path in folder.iterdir()), SETTINGS_FILE])
-    _write_json(folder / SETTINGS_FILE, {"format": FORMAT, "memory": settings, "files": files})
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_tensors(folder / GATES_FILE, gates)
+    names = sorted(path.name for path in folder.iterdir())
+    content = {"format": FORMAT, "memory": settings, "files": sorted([*names, SETTINGS_FILE])}
+    write_sealed(folder / SETTINGS_FILE, {**content, DIGESTS: {name: file_digest(folder / name) for name in names}})

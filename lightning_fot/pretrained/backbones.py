@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.pretrained.architecture import build, is_architecture, read_architecture
 from lightning_fot.pretrained.delta import SHIPPED, add_delta, find_delta
+from lightning_fot.pretrained.folder import check_saved
 from lightning_fot.pretrained.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
 from lightning_fot.system.lasting import lasting
 
@@ -189,6 +190,8 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
         return _ready(model, torch_dtype)
     if is_architecture(name):
         return _ready(build(name), torch_dtype)
+    if info.source == "local folder":
+        check_saved(name)
     source, arguments = _source(info)
     kind: Any = transformers.AutoModelForCausalLM
     longllama = _longllama_config(info)
@@ -249,6 +252,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == TINY or is_architecture(name):
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()
         return tokenizer
+    if info.source == "local folder":
+        check_saved(name, weights=False)
     source, arguments = _source(info)
     longllama = _longllama_config(info)
     if longllama is not None:

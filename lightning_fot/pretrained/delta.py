@@ -6,7 +6,6 @@ The package ships some, by name (:data:`SHIPPED`). Imports no torch before weigh
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
 from lightning_fot.pretrained.folder import DELTA_FILE
+from lightning_fot.system.digests import read_sealed, write_sealed
 from lightning_fot.system.package import shipped
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def find_delta(name: str) -> Delta | None:
     if not file.is_file():
         return None
     try:
-        found = Delta(name, str(json.loads(file.read_text(encoding="utf-8"))["base"]), folder)
+        found = Delta(name, str(read_sealed(file)["base"]), folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unusable(name, f"{DELTA_FILE} cannot be read ({error!r})") from error
+        raise _unusable(name, f"{DELTA_FILE} cannot be read ({error})") from error
     if not found.weights.is_file():
         raise _unusable(name, f"{WEIGHTS_FILE} is missing")
     if found.base == name:
@@ -86,12 +86,12 @@ def add_delta(model: nn.Module, delta: Delta) -> None:
         SettingError: The file is damaged, or its parameters are not this model's.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+
+    from lightning_fot.system.tensor_files import load_tensors
 
     try:
-        changes = load_file(delta.weights)
-    except (OSError, SafetensorError) as error:
+        changes = load_tensors(delta.weights)
+    except (OSError, ValueError) as error:
         raise _unusable(delta.name, f"{WEIGHTS_FILE} cannot be read ({error})") from error
     parameters = dict(model.named_parameters())
     strange = [
@@ -130,10 +130,10 @@ def write_delta(
         SettingError: Nothing differs, or the folder cannot be written.
     """
     import torch
-    from safetensors.torch import save_file
 
     from lightning_fot.pretrained.folder import check_target, portable_settings
     from lightning_fot.system.files import replacing
+    from lightning_fot.system.tensor_files import save_tensors
 
     changes = {}
     for name, parameter in after.items():
@@ -145,9 +145,8 @@ def write_delta(
     target = check_target(folder)
     settings = {"format": FORMAT, "base": base, "memory": portable_settings(memory), **facts}
     with replacing(target) as fresh:
-        save_file(changes, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
-        content = json.dumps({**settings, "files": [DELTA_FILE, WEIGHTS_FILE]}, indent=2)
-        (fresh / DELTA_FILE).write_text(content + "\n", encoding="utf-8")
+        save_tensors(fresh / WEIGHTS_FILE, changes, {"format": "pt"})
+        write_sealed(fresh / DELTA_FILE, {**settings, "files": [DELTA_FILE, WEIGHTS_FILE]})
     return target
 
 

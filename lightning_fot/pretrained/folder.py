@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
 from lightning_fot.pretrained.longllama import SETTINGS_FILE
+from lightning_fot.system.digests import check_files, read_sealed
 
 if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig
 
 # What says of a folder that it is a difference from a backbone, and what it holds.
 DELTA_FILE = "lightning_fot_delta.json"
+# Of the other files of a saved model, in its settings file.
+DIGESTS = "digests"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 def portable_settings(config: MemoryConfig) -> dict[str, Any]:
@@ -41,6 +45,32 @@ def portable_settings(config: MemoryConfig) -> dict[str, Any]:
             'Set lm.config.retriever to a name, {"name": ..., **arguments} or "package.module.Class" before saving.',
         ) from None
     return settings
+
+
+def check_saved(name: str, weights: bool = True) -> None:
+    """Compares the files of a model that this package saved with their digests; other folders have none.
+
+    Args:
+        name: Of the backbone; what is no folder is not looked at.
+        weights: Whether its weights are compared too, for which they are read once.
+
+    Raises:
+        SettingError: A file was altered since.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / SETTINGS_FILE).is_file():
+        return
+    try:
+        digests = read_sealed(folder / SETTINGS_FILE).get(DIGESTS, {})
+        check_files(folder, {file: one for file, one in digests.items() if weights or not file.endswith(_WEIGHTS)})
+    except (OSError, ValueError, AttributeError) as error:
+        raise SettingError(
+            "model.backbone",
+            name,
+            str(error),
+            f'Save or export the model again; if the change is meant, take "{DIGESTS}" and "sha256" out of '
+            f"{SETTINGS_FILE}.",
+        ) from error
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:

@@ -7,7 +7,6 @@ names and writes what it adds into ``config.json``. Its own model code, named th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from lightning_fot.config.attending.renamed import current
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
+from lightning_fot.system.digests import read_sealed
 
 SETTINGS_FILE = "lightning_fot.json"
 GATES_FILE = "lightning_fot_gates.safetensors"
@@ -140,14 +140,11 @@ def read_settings_file(file: Path, **given: Any) -> dict[str, Any]:
 
 def _read_json(file: Path, setting: str, fix: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_sealed(file)
     except FileNotFoundError:
         raise SettingError(setting, str(file.parent), f"the folder has no {file.name}", fix) from None
     except (OSError, ValueError) as error:
         raise SettingError(setting, str(file.parent), f"{file.name} cannot be read ({error})", fix) from None
-    if not isinstance(content, dict):
-        raise SettingError(setting, str(file.parent), f"{file.name} holds no settings", fix)
-    return content
 
 
 def _is_count(value: object) -> bool:

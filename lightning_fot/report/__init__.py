@@ -12,6 +12,7 @@ from lightning_fot.report.content.cells import rows_as_csv
 from lightning_fot.report.content.read import load_results
 from lightning_fot.report.content.tables import print_tables
 from lightning_fot.report.drawing import figures
+from lightning_fot.system.files import write_text
 
 __all__ = ["load_results", "print_tables", "write_page", "write_report"]
 
@@ -36,7 +37,7 @@ def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
     written = [write_page(results, run_dir)]
     if rows := time_tables.csv_rows(results):
         written.append(run_dir / "time_split.csv")
-        _write(written[-1], rows_as_csv(rows))
+        write_text(written[-1], rows_as_csv(rows))
     for name, write in (
         ("recall_vs_speed.png", figures.write_recall_vs_speed),
         ("perplexity_vs_context.png", figures.write_perplexity),
@@ -51,12 +52,5 @@ def write_report(results: Mapping[str, Any], run_dir: str | Path) -> list[Path]:
 def write_page(results: Mapping[str, Any], run_dir: Path) -> Path:
     """Write ``report.html`` alone: :func:`write_report` without the figures, which take longer to draw."""
     report = run_dir / "report.html"
-    _write(report, html.page(results, run_dir))
+    write_text(report, html.page(results, run_dir))
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    """As a whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

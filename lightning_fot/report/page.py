@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from lightning_fot.report import time_page
 from lightning_fot.report.content import cells, curves, findings, formats, read, tables, task_tables
@@ -21,6 +21,8 @@ from lightning_fot.report.content.sweep_findings import sweep_findings
 from lightning_fot.report.content.sweep_tables import sweep_tables
 from lightning_fot.report.drawing import charts
 
+# For phones, and for wide screens.
+_FORMS = ("narrow", "wide")
 _GLOSSARY = (
     (
         "Perplexity",
@@ -37,6 +39,21 @@ _GLOSSARY = (
 )
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with what stands around it.
+
+    Attributes:
+        legend: Samples and their names.
+        drawn: SVG in a narrow and a wide form.
+        caption: Below it.
+    """
+
+    legend: Sequence[tuple[Markup, str]]
+    drawn: Markup
+    caption: str
+
+
 def page(results: read.Row, run_dir: Path) -> str:
     """The report as one HTML document.
 
@@ -44,26 +61,45 @@ def page(results: read.Row, run_dir: Path) -> str:
         results: Contents of ``results.json``; parts may be missing.
         run_dir: Folder of the run; ``metrics.csv`` and ``config.yaml`` are read from it where they exist.
     """
-    script = files(__package__).joinpath("page.js").read_text(encoding="utf-8")
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    script, style = _source("page.js"), _source("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Nothing may be loaded, and no script runs but ours: text from documents can do nothing even if it slipped through.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     title = _title(results)
-    body = "".join(
-        (_header(results, run_dir, title), "<main>", _findings(results), _perplexity(results), _retrieval(results),
-         _tasks(results), _training(results, run_dir),
-         time_page.section(results, _table, _download),
-         _sweep(results) or _everything(results), _run(results, run_dir), _glossary(),
-         "</main>", "<footer>Made by lightning-fot from results.json and metrics.csv of the run.</footer>")
-    )  # fmt: skip
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · lightning-fot</title><style>{style}</style></head>"
-        f'<body>{body}<div id="tip" aria-hidden="true"></div><script>{script}</script></body></html>\n'
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            # Nothing may be loaded, and no script runs but ours: text of documents can do nothing, slip in as it may.
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
+            style=Markup(style),
+            script=Markup(script),
+            title=title,
+            header=_header(results, run_dir),
+            findings=sweep_findings(results) if read.section(results, "sweep") else findings.find(results),
+            perplexity=_perplexity(results),
+            retrieval=_retrieval(results),
+            tasks=_tasks(results),
+            training=_training(results, run_dir),
+            time=time_page.parts(results),
+            sweep=_sweep(results),
+            everything=_everything(results),
+            run=_run(results, run_dir),
+            glossary=_GLOSSARY,
+        )
+        + "\n"
     )
+
+
+def _source(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _templates() -> Environment:
+    """Templates of the page; whatever they are given is escaped, unless it is marked as markup."""
+    loader = FunctionLoader(lambda name: _source(f"templates/{name}"))
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"csv": cells.table_as_csv, "rows": _styled_rows}
+    return environment
 
 
 def _title(results: read.Row) -> str:
@@ -75,7 +111,7 @@ def _title(results: read.Row) -> str:
     return f"{memory}, on {Path(str(backbone)).name}" if backbone else memory
 
 
-def _header(results: read.Row, run_dir: Path, title: str) -> str:
+def _header(results: read.Row, run_dir: Path) -> dict[str, str]:
     environment = read.section(results, "environment")
     memory = read.section(read.section(read.section(results, "config"), "model"), "memory")
     facts = [run_dir.resolve().name]
@@ -103,94 +139,56 @@ def _header(results: read.Row, run_dir: Path, title: str) -> str:
         text += "" if missing else "Some numbers may be missing."
     if missing and (complete is not True or "perplexity" in missing):
         text += f"Not measured: {', '.join(missing)}."
-    warning = f'<p class="warning">{escape(text.strip())}</p>' if text else ""
-    return (
-        '<header><p class="kicker">lightning-fot · report</p><button id="theme" type="button" hidden></button>'
-        f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{warning}</header>'
-    )
+    return {"facts": " · ".join(facts), "warning": text.strip()}
 
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _findings(results: read.Row) -> str:
-    found = sweep_findings(results) if read.section(results, "sweep") else findings.find(results)
-    if not found:
-        return '<p class="lead">Nothing was measured yet.</p>'
-    cards = "".join(
-        f'<li class="{finding.verdict}"><p class="topic">{escape(finding.topic)}</p>'
-        f'<p class="value">{escape(finding.value)}</p><p class="text">{escape(finding.text)}</p>'
-        f'<p class="caveat">{escape(finding.caveat)}</p></li>'
-        for finding in found
-    )
-    note = "One run with one seed: the numbers of another run will differ."
-    return f'<ul class="findings">{cards}</ul><p class="note">{note}</p>'
+def _figure(legend: Iterable[tuple[str, str]], drawn: Iterable[str], caption: str) -> Figure:
+    """A figure of drawings and samples, which escape what they are given."""
+    return Figure([(Markup(sample), name) for sample, name in legend], Markup("".join(drawn)), caption)
 
 
-def _legend(items: Sequence[tuple[str, str]]) -> str:
-    return charts.legend([(sample, escape(name)) for sample, name in items])
-
-
-def _perplexity(results: read.Row) -> str:
+def _perplexity(results: read.Row) -> dict[str, Any] | None:
     lines = curves.perplexity_lines(results)
     if not lines:
-        return ""
-    table = tables.perplexity(results)
+        return None
     x_name, y_name = "context: tokens in memory before the scored text", "perplexity (lower is better)"
     figure = _values(lines, "Perplexity against context length", x_name, y_name, " The axis starts above zero.")
-    return (
-        "<h2>Perplexity against context</h2>"
-        '<p class="lead">The same held-out tokens are scored each time; only what is in memory before them changes.</p>'
-        + figure
-        + (_table(table) if table else "")
-        + (_table(shared) if (shared := tables.multi_doc(results)) else "")
-    )
+    return {"figure": figure, "tables": list(filter(None, (tables.perplexity(results), tables.multi_doc(results))))}
 
 
-def _values(lines: Sequence[curves.Line], title: str, x_name: str, y_name: str, note: str = "") -> str:
-    drawn = "".join(charts.values(lines, form, title, x_name, y_name) for form in ("narrow", "wide"))
+def _values(lines: Sequence[curves.Line], title: str, x_name: str, y_name: str, note: str = "") -> Figure:
+    drawn = (charts.values(lines, form, title, x_name, y_name) for form in _FORMS)
     caption = f"{curves.error_note(lines)} Lines are drawn a few pixels apart.{note}".strip()
-    legend = _legend(charts.values_legend(lines))
-    return f"<figure>{legend}{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+    return _figure(charts.values_legend(lines), drawn, caption)
 
 
-def _retrieval(results: read.Row) -> str:
-    panels = [(measure, curves.recall_speed(results, measure)) for measure in curves.MEASURES]
-    drawn = [(measure, data) for measure, data in panels if data is not None]
-    # A sweep has no setting that it runs with: its tables show all.
-    table = None if read.section(results, "sweep") else tables.retrieval(results)
-    inside = tables.in_run(results)
-    if not drawn and table is None:
-        return f"<h2>Retrieval</h2>{_table(inside)}" if inside else ""
-    parts = [
-        "<h2>Recall against speed</h2>",
-        '<p class="lead">An index gives up a little recall to search faster. Up and to the right is better; the star '
-        "is exact search of the same layer, timed in the same run.</p>",
-    ]
+def _retrieval(results: read.Row) -> dict[str, Any]:
+    measured = [(measure, curves.recall_speed(results, measure)) for measure in curves.MEASURES]
+    drawn = [(measure, data) for measure, data in measured if data is not None]
+    ids = {"recall": "by-recall", "mass_recall": "by-mass"}
+    figure = None
     if drawn:
-        first = drawn[0][1]
-        ids = {"recall": "by-recall", "mass_recall": "by-mass"}
-        inputs = "".join(
-            f'<input class="measure" type="radio" name="measure" id="{ids[measure]}"{" checked" if index == 0 else ""}>'
-            for index, (measure, _) in enumerate(drawn)
-        )
-        labels = "".join(f'<label for="{ids[measure]}">{escape(data.x_name)}</label>' for measure, data in drawn)
-        switch = f'<div class="switch">{labels}</div>' if len(drawn) > 1 else ""
-        views = "".join(
-            f'<div class="panel {measure}">'
-            + "".join(charts.recall_speed(data, form) for form in ("narrow", "wide"))
-            + "</div>"
+        figure = _figure(charts.recall_speed_legend(drawn[0][1]), (), _recall_caption(drawn[0][1]))
+    return {
+        "panels": [
+            {
+                "measure": measure,
+                "id": ids[measure],
+                "name": data.x_name,
+                "drawn": Markup("".join(charts.recall_speed(data, form) for form in _FORMS)),
+            }
             for measure, data in drawn
-        )
-        caption = _recall_caption(first)
-        parts.append(
-            f"<figure>{inputs}{switch}{_legend(charts.recall_speed_legend(first))}{views}"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    for shown in (table, inside):
-        parts.append(_table(shown) if shown else "")
-    return "".join(parts)
+        ],
+        "legend": figure.legend if figure else (),
+        "caption": figure.caption if figure else "",
+        # A sweep has no setting that it runs with: its tables show all.
+        "table": None if read.section(results, "sweep") else tables.retrieval(results),
+        "inside": tables.in_run(results),
+    }
 
 
 def _recall_caption(data: curves.RecallSpeed) -> str:
@@ -201,58 +199,37 @@ def _recall_caption(data: curves.RecallSpeed) -> str:
     return caption + "The recall axis is logit-scaled: 0.9 to 0.99 takes as much room as 0.5 to 0.91. 1 stands apart."
 
 
-def _tasks(results: read.Row) -> str:
+def _tasks(results: read.Row) -> dict[str, Any]:
     found = task_tables.found(results)
-    if not found:
-        return ""
     lines = curves.distraction_lines(results)
-    figure = ""
+    figure = None
     if lines and len(lines[0].contexts) > 1:
         names = "documents in the memory", "attention that stays with the own one"
-        figure = f"<h3>Distraction</h3>{_values(lines, 'Distraction', *names)}"
-    return "<h2>Tasks in long context</h2>" + figure + "".join(_table(table) for table in found)
+        figure = _values(lines, "Distraction", *names)
+    return {"tables": found, "figure": figure}
 
 
-def _training(results: read.Row, run_dir: Path) -> str:
+def _training(results: read.Row, run_dir: Path) -> dict[str, Any]:
     found = [curve for curve in read.read_metrics(run_dir) if len(curve.values) > 1]
-    logged = tables.logged(results)
-    listed = f"<h3>{escape(logged.title)}</h3>{_table(logged, sortable=True)}" if logged else ""
-    if not found:
-        return f"<h2>Training</h2>{listed}" if logged else ""
-    drawn = "".join(charts.losses(found, form) for form in ("narrow", "wide"))
-    long = any(len(curve.values) > 15 for curve in found)
-    caption = "Faint: every logged value. Strong: their moving average." if long else "Every logged value."
-    return (
-        f"<h2>Training loss</h2><figure>{_legend(charts.loss_legend(found))}{drawn}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>{listed}"
-    )
+    figure = None
+    if found:
+        long = any(len(curve.values) > 15 for curve in found)
+        caption = "Faint: every logged value. Strong: their moving average." if long else "Every logged value."
+        figure = _figure(charts.loss_legend(found), (charts.losses(found, form) for form in _FORMS), caption)
+    return {"figure": figure, "logged": tables.logged(results)}
 
 
-def _everything(results: read.Row) -> str:
+def _everything(results: read.Row) -> dict[str, Any] | None:
     table = tables.everything(results)
     if table is None:
-        return ""
+        return None
     shown, same = _without_constants(table)
-    note = f"Click a heading to sort. Times are of one call; speed is relative to exact search.{same}"
-    return (
-        f'<h2>Every retrieval measurement</h2><div class="tools"><p class="note">{escape(note)}</p>'
-        f"{_download(table)}</div>" + _table(shown, sortable=True)
-    )
+    return {"table": table, "shown": shown, "same": same}
 
 
-def _sweep(results: read.Row) -> str:
-    found = sweep_tables(results)
-    parts = []
-    for table in found:
-        parts.append(
-            f'<h2>{escape(table.title)}</h2><div class="tools"><p class="note">Click a heading to sort.</p>'
-            f"{_download(table, table.title.lower().replace(' ', '_'))}</div>" + _table(table, sortable=True)
-        )
+def _sweep(results: read.Row) -> dict[str, Any]:
     failed = read.section(read.section(results, "sweep"), "failures")
-    if failed:
-        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(why))}</dd>" for name, why in failed.items())
-        parts.append(f"<h2>Failed</h2><dl>{listed}</dl>")
-    return "".join(parts)
+    return {"tables": sweep_tables(results), "failed": [(name, str(why)) for name, why in failed.items()]}
 
 
 def _without_constants(table: cells.Table) -> tuple[cells.Table, str]:
@@ -269,14 +246,9 @@ def _without_constants(table: cells.Table) -> tuple[cells.Table, str]:
     return shown, f" All rows: {same}." if same else ""
 
 
-def _table(table: cells.Table, sortable: bool = False) -> str:
-    heads = []
-    for index, heading in enumerate(table.columns):
-        css = ' class="word"' if index < table.words else ""
-        shown = escape(heading)
-        inner = f'<button type="button">{shown}</button>' if sortable else shown
-        heads.append(f'<th scope="col"{css}>{inner}</th>')
-    body = []
+def _styled_rows(table: cells.Table, sortable: bool) -> list[tuple[str, tuple[cells.Cell, ...]]]:
+    """Rows with their classes: where a group begins, and which row the others are compared with."""
+    found = []
     before: object = None
     for row in table.rows:
         styles: list[str] = []
@@ -284,60 +256,26 @@ def _table(table: cells.Table, sortable: bool = False) -> str:
             styles += ["reference"] if row[1].text == "exact" else []
             styles += ["first"] if row[0].raw != before else []
         before = row[0].raw
-        cells = "".join(_cell(cell, index, table.words) for index, cell in enumerate(row))
-        body.append(f'<tr class="{" ".join(styles)}">{cells}</tr>' if styles else f"<tr>{cells}</tr>")
-    title = escape(table.title)
-    above = "" if sortable else f"<h3>{title}</h3>"
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return (
-        f'{above}<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-        f'<table{" class=sortable" if sortable else ""} aria-label="{title}">'
-        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}"
-    )
+        found.append((" ".join(styles), row))
+    return found
 
 
-def _cell(cell: cells.Cell, index: int, words: int) -> str:
-    value = escape("" if cell.raw is None else str(cell.raw))
-    attributes = f' data-value="{value}"'
-    if cell.share is not None:
-        attributes += f' style="--share: {cell.share:.3f}"'
-    if index == 0:
-        return f'<th scope="row"{attributes}>{escape(cell.text)}</th>'
-    css = ' class="word"' if index < words else ""
-    return f"<td{css}{attributes}>{escape(cell.text)}</td>"
-
-
-def _download(table: cells.Table, name: str = "retrieval") -> str:
-    """A link that holds the table as CSV, unrounded."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows([["" if cell.raw is None else cell.raw for cell in row] for row in table.rows])
-    data = quote(buffer.getvalue())
-    return f'<a class="button" download="{name}.csv" href="data:text/csv;charset=utf-8,{data}">Download CSV</a>'
-
-
-def _run(results: read.Row, run_dir: Path) -> str:
+def _run(results: read.Row, run_dir: Path) -> dict[str, Any]:
     environment = read.section(results, "environment")
-    command = results.get("command", environment.pop("command", None))
-    parts = ["<h2>What was run</h2>"]
-    if not command and (run_dir / "config.yaml").is_file():
-        verb = "sweep" if read.section(results, "sweep") else "run"
-        parts.append(f'<p class="lead">The {verb} again, from its folder:</p>')
-        command = f"lightning {verb} --config config.yaml"
-    if command:
-        text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-        parts.append(f"<pre>{escape(text)}</pre>")
-    if environment:
-        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _flat(environment))
-        parts.append(f"<dl>{listed}</dl>")
+    command, again = results.get("command", environment.pop("command", None)), ""
     path = run_dir / "config.yaml"
+    if not command and path.is_file():
+        again = "sweep" if read.section(results, "sweep") else "run"
+        command = f"lightning {again} --config config.yaml"
     config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not config and results.get("config"):
         config = json.dumps(results["config"], indent=2, default=str)
-    if config:
-        parts.append(f"<details><summary>Resolved configuration</summary><pre>{escape(config)}</pre></details>")
-    return "".join(parts) if len(parts) > 1 else ""
+    return {
+        "again": again,
+        "command": " ".join(map(str, command)) if isinstance(command, list) else str(command or ""),
+        "environment": _flat(environment),
+        "config": config,
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -352,8 +290,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif value is not None:
             listed.append((name, str(value)))
     return listed
-
-
-def _glossary() -> str:
-    listed = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GLOSSARY)
-    return f"<details><summary>What the words mean</summary><dl>{listed}</dl></details>"

@@ -103,6 +103,8 @@ class Verb:
         blocks.append("\n".join(_row(name, about, width) for name, about in rows))
         for group in dict.fromkeys(option.group for option in self.options):
             lines = [_row(_shown(option), option.about, width) for option in self.options if option.group == group]
+            if group == self.options[0].group:
+                lines.append(_row("-h, --help", "shows this help", width))
             blocks.append("\n".join([f"{group}:", *lines]))
         blocks.append("\n".join(textwrap.fill(line, width) for line in self.epilog.splitlines()))
         return "\n\n".join(block for block in blocks if block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +23,9 @@ from lightning_fot.retrievers.keys.removed import Removed
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
 from lightning_fot.retrievers.keys.store import KeyStore
 from lightning_fot.retrievers.stats import RetrieverStats
-from lightning_fot.system.files import follow_umask
+from lightning_fot.system.digests import read_sealed, write_sealed
 from lightning_fot.system.lasting import lasting
+from lightning_fot.system.tensor_files import load_tensors, save_tensors
 
 
 class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it searches, and exact search is complete
@@ -367,32 +367,31 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         Args:
             folder: Made if it is not there.
         """
-        from safetensors.torch import save_file
-
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors_to_save(), path / "keys.safetensors")
-        follow_umask(path / "keys.safetensors")
-        (path / "retriever.json").write_text(json.dumps({"schema": 1, "dim": self.dim, "banks": self.banks}))
+        save_tensors(path / "keys.safetensors", self._tensors_to_save())
+        write_sealed(path / "retriever.json", {"schema": 1, "dim": self.dim, "banks": self.banks})
 
     def load(self, folder: str | Path) -> None:
         """Replace the content by that of a saved folder.
 
         Raises:
-            SettingError: The folder is not one, or was saved with other sizes.
+            SettingError: The folder is not one, was altered, or was saved with other sizes.
         """
-        from safetensors.torch import load_file
-
         path = Path(folder)
         if not (path / "retriever.json").is_file():
             raise SettingError("folder", str(folder), "holds no saved retriever", "Give the folder passed to save.")
-        saved = json.loads((path / "retriever.json").read_text())
-        if (saved["dim"], saved["banks"]) != (self.dim, self.banks):
+        try:
+            saved = read_sealed(path / "retriever.json")
+            sizes = saved["dim"], saved["banks"]
+            tensors = load_tensors(path / "keys.safetensors")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingError("folder", str(folder), f"is damaged ({error})", "Add the keys again.") from error
+        if sizes != (self.dim, self.banks):
             raise SettingError(
-                "folder", str(folder), f"was saved with dim={saved['dim']}, banks={saved['banks']}", "Use these sizes."
+                "folder", str(folder), f"was saved with dim={sizes[0]}, banks={sizes[1]}", "Use these sizes."
             )
         self.reset()
-        self._restore_tensors(load_file(path / "keys.safetensors"))
+        self._restore_tensors(tensors)
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
         removed = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,10 +29,7 @@ def fit_power(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, f
         (2.0, 1.0, 1.0)
     """
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((one - mean_x) ** 2 for one in x)
-    slope = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True)) / spread
-    start = mean_y - slope * mean_x
+    slope, start = statistics.linear_regression(x, y)
     off = max(abs(other - start - slope * one) for one, other in zip(x, y, strict=True))
     return math.exp(start), slope, math.exp(off)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.system.files import write_json
+from lightning_fot.system.digests import read_sealed, write_sealed
 
 STALE_S = 60.0
 _BEAT_S = 5.0
@@ -39,16 +39,15 @@ class SweepFolder:
         self._stale = stale_s
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """What is known of a cell; None where nothing is, or where the file is damaged."""
+        """What is known of a cell; None where nothing is, or where the file was damaged or altered."""
         try:
-            found = json.loads((self.cells / f"{key}.json").read_text(encoding="utf-8"))
+            return read_sealed(self.cells / f"{key}.json")
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
 
     def write(self, key: str, cell: dict[str, Any]) -> None:
         """Keeps a cell."""
-        write_json(self.cells / f"{key}.json", cell)
+        write_sealed(self.cells / f"{key}.json", cell)
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:

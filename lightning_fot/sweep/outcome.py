@@ -10,8 +10,9 @@ from lightning_fot.report.content.cells import rows_as_csv
 from lightning_fot.sweep.cost_model import cost_model
 from lightning_fot.sweep.grid import label_of
 from lightning_fot.sweep.time_split import index_split, named_split
+from lightning_fot.system.digests import read_sealed, write_sealed
 from lightning_fot.system.environment import environment
-from lightning_fot.system.files import write_json, write_text
+from lightning_fot.system.files import write_text
 
 if TYPE_CHECKING:
     from lightning_fot.sweep.folder import SweepFolder
@@ -96,7 +97,7 @@ class Outcome:
         found = []
         for cell in self.runs:
             try:
-                results = json.loads(cell.folder.results.read_text(encoding="utf-8"))
+                results = read_sealed(cell.folder.results)
             except (OSError, ValueError):
                 continue
             found += named_split(label_of(cell.combination), results)
@@ -110,7 +111,7 @@ class Outcome:
         from lightning_fot.report import write_report
 
         results = self.results()
-        write_json(self.folder.path / "results.json", results)
+        write_sealed(self.folder.path / "results.json", results)
         for name in ("cells", "runs"):
             if results["sweep"][name]:
                 write_text(self.folder.path / f"{name}.csv", rows_as_csv(results["sweep"][name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.sweep.grid import combinations, digest, label_of
+from lightning_fot.system.digests import read_sealed
 from lightning_fot.system.files import write_text
 from lightning_fot.training.run_folder import RunFolder
 
@@ -79,7 +79,7 @@ class RunCell:
         if done.returncode:
             words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise RuntimeError(words[-1] if words else f"exit code {done.returncode}")
-        results = json.loads(self.folder.results.read_text(encoding="utf-8"))
+        results = read_sealed(self.folder.results)
         return {"settings": self.combination, "folder": str(self.folder.path), "rows": [headline(results)]}
 
 

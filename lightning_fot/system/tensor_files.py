@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from lightning_fot.system.digests import blank_metadata, check_tensors, seal_tensors
+from lightning_fot.system.files import writing
 
 _NAMES = {
     torch.float64: "F64",
@@ -79,3 +83,33 @@ def write_tensors(stream: BinaryIO, entries: Sequence[Entry]) -> str:
         if written != entry.nbytes:
             raise ValueError(f"{entry.name}: {written} bytes written, its shape {entry.shape} has {entry.nbytes}")
     return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file whole, with its digest in the metadata.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with writing(path) as fresh:
+        save_file(dict(tensors), fresh, blank_metadata(metadata))
+        seal_tensors(fresh)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file that is what was written, as far as it says.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no such file, or was altered.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        check_tensors(path)
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error

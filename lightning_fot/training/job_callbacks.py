@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Mapping
@@ -11,7 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
+from lightning_fot.system.files import writing
 from lightning_fot.system.progress import JobProgress
 from lightning_fot.system.signals import StopGuard, Stopped
 from lightning_fot.training.run_folder import RunFolder
@@ -60,7 +61,7 @@ class TrainingRecord(Callback):
     ) -> None:
         """Counts the batch."""
         # Where nothing is to be predicted, the loss of 0 says nothing.
-        if bool((batch["targets"] != -100).any()):
+        if bool((batch["targets"] != IGNORED).any()):
             loss = _loss(trainer, outputs)
             if self.totals["loss_first"] is None:
                 self.totals["loss_first"] = loss
@@ -181,11 +182,19 @@ class LastCheckpoint(Checkpoint):
         self.guard.deferred = False
 
     def _save(self, trainer: Trainer) -> None:
-        # First under another name: a crash while writing leaves the checkpoint before.
-        fresh = self.folder.last_checkpoint.with_suffix(".new")
-        trainer.save_checkpoint(fresh)
+        target = self.folder.last_checkpoint
         if trainer.is_global_zero:
-            os.replace(fresh, self.folder.last_checkpoint)
+            # First under another name: a crash while writing leaves the checkpoint before.
+            try:
+                with writing(target) as fresh:
+                    trainer.save_checkpoint(fresh)
+            except OSError as error:
+                raise SettingError(
+                    "run_dir", str(self.folder.path), f"cannot be written ({error})", "Make room, then go on from it."
+                ) from error
+        else:
+            # Takes part; the first rank says where to.
+            trainer.save_checkpoint(target)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
 

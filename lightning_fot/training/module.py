@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_fot.config.backbone import LoraSettings, RopeSettings
 from lightning_fot.config.crossbatch import CrossbatchConfig
+from lightning_fot.config.data import IGNORED
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.model import ModelConfig
 from lightning_fot.errors import SettingError
@@ -170,7 +171,7 @@ class FocusedTransformer(L.LightningModule):
         """
         targets = batch["targets"]
         self._check_packs(batch)
-        count = (targets != -100).sum()
+        count = (targets != IGNORED).sum()
         if self.trainer.world_size == 1 and not count:
             # As where a task's documents tell in one window and ask in the next: there is no gradient to compute.
             return self._no_loss()
@@ -311,7 +312,7 @@ class FocusedTransformer(L.LightningModule):
         logits = read.logits
         assert logits is not None  # for the type checker: without labels there always are logits
         total, right, count = self._scores.get(loader, (0.0, 0, 0))
-        found = int((targets != -100).sum())
+        found = int((targets != IGNORED).sum())
         right += int((logits.argmax(-1) == targets).sum())
         self._scores[loader] = total + float(_mean_loss(logits, targets)) * found, right, count + found
 
@@ -387,6 +388,11 @@ class FocusedTransformer(L.LightningModule):
         if made_with != now or missing:
             what = f"was made with {made_with}, this run has {now}" if made_with != now else f"lacks {missing[:3]}"
             raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
+        for name, part in self.named_parameters():
+            if name in trained and getattr(checkpoint["state_dict"][name], "shape", None) != part.shape:
+                shape = tuple(getattr(checkpoint["state_dict"][name], "shape", ()))
+                what = f"holds {name} of shape {shape}, this model has {tuple(part.shape)}"
+                raise SettingError("ckpt_path", "(checkpoint)", what, "Resume with the config.yaml of its run folder.")
         schedule = checkpoint.get("lightning_fot_schedule", {})
         self._stage, self._stage_since = schedule.get("stage", 0), schedule.get("since", 0)
         self._earlier_metrics = schedule.get("metrics", {})
@@ -395,4 +401,4 @@ class FocusedTransformer(L.LightningModule):
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over targets of logits (B, T, V) and targets (B, T); 0 where there are none, as at a corpus' end."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-    return total / (targets != -100).sum().clamp_min(1)
+    return total / (targets != IGNORED).sum().clamp_min(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.errors import SettingError
 from lightning_fot.model.attach import attach_memory, load_gates
 from lightning_fot.pretrained.backbones import load_backbone, load_tokenizer
+from lightning_fot.system.digests import check_zip
 from lightning_fot.training.module import FocusedTransformer
 from lightning_fot.training.parameters import merge_lora
 
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
 
     from lightning_fot.model.lm import MemoryLM
     from lightning_fot.request.model import ModelSettings
+
+
+FOR_WEIGHTS = ("state_dict", "global_step")
+_FOR_TRAINING = (*FOR_WEIGHTS, "epoch", "loops", "optimizer_states", "lr_schedulers")
+_KINDS: dict[str, type] = {
+    "state_dict": dict,
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 def open_model(settings: ModelSettings) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
@@ -69,8 +83,54 @@ def load_trained(model: LightningModule, checkpoint: Any) -> dict[str, Any]:
 
     Returns:
         The checkpoint.
+
+    Raises:
+        SettingError: It is damaged, or belongs to another model.
     """
-    loaded: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    loaded = read_checkpoint(Path(checkpoint), FOR_WEIGHTS)
     model.on_load_checkpoint(loaded)
     model.load_state_dict(loaded["state_dict"], strict=False)
     return loaded
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Reads a checkpoint that a training is to go on from, before Lightning does.
+
+    Raises:
+        SettingError: It is none, or is damaged or altered.
+    """
+    read_checkpoint(checkpoint, _FOR_TRAINING, mapped=True)
+
+
+def read_checkpoint(checkpoint: Path, needed: Sequence[str], mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint's contents, compared with the sums that torch wrote beside its parts.
+
+    Args:
+        checkpoint: The file.
+        needed: What it has to hold.
+        mapped: Leave its tensors on the disk until they are used.
+
+    Raises:
+        SettingError: It is none, or is damaged or altered.
+    """
+    try:
+        check_zip(checkpoint)
+        # Numbers only: nothing in a checkpoint can run code when it is loaded.
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # Anything: a file that is no checkpoint may hold any bytes, and torch's reader trusts them.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise _unreadable(checkpoint, reason) from error
+    missing = [name for name in needed if name not in loaded] if isinstance(loaded, dict) else list(needed)
+    if missing:
+        raise _unreadable(checkpoint, f"is no checkpoint of Lightning: lacks {', '.join(missing)}")
+    for name in needed:
+        if not isinstance(loaded[name], _KINDS.get(name, object)):
+            raise _unreadable(checkpoint, f"its {name} is of the wrong kind, {type(loaded[name]).__name__}")
+    return dict(loaded)
+
+
+def _unreadable(checkpoint: Path, reason: str) -> SettingError:
+    return SettingError(
+        "ckpt_path", str(checkpoint), f"cannot be used: {reason}", "Give another checkpoint, or train again."
+    )

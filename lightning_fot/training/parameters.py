@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.system.files import follow_umask
+from lightning_fot.system.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from lightning_fot.config.backbone import LoraSettings
@@ -122,8 +121,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         f"{_PEFT_PREFIX}{name}": part.detach().contiguous().cpu()
         for name, part in get_peft_model_state_dict(model).items()
     }
-    save_file(found, str(path / _ADAPTER_FILE), metadata={"format": "pt"})
-    follow_umask(path / _ADAPTER_FILE)
+    save_tensors(path / _ADAPTER_FILE, found, {"format": "pt"})
     config.save_pretrained(str(path))
 
 
@@ -143,7 +141,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / _ADAPTER_FILE
     if not path.is_file():
         raise SettingError("folder", str(folder), f"has no {_ADAPTER_FILE}", "Name a folder that holds adapters.")
-    found = {name.removeprefix(_PEFT_PREFIX): part for name, part in load_file(str(path)).items()}
+    try:
+        found = {name.removeprefix(_PEFT_PREFIX): part for name, part in load_tensors(path).items()}
+    except (OSError, ValueError) as error:
+        raise SettingError("folder", str(folder), str(error), "Save the adapters again.") from error
     own = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
     if own != {name: part.shape for name, part in found.items()}:
         raise SettingError(

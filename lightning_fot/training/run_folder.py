@@ -6,11 +6,11 @@ Imports nothing heavy: the folder is chosen, and checked, before torch loads.
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.system.files import write_json, write_text
+from lightning_fot.system.digests import read_sealed, write_sealed
+from lightning_fot.system.files import writing
 
 ROOT = Path("runs")
 _CONTENTS = ("config.yaml", "results.json", "training.json", "checkpoints", "evaluation", "logs", "metrics.csv")
@@ -53,6 +53,10 @@ class RunFolder:
         """What is known of a training that has ended."""
         return _read_json(self.training)
 
+    def write_training(self, results: dict[str, Any]) -> None:
+        """Keeps what is known of a training that has ended."""
+        write_sealed(self.training, results)
+
     def read_partial(self, fingerprint: str) -> dict[str, Any]:
         """Records of finished evaluation phases, if they were made with the same settings and weights."""
         found = _read_json(self.partial) or {}
@@ -61,7 +65,7 @@ class RunFolder:
 
     def write_partial(self, fingerprint: str, records: dict[str, Any]) -> None:
         """Keeps the records of finished evaluation phases."""
-        write_json(self.partial, {"fingerprint": fingerprint, "records": records})
+        write_sealed(self.partial, {"fingerprint": fingerprint, "records": records})
 
     def log_version(self) -> str:
         """Name of the next attempt's folder of logs."""
@@ -86,14 +90,15 @@ class RunFolder:
                 rows = [row for row in rows if not row.get("step", "").isdigit() or int(row["step"]) < min(steps)]
             rows += new
         names = list(dict.fromkeys(["step", "epoch", "train/loss", *(name for row in rows for name in row)]))
-        lines = [",".join(names)]
-        lines += [",".join(row.get(name) or "" for name in names) for row in rows]
-        write_text(self.metrics, "\n".join(lines) + "\n")
+        with writing(self.metrics) as fresh, fresh.open("w", newline="", encoding="utf-8") as target:
+            writer = csv.DictWriter(target, names, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is none, and where it is damaged or altered: it is made again then."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_sealed(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None

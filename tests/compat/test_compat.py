@@ -41,6 +41,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
+# Settings of a memory that ``attending`` has replaced, with the values that left them out.
+REPLACED = {"integration": "softmax", "max_distance": None, "segments": [], "dilations": []}
+
+
+def _in_new_words(value: Any) -> Any:
+    """What was written before 0.2.0, as it is written now."""
+    if isinstance(value, list):
+        memory = re.compile(rf"memory\.({'|'.join([*REPLACED, 'attending'])})$")
+        return [_in_new_words(item) for item in value if not (isinstance(item, str) and memory.search(item))]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _in_new_words(item) for key, item in value.items()}
+    if "memory_layers" in found:
+        given = {key: found.pop(key) for key in REPLACED if key in found}
+        if given.get("integration") == "gate":
+            found["attending"] = {"name": "gate"}
+        if found.get("attending") is None:
+            found.pop("attending", None)
+    return found
+
+
 def _near(found: Any, then: Any, tolerance: float = TOLERANCE) -> None:
     assert torch.tensor(found).shape == torch.tensor(then).shape
     torch.testing.assert_close(torch.tensor(found), torch.tensor(then), atol=tolerance, rtol=tolerance)
@@ -128,7 +149,7 @@ def test_saved_retrievers(name: str) -> None:
 
 def test_ask_a_library() -> None:
     then, now = THEN["ask"], answers.ask_answer()
-    assert _without(now, "passages") == _without(then, "passages")
+    assert _in_new_words(_without(now, "passages")) == _in_new_words(_without(then, "passages"))
     for passage, before in zip(now["passages"], then["passages"], strict=True):
         assert _without(passage, "share", "rank_share") == _without(before, "share", "rank_share")
         _near([passage["share"], passage["rank_share"]], [before["share"], before["rank_share"]])
@@ -147,7 +168,7 @@ def test_a_library_knows_what_it_has_read() -> None:
 @pytest.mark.parametrize("name", ["exported", "delta"])
 def test_exported_models_and_deltas(name: str) -> None:
     then, now = THEN["folders"][name], answers.folder_answer(name)
-    assert now["settings"] == then["settings"]
+    assert _in_new_words(now["settings"]) == _in_new_words(then["settings"])
     _near(now["logits"], then["logits"])
 
 
@@ -173,7 +194,10 @@ def test_a_run_is_exported_as_before(folder: Path, words: list[str], name: str, 
         torch.testing.assert_close(now[key], tensor, msg=key)
     for file in ("lightning_fot.json", "lightning_fot_delta.json"):
         if Path(name, file).is_file():
-            assert json.loads(Path("again", file).read_text()) == json.loads(Path(name, file).read_text())
+            written = json.loads(Path("again", file).read_text())
+            # Digests are new; all else is as it was.
+            kept = {key: value for key, value in written.items() if key not in ("sha256", "digests")}
+            assert _in_new_words(kept) == _in_new_words(json.loads(Path(name, file).read_text()))
 
 
 def test_recorded_keys() -> None:
@@ -239,7 +263,7 @@ def test_a_checkpoint_is_validated(name: str, monkeypatch: pytest.MonkeyPatch, t
 def test_a_finished_run_keeps_its_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = json.loads(Path("run/evaluation/partial.json").read_text())
-    assert answers.finish_answer() == THEN["finish"]
+    assert _in_new_words(answers.finish_answer()) == _in_new_words(THEN["finish"])
     # Nothing was measured again: not a digit of a time has changed.
     assert json.loads(Path("run/evaluation/partial.json").read_text()) == before
 

@@ -55,7 +55,56 @@ def test_saving_again_replaces_the_old_one_whole(lm, tmp_path):
     lm.ingest(tokens(1, 20), lm.new_memory()).save(tmp_path)
     lm.ingest(tokens(1, 40), lm.new_memory()).save(tmp_path)
     assert len(lm.load_memory(tmp_path)) == 40
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["log", "memory", "memory.json"]
+    # The files of the save before stay, for whoever has just read which they are; those before them do not.
+    lm.ingest(tokens(1, 60), lm.new_memory()).save(tmp_path)
+    kept = ["log", "log", "memory", "memory", "memory.json"]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == kept
+
+
+def test_files_that_only_look_like_a_memorys_are_kept(lm, tmp_path):
+    theirs = ("memory-of-my-cat.safetensors", "log-2024-01.safetensors", "model.safetensors", "notes.part")
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    for length in (20, 40, 60):
+        lm.ingest(tokens(1, length), lm.new_memory()).save(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in theirs)
+
+
+def test_leftovers_of_killed_saves_go_with_the_next_one(lm, tmp_path):
+    (tmp_path / "tmpab12_xyz.part").touch()
+    (tmp_path / ".memory.json.0123456789abcdef.part").mkdir()
+    (tmp_path / ".memory.json.0123456789abcdef.part" / "memory.json").touch()
+    lm.ingest(tokens(1, 20), lm.new_memory()).save(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_reader_goes_on_with_what_a_writer_has_saved_meanwhile(lm, tmp_path, monkeypatch, saves):
+    lm.ingest(tokens(1, 20), lm.new_memory()).save(tmp_path)
+    import lightning_fot.memory.on_disk as persistence
+
+    load, pending = persistence._load, list(range(saves))
+
+    def saved_beside(*arguments):
+        while pending:
+            number = pending.pop()
+            lm.ingest(tokens(1, 30 + number, seed=number), lm.new_memory()).save(tmp_path)
+        return load(*arguments)
+
+    monkeypatch.setattr(persistence, "_load", saved_beside)
+    # One save leaves what the reader has begun with; after two it begins again.
+    assert len(lm.load_memory(tmp_path)) == (20 if saves == 1 else 30)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(lm, tmp_path):
+    lm.ingest(tokens(1, 20), lm.new_memory()).save(tmp_path / "a")
+    index = json.loads((tmp_path / "a" / "memory.json").read_text())
+    index["log"]["file"] = f"../b/{index['log']['file']}"
+    del index["sha256"]
+    (tmp_path / "a" / "memory.json").write_text(json.dumps(index))
+    with pytest.raises(SettingError, match="no data file of a memory"):
+        lm.load_memory(tmp_path / "a")
 
 
 def test_a_save_that_dies_leaves_the_old_memory(lm, tmp_path, monkeypatch):
@@ -65,7 +114,7 @@ def test_a_save_that_dies_leaves_the_old_memory(lm, tmp_path, monkeypatch):
     def dies(path, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(persistence, "_replace_text", dies)
+    monkeypatch.setattr(persistence, "write_text", dies)
     with pytest.raises(KeyboardInterrupt):
         lm.ingest(tokens(1, 40), lm.new_memory()).save(tmp_path)
     assert len(lm.load_memory(tmp_path)) == 20

@@ -191,7 +191,7 @@ class TestSettingsFile:
         ("text", "reason"),
         [
             ("{", "cannot be read"),
-            ("[]", "holds no settings"),
+            ("[]", "holds no JSON object"),
             ('{"format": 2, "memory": {}}', "is not format 1"),
             ('{"format": 1, "memory": {"window": 8, "depth": 3}}', "unknown here: depth"),
             ('{"format": 1, "memory": {"window": -8}}', "at least 1"),

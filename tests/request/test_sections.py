@@ -88,7 +88,7 @@ def test_a_whole_configuration_has_the_sections_of_a_job() -> None:
         ("data.heldout_fraction=2", "data.heldout_fraction=2: must be between 0 and 1"),
         ("data.sources=3", "data.sources=3: must be a list of sources"),
         ("data.max_tokens=1", "data.max_tokens=1: must be a whole number of at least 2"),
-        ("evaluation.readings=[memry]", "evaluation.readings=['memry']: is not known"),
+        ("evaluation.readings=[memry]", "evaluation.readings=['memry']: names no reading"),
         ("evaluation.needles={keys: x}", "evaluation.needles.keys='x': must be of type int"),
         ("evaluation.needles=3", "evaluation.needles=3: must hold settings"),
         ("evaluation.needles={keys: 101}", "evaluation.needles.keys=101: are told apart by 100 names"),

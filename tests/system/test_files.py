@@ -14,7 +14,7 @@ from lightning_fot.config import CrossbatchConfig
 from lightning_fot.config.backbone import LoraSettings
 from lightning_fot.pretrained import load_backbone
 from lightning_fot.retrievers import create_retriever
-from lightning_fot.system.files import follow_umask
+from lightning_fot.system.files import replacing, writing
 from lightning_fot.training.module import FocusedTransformer
 from lightning_fot.training.parameters import save_adapter
 
@@ -61,7 +61,9 @@ def test_adapters(tmp_path: Path, umask: int) -> None:
 
 
 def test_a_file_and_a_folder(tmp_path: Path, umask: int) -> None:
-    (tmp_path / "folder").mkdir(mode=0o700)
-    (tmp_path / "folder" / "file").touch(mode=0o600)
-    follow_umask(tmp_path / "folder", tmp_path / "folder" / "file")
+    with replacing(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner" / "file").touch(mode=0o600)
+    with writing(tmp_path / "folder" / "file") as file:
+        file.touch(mode=0o600)
     _check(tmp_path / "folder", umask)

@@ -36,7 +36,10 @@ def _kill_myself(moment: str, write: int) -> None:
 
     def at(event: str, words: tuple[Any, ...]) -> None:
         nonlocal ahead
-        if event != "os.rename" or os.path.basename(words[moment == "begun"]) != "last.new":
+        if event != "os.rename":
+            return
+        place = Path(words[moment == "begun"])
+        if place.name != "last.ckpt" or place.parent.suffix != ".part":
             return
         if ahead == 0:
             if moment == "begun":  # the event comes before the move
@@ -146,13 +149,13 @@ def _kill_and_compare(server: Any, folder: Path, kills: int) -> None:
     checkpoints = home / "out" / "checkpoints"
     killed = writing = 0
     for number in range(kills):
-        fresh = checkpoints / "last.new"
-        fresh.unlink(missing_ok=True)
+        for left in checkpoints.glob(".last.ckpt.*.part"):
+            shutil.rmtree(left)
         if number % 4 == 0:
             moment = ("begun", "complete")[number // 4 % 2]
             process = _start(server, home, steps, moment, write=draw.randrange(3))
             process.join(240)
-            writing += fresh.exists()
+            writing += any(checkpoints.glob(".last.ckpt.*.part/last.ckpt"))
         elif number % 4 == 1:
             # While it starts.
             process = _start(server, home, steps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.system.files import write_json, write_text
+from lightning_fot.system.files import write_json, write_text, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,7 +223,8 @@ def draw(choices: Sequence[Choice], goal: Goal, k: int, path: Path) -> None:
         panel.set_ylabel(f"recall@{k} of the worst head")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
+    with writing(path) as fresh:
+        figure.savefig(fresh, dpi=120, format="png")
 
 
 def _index(trial: Any) -> str:

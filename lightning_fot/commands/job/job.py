@@ -29,11 +29,12 @@ from lightning_fot.evaluation.plan import (
     tokens_needed,
 )
 from lightning_fot.evaluation.rows import summarise
+from lightning_fot.evaluation.tasks.parts.texts import select_texts
 from lightning_fot.evaluation.tasks.registry import make_tasks
-from lightning_fot.evaluation.tasks.texts import select_texts
 from lightning_fot.request.request import Request, flat_settings
+from lightning_fot.system.digests import write_sealed
 from lightning_fot.system.environment import environment
-from lightning_fot.system.files import write_json, write_text
+from lightning_fot.system.files import write_text
 from lightning_fot.system.progress import JobProgress, format_seconds
 from lightning_fot.system.ranks import rank
 from lightning_fot.system.signals import StopGuard, Stopped
@@ -46,7 +47,7 @@ from lightning_fot.training.job_callbacks import (
     TrainingProgress,
     TrainingRecord,
 )
-from lightning_fot.training.opening import load_trained
+from lightning_fot.training.opening import FOR_WEIGHTS, check_checkpoint, load_trained, read_checkpoint
 from lightning_fot.training.run_folder import RunFolder
 
 DOCUMENTS_PHASE = "documents"
@@ -199,11 +200,13 @@ class Job:
             if rank() == 0 and self.folder.training.exists():
                 self.progress.message(f"Training goes on after the {self.folder.trained_steps} steps done.")
                 self.folder.training.unlink()
+            if self.checkpoint is not None:
+                check_checkpoint(self.checkpoint)
             path = None if self.checkpoint is None else str(self.checkpoint)
             # Checkpoints hold numbers only: nothing in one can run code when it is loaded.
             trainer.fit(model, datamodule=self.cli.datamodule, ckpt_path=path, weights_only=True)
             if rank() == 0:
-                write_json(self.folder.training, self.record.results())
+                self.folder.write_training(self.record.results())
             return
         self.progress.start(MODEL_PHASE)
         model.configure_model()
@@ -211,7 +214,7 @@ class Job:
             load_trained(model, self.checkpoint)
         self.progress.finish(MODEL_PHASE)
         if self.folder.read_training() is None:
-            write_json(self.folder.training, self.record.results())
+            self.folder.write_training(self.record.results())
         elif self.checkpoint is not None:
             self.progress.message(
                 f"Training ended after {self.folder.trained_steps} steps: going on with the evaluation."
@@ -278,7 +281,7 @@ class Job:
         if self.records:
             memory = self.cli.model.memory_config
             measured = summarise(self.records, self.evaluation, memory.retriever)
-            write_json(self.folder.results, self.results(measured, complete=False))
+            write_sealed(self.folder.results, self.results(measured, complete=False))
         console.print()
         if not self.folder.resumable:
             console.print("Stopped before anything was done that could be kept. Start again with:", markup=False)
@@ -366,7 +369,7 @@ def _finish(job: Job, measured: dict[str, Any]) -> None:
 
     job.progress.start(REPORT_PHASE)
     results = job.results(measured, complete=True)
-    write_json(job.folder.results, results)
+    write_sealed(job.folder.results, results)
     write_report(results, job.folder.path)
     job.progress.finish(REPORT_PHASE)
     job.progress.close()
@@ -395,6 +398,8 @@ def check(request: Request, arguments: list[str], checkpoint: Path | None, *, de
     cli = parse(request, arguments)
     loop = cli.trainer.validate if request.verb == "validate" else cli.trainer.test
     path = None if checkpoint is None else str(checkpoint)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint, FOR_WEIGHTS, mapped=True)
     found = loop(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False, weights_only=True)
     console = Console(quiet=rank() != 0)
     for name, value in (found[0] if found else {}).items():

@@ -126,7 +126,7 @@ def way_of_layout(attending: str | dict[str, Any] | None, layout: str) -> dict[s
             f"is another way of attending than {SETTING}={spec}",
             "Choose one of them: packed is the layout of all others.",
         )
-    warnings.warn(_layout_note(), DeprecationWarning, stacklevel=4)
+    warnings.warn(_layout_note(), DeprecationWarning, stacklevel=6)
     return {"name": _LAYOUT}
 
 

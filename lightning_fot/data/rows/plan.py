@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.data.rows.sequences import TextSequence, TokenSequence
 from lightning_fot.data.text.token_cache import Ids
 
-IGNORED = -100
 Array = npt.NDArray[np.int64]
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
-from lightning_fot.system.files import follow_umask
+from lightning_fot.system.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from lightning_fot.model.lm import MemoryLM
@@ -227,21 +225,11 @@ class Recording:
         Raises:
             SettingError: There is nothing to write, or the folder cannot be written.
         """
-        from safetensors.torch import save_file
-
         tensors = self.tensors()
-        part = None
         try:
-            handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-            os.close(handle)
-            save_file(tensors, part, self.metadata(model, text))
-            follow_umask(part)
-            os.replace(part, path)
+            save_tensors(path, tensors, self.metadata(model, text))
         except OSError as error:
             raise SettingError("record", str(path), f"cannot be written ({error})", "Choose another file.") from error
-        finally:
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
         return tensors
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.reading.generation import forward_cached, read_cached, while_generating
-from lightning_fot.model.reading.inputs import IGNORED
 
 if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig

@@ -2,5 +2,5 @@
 
 ``settings`` says what can be set (it imports nothing heavy), ``registry`` which class makes the examples, ``runner``
 reads and asks, ``summary`` counts. A task is a class with ``episodes(length)``: see
-:class:`~lightning_fot.evaluation.tasks.episode.Task`.
+:class:`~lightning_fot.evaluation.tasks.parts.episode.Task`.
 """

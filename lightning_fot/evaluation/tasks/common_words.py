@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 
 from lightning_fot.config.tasks import CommonWordsTask
-from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.samples import Samples
-from lightning_fot.evaluation.tasks.text import as_ids, fill
+from lightning_fot.evaluation.tasks.parts.episode import Episode
+from lightning_fot.evaluation.tasks.parts.samples import Samples
+from lightning_fot.evaluation.tasks.parts.text import as_ids, fill
 
 WORDS = (
     "apple", "bread", "chair", "cloud", "dance", "field", "glass", "heart", "house", "light", "money", "music", "night",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lightning_fot.config.tasks import RECORD_TOKENS, DictionaryTask
 from lightning_fot.data.mixture.dictionary import DictionaryTokens
-from lightning_fot.evaluation.tasks.episode import Episode, Ids, Probe
+from lightning_fot.evaluation.tasks.parts.episode import Episode, Ids, Probe
 
 # Sets the draws of an evaluation apart from those of any training source, which have four numbers.
 _KEYS, _VALUES, _QUESTIONS = 1, 2, 3

@@ -6,8 +6,8 @@ import random
 from typing import Any
 
 from lightning_fot.config.tasks import KeyValueTask
-from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.text import Pieces, as_ids
+from lightning_fot.evaluation.tasks.parts.episode import Episode
+from lightning_fot.evaluation.tasks.parts.text import Pieces, as_ids
 
 _ONSETS = ("B", "D", "F", "G", "H", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z", "Br", "Cl", "Dr", "St")
 _RHYMES = ("a", "e", "i", "o", "u", "an", "el", "in", "or", "us")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.config.tasks import ManyShotTask
-from lightning_fot.evaluation.tasks.episode import Episode, Probe
-from lightning_fot.evaluation.tasks.text import Pieces, as_ids, fill
+from lightning_fot.evaluation.tasks.parts.episode import Episode, Probe
+from lightning_fot.evaluation.tasks.parts.text import Pieces, as_ids, fill
 
 _PROMPT = "Text: {text}\nLabel:"
 

@@ -7,9 +7,9 @@ import random
 
 from lightning_fot.config.tasks import NeedlesTask
 from lightning_fot.data.mixture.passkey import FILLER
-from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.samples import Samples
-from lightning_fot.evaluation.tasks.text import as_ids
+from lightning_fot.evaluation.tasks.parts.episode import Episode
+from lightning_fot.evaluation.tasks.parts.samples import Samples
+from lightning_fot.evaluation.tasks.parts.text import as_ids
 
 _TASK = "Several pass keys are hidden inside a lot of irrelevant text. Memorize them. I will quiz you about them."
 _NEEDLE = " The pass key of the {name} is {number}."

@@ -9,12 +9,12 @@ from lightning_fot.config import tasks as known
 from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
 from lightning_fot.evaluation.tasks.distraction import Distraction
-from lightning_fot.evaluation.tasks.episode import Measure, Task
 from lightning_fot.evaluation.tasks.key_value import KeyValue
 from lightning_fot.evaluation.tasks.many_shot import ManyShot
 from lightning_fot.evaluation.tasks.needles import Needles
+from lightning_fot.evaluation.tasks.parts.episode import Measure, Task
+from lightning_fot.evaluation.tasks.parts.texts import HeldOut, Texts, check_texts
 from lightning_fot.evaluation.tasks.story import Story
-from lightning_fot.evaluation.tasks.texts import HeldOut, Texts, check_texts
 
 if TYPE_CHECKING:
     from lightning_fot.config.evaluation import EvaluationConfig

@@ -16,9 +16,9 @@ from lightning_fot.evaluation.measures.perplexity import read_logits, token_loss
 from lightning_fot.evaluation.measures.retrieval import index_used, live_quality, sample_rows
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST, Phase
 from lightning_fot.evaluation.speed.split import Stopwatch
-from lightning_fot.evaluation.tasks.episode import Episode, Ids, Measure, Probe
+from lightning_fot.evaluation.tasks.parts.episode import Episode, Ids, Measure, Probe
+from lightning_fot.evaluation.tasks.parts.texts import Texts
 from lightning_fot.evaluation.tasks.registry import make_tasks
-from lightning_fot.evaluation.tasks.texts import Texts
 from lightning_fot.model.reading.batched import read
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from lightning_fot.evaluation.measures.perplexity import read_logits, token_loss
 from lightning_fot.evaluation.measures.retrieval import index_used
 from lightning_fot.evaluation.plan import INGEST_COST, LOCAL_COST
 from lightning_fot.evaluation.tasks.names import far_names
-from lightning_fot.evaluation.tasks.texts import HeldOut, ids_of
+from lightning_fot.evaluation.tasks.parts.texts import HeldOut, ids_of
 from lightning_fot.model.reading.batched import read
 
 if TYPE_CHECKING:

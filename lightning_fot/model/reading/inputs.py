@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory, MemoryShape
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from lightning_fot.model.backbone.fingerprint import Maker
 
 _WHOLE = (torch.int64, torch.int32)
-# Marks places that are no target, as in transformers.
-IGNORED = -100
 
 
 def tokens_first(

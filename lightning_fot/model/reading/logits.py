@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_fot.model.reading.inputs import IGNORED, beyond
+from lightning_fot.config.data import IGNORED
+from lightning_fot.model.reading.inputs import beyond
 
 
 class LogitsCollector:

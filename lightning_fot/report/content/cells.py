@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,21 @@ def by_context(
     return Table(title, ("memory", *(formats.tokens(context) for context in contexts)), body, note=note)
 
 
+def table_as_csv(table: Table) -> str:
+    """A table as CSV, its values unrounded."""
+    return _csv(table.columns, ([cell.raw for cell in row] for row in table.rows))
+
+
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV, with a column for every field of any; settings are JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
+    body = ([row.get(name) for name in names] for row in rows)
+    return _csv(names, ([json.dumps(cell) if isinstance(cell, dict | list) else cell for cell in row] for row in body))
+
+
+def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(names)
-    for row in rows:
-        cells = [row.get(name) for name in names]
-        writer.writerow([json.dumps(cell) if isinstance(cell, dict | list) else cell for cell in cells])
+    writer.writerows(rows)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.config.retriever import retriever_label
+from lightning_fot.system.digests import AlteredError, read_sealed
 
 Row = Mapping[str, Any]
 """One measurement of ``results.json``."""
@@ -24,13 +25,13 @@ def load_results(run_dir: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder has no ``results.json``.
-        ValueError: The file is not a JSON object.
+        ValueError: The file is not a JSON object, or was altered since it was written.
     """
     path = run_dir / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} holds {type(results).__name__}, not the results of a run")
-    return results
+    try:
+        return read_sealed(path)
+    except AlteredError as error:
+        raise AlteredError(path, 'was altered since it was written; if that is meant, take "sha256" out') from error
 
 
 def section(results: Row, name: str) -> dict[str, Any]:

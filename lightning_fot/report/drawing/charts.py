@@ -12,11 +12,6 @@ WIDTHS = {"narrow": 350, "wide": 900}
 _KIND_MARKERS = {"k-none": "diamond", "k-exact": "square", "k-index": "circle"}
 
 
-def legend(items: Sequence[tuple[str, str]]) -> str:
-    """Samples with their names; the names are escaped by the caller."""
-    return '<ul class="legend">' + "".join(f"<li>{sample}{name}</li>" for sample, name in items) + "</ul>"
-
-
 def _marker(style: str) -> str:
     return _KIND_MARKERS[style] if style in _KIND_MARKERS else MARKERS[int(style[1:]) % len(MARKERS)]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_fot.errors import MissingLibraryError
 from lightning_fot.report.content import curves, formats, read, time_tables
 from lightning_fot.report.drawing.labels import Placer
+from lightning_fot.system.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,10 +122,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Written aside first: a run stopped here leaves the older picture, not half of a new one.
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    with writing(path) as fresh:
+        figure.savefig(fresh, format="png")
 
 
 def _retrieval_title(results: read.Row, data: curves.RecallSpeed) -> str:

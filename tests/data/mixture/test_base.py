@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_fot.config.data import IGNORED
 from lightning_fot.data.mixture.base import Mixture, MixtureSource
-from lightning_fot.data.rows.plan import IGNORED, BatchSequence, Epoch, RowPlan
+from lightning_fot.data.rows.plan import BatchSequence, Epoch, RowPlan
 from lightning_fot.data.rows.sequences import TextSequence, TokenSequence
 from lightning_fot.errors import SettingError
 

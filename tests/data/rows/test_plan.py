@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fot.data.rows.plan import IGNORED, BatchSequence, Epoch, RowPlan
+from lightning_fot.config.data import IGNORED
+from lightning_fot.data.rows.plan import BatchSequence, Epoch, RowPlan
 from lightning_fot.data.text.tokens import Ids
 
 PAD = 0

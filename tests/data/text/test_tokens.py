@@ -175,9 +175,49 @@ def test_the_cache_is_read_again_and_keyed_by_tokenizer(tmp_path: Path) -> None:
 def test_half_a_cache_file_is_encoded_again(tmp_path: Path) -> None:
     encoder = TextEncoder(ByteTokenizer(), tmp_path)
     ids, _ = encoder.encode([TEXT])
-    for path in tmp_path.rglob("*.npy"):
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert np.array_equal(encoder.encode([TEXT])[0], ids)
+
+
+def test_an_altered_cache_file_is_encoded_again(tmp_path: Path) -> None:
+    ids, _ = TextEncoder(ByteTokenizer(), tmp_path).encode([TEXT])
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    for _ in range(2):
+        assert np.array_equal(TextEncoder(ByteTokenizer(), tmp_path).encode([TEXT])[0], ids)
+
+
+def test_an_altered_document_on_disk_is_encoded_again(tmp_path: Path) -> None:
+    ids = np.array(TextEncoder(ByteTokenizer(), tmp_path).encode_on_disk(lambda: [TEXT]))
+    (file,) = tmp_path.rglob("*.document")
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert np.array_equal(TextEncoder(ByteTokenizer(), tmp_path).encode_on_disk(lambda: [TEXT]), ids)
+    assert file.read_bytes() != bytes(content)
+
+
+def test_a_cache_of_older_versions_is_read(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    ids, _ = TextEncoder(tokenizer, tmp_path).encode([TEXT])
+    document = np.array(TextEncoder(tokenizer, tmp_path).encode_on_disk(lambda: [TEXT]))
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        kept = np.frombuffer(path.read_bytes()[:-32], np.int32)
+        if path.suffix == ".document":
+            kept.tofile(path.with_suffix(".int32"))
+        else:
+            np.save(path.with_suffix(".npy"), kept)
+        path.unlink()
+    tokenizer.characters = 0
+    assert np.array_equal(TextEncoder(tokenizer, tmp_path).encode([TEXT])[0], ids)
+    assert np.array_equal(TextEncoder(tokenizer, tmp_path).encode_on_disk(lambda: [TEXT]), document)
+    # Some words tell tokenizers apart; the text itself is not among them.
+    assert tokenizer.characters < len(TEXT)
 
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.plan import plan
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
-from lightning_fot.evaluation.tasks.episode import Probe
+from lightning_fot.evaluation.tasks.parts.episode import Probe
 from lightning_fot.evaluation.tasks.runner import ask
 from lightning_fot.model.reading.batched import read, windows_are_independent
 from lightning_fot.report.content.task_tables import tasks

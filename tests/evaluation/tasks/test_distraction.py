@@ -13,7 +13,7 @@ from lightning_fot import EvaluationConfig, attach_memory
 from lightning_fot.config.tasks import DistractionTask
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
-from lightning_fot.evaluation.tasks.texts import select_texts
+from lightning_fot.evaluation.tasks.parts.texts import select_texts
 from lightning_fot.report.content.task_tables import distraction
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import WINDOW, settings, tiny_llama

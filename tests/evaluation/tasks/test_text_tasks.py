@@ -19,11 +19,11 @@ from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.plan import SO_FAR, plan
 from lightning_fot.evaluation.tasks.common_words import CommonWords
-from lightning_fot.evaluation.tasks.episode import Episode, Probe
 from lightning_fot.evaluation.tasks.key_value import FACTS, KeyValue
 from lightning_fot.evaluation.tasks.many_shot import ManyShot
 from lightning_fot.evaluation.tasks.names import far_names
 from lightning_fot.evaluation.tasks.needles import Needles
+from lightning_fot.evaluation.tasks.parts.episode import Episode, Probe
 from lightning_fot.evaluation.tasks.runner import ask
 from lightning_fot.pretrained import load_backbone
 from lightning_fot.report.content.task_tables import found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_fot.data.mixture.passkey import continuation, start_ids
-from lightning_fot.evaluation.tasks.episode import Ids, Probe
+from lightning_fot.evaluation.tasks.parts.episode import Ids, Probe
 
 
 class Pieces:

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from lightning_fot.config.tasks import SampledTask
-from lightning_fot.evaluation.tasks.episode import Episode
-from lightning_fot.evaluation.tasks.text import Pieces
+from lightning_fot.evaluation.tasks.parts.episode import Episode
+from lightning_fot.evaluation.tasks.parts.text import Pieces
 
 SettingsT = TypeVar("SettingsT", bound=SampledTask)
 
