@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -173,10 +173,14 @@ class MemoryLayer:
         if stored == 0:
             return None
         if stored <= k:
+            keys, values = self.keys, self.values
+            if torch.is_grad_enabled():
+                # A backward pass needs what was read as it was, and the stores go on to be written to.
+                keys, values = keys.clone(), values.clone()
             if min(lengths) == stored:
-                return Shown(self.keys, self.values)
+                return Shown(keys, values)
             places = torch.arange(stored, device=queries.device)
-            return Shown(self.keys, self.values, places < torch.tensor(lengths, device=queries.device)[:, None])
+            return Shown(keys, values, places < torch.tensor(lengths, device=queries.device)[:, None])
         return self.gather(self.search(queries, k))
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
@@ -226,6 +230,20 @@ class MemoryLayer:
         other = MemoryLayer(self.kv_heads, keys, values, self._spec)
         other.retriever.add(keys.view(), keys.lengths)
         return other
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that is done to the layer from now on: nothing is copied."""
+        keys, values, dropped, removed = (
+            self.key_store.fork(), self.value_store.fork(), list(self.dropped), self.retriever.removed,
+        )  # fmt: skip
+
+        def back() -> None:
+            self.key_store.become(keys)
+            self.value_store.become(values)
+            self.dropped = dropped
+            self.retriever.taken_back(removed)
+
+        return back
 
     def reset(self) -> None:
         """Forgets all pairs."""

@@ -6,8 +6,10 @@ A memory is a value: :meth:`Memory.snapshot` costs nothing and neither copy sees
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +21,8 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.layer import MemoryLayer
 from lightning_fot.memory.on_disk import Saved, save_memory
 from lightning_fot.memory.token_log import Document, TokenLog, TokensRead
+from lightning_fot.retrievers.keys.quantiser import Quantiser
+from lightning_fot.system.lasting import lasting
 
 # Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
 PACKED_SHARE = 8
@@ -50,12 +54,15 @@ class MemoryShape:
 class Memory:
     """The external memory of an attached model: pairs of every memory layer, row by row.
 
+    Whatever changes it changes all of it or, where an error ends it, nothing. Threads may share it: each change is seen
+    whole or not at all, and :attr:`turn` is held by calls that read a text into it.
+
     Args:
         shape: Layers, heads, sizes and dtype of the model it belongs to.
         batch_size: B, independent rows.
         retriever: Specification as ``MemoryConfig.retriever``, for all layers or by layer; one is made for each layer.
         capacity: Tokens kept a row, oldest out; None keeps all.
-        fingerprint: Names the model when the memory is saved, JSON-able; called then, since it reads weights.
+        fingerprint: Says what made the pairs, JSON-able; called when the memory is saved.
         key_folder: Keep keys in files of this folder, paged in and out by the operating system; None keeps them in
             memory.
         value_folder: The same for values.
@@ -66,6 +73,7 @@ class Memory:
         SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
     """
 
+    @lasting
     def __init__(
         self,
         shape: MemoryShape,
@@ -80,6 +88,9 @@ class Memory:
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
+        self._lock = RLock()
+        self.turn = RLock()
+        """Held while a text is read into the memory: texts are read one after the other."""
         self.shape = shape
         self.batch_size = batch_size
         self.retriever = retriever
@@ -136,8 +147,34 @@ class Memory:
     @property
     def documents(self) -> list[Document]:
         """What was read, in the order in which each row began it."""
-        return self.log.documents
+        with self._lock:
+            return self.log.documents
 
+    @contextmanager
+    def _whole(self, log: bool = False) -> Iterator[None]:
+        """A change of all layers and of the log, or of nothing; other threads see it when it is done.
+
+        Args:
+            log: The log is changed otherwise than by what is added to it.
+        """
+        with self._lock, ExitStack() as back:
+            forgotten, saved = self.forgotten, self.saved
+            before = self.log.fork() if log else None
+            undo = self.log.mark()
+            for layer in self.layers.values():
+                back.callback(layer.mark())
+            try:
+                yield
+            except BaseException:
+                self.forgotten, self.saved = forgotten, saved
+                if before is None:
+                    undo()
+                else:
+                    self.log = before
+                raise
+            back.pop_all()
+
+    @lasting
     def append(self, pairs: Pairs, lengths: Tensor | None = None, read: TokensRead | None = None) -> None:
         """Stores the pairs of all memory layers, or of none where something is wrong.
 
@@ -151,22 +188,27 @@ class Memory:
         """
         began = perf_counter()
         counts = self._checked(pairs, lengths)
-        before = self.lengths.tolist()
-        try:
+        full = self.capacity is not None and bool((self.lengths + counts > self.capacity).any())
+        with self._whole(log=full):
+            coded = self._coded
             for number, layer in self.layers.items():
                 keys, values = pairs[number]
-                # Stored pairs outlive the pass: no graph, and no inference tensors that training could not use.
+                # Stored pairs outlive the pass, and so no graph.
                 layer.append(keys.detach(), values.detach(), lengths)
-        except BaseException:
-            for layer in self.layers.values():
-                layer.truncate(before)
-            raise
-        if read is not None:
-            self.log.extend(read)
-        else:
-            self.log.skip(counts)
-        self._drop_oldest()
+            if any(old is not None and old is not new for old, new in zip(coded, self._coded, strict=True)):
+                # What is on disk was coded otherwise.
+                self.saved = {}
+            if read is not None:
+                self.log.extend(read)
+            else:
+                self.log.skip(counts)
+            self._drop_oldest()
         self.append_seconds += perf_counter() - began
+
+    @property
+    def _coded(self) -> list[Quantiser | None]:
+        """What eight-bit vectors were coded with."""
+        return [store.quantiser for layer in self.layers.values() for store in (layer.key_store, layer.value_store)]
 
     def _checked(self, pairs: Pairs, lengths: Tensor | None) -> Tensor:
         """Pairs that each row gets, (B,), once everything about them is known to be right."""
@@ -221,6 +263,7 @@ class Memory:
         self.forgotten = self.forgotten + excess
         self.saved = {}
 
+    @lasting
     def forget(self, document: str) -> int:
         """Forgets a document in every row; indexes are built anew.
 
@@ -233,29 +276,46 @@ class Memory:
         Raises:
             SettingError: No row holds a document of that name.
         """
-        found = self.log.find(document)
-        if not found:
-            names = sorted({known.name for known in self.documents if known.name is not None})
-            raise SettingError(
-                "document", document, "is not in this memory", f"It holds: {', '.join(names) or 'none'}."
-            )
-        masks = [torch.ones(length, dtype=torch.bool) for length in self.lengths.tolist()]
-        for known in found:
-            masks[known.row][self.log.rows_of(known.number)] = False
-        for layer in self.layers.values():
-            layer.keep(masks)
-        self.log.end()
-        self.log.keep(masks)
-        self.saved = {}
+        with self._whole(log=True):
+            found = self.log.find(document)
+            if not found:
+                names = sorted({known.name for known in self.documents if known.name is not None})
+                raise SettingError(
+                    "document", document, "is not in this memory", f"It holds: {', '.join(names) or 'none'}."
+                )
+            masks = [torch.ones(length, dtype=torch.bool) for length in self.lengths.tolist()]
+            for known in found:
+                masks[known.row][self.log.rows_of(known.number)] = False
+            for layer in self.layers.values():
+                layer.keep(masks)
+            self.log.end()
+            self.log.keep(masks)
+            self.saved = {}
         return sum(known.stored for known in found)
 
+    @lasting
     def snapshot(self) -> Memory:
         """An independent memory that shares what is stored so far: O(1), copied on write."""
-        layers = {number: layer.snapshot() for number, layer in self.layers.items()}
-        other = self._with(layers, self.log.fork(), self.batch_size)
-        other.forgotten, other.saved = self.forgotten, dict(self.saved)
+        with self._lock:
+            layers = {number: layer.snapshot() for number, layer in self.layers.items()}
+            other = self._with(layers, self.log.fork(), self.batch_size)
+            other.forgotten, other.saved = self.forgotten, dict(self.saved)
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        return self.snapshot()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            state = {**self.__dict__, "saved": {}}
+        del state["_lock"], state["turn"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock, self.turn = RLock(), RLock()
+
+    @lasting
     def select_rows(self, rows: Tensor) -> Memory:
         """A memory whose row i is a snapshot of row ``rows[i]`` (beam search): nothing is copied.
 
@@ -263,9 +323,10 @@ class Memory:
             rows: (n,) int64, repeated ones too.
         """
         index = rows.tolist()
-        layers = {number: layer.select_rows(index) for number, layer in self.layers.items()}
-        other = self._with(layers, self.log.select_rows(rows), len(index))
-        other.forgotten = self.forgotten[index]
+        with self._lock:
+            layers = {number: layer.select_rows(index) for number, layer in self.layers.items()}
+            other = self._with(layers, self.log.select_rows(rows), len(index))
+            other.forgotten = self.forgotten[index]
         return other
 
     def _with(self, layers: dict[int, MemoryLayer], log: TokenLog, rows: int) -> Memory:
@@ -273,16 +334,19 @@ class Memory:
 
     def take(self, other: Memory) -> None:
         """Becomes what another memory of the same model is, as if it had read the same; the other is given up."""
-        self.layers, self.log, self.forgotten = other.layers, other.log, other.forgotten
-        self.saved, self.append_seconds = other.saved, other.append_seconds
+        with self._lock:
+            self.layers, self.log, self.forgotten = other.layers, other.log, other.forgotten
+            self.saved, self.append_seconds = other.saved, other.append_seconds
 
+    @lasting
     def reset(self) -> None:
         """Forgets everything stored."""
-        self.log = TokenLog(self.batch_size)
-        self.forgotten = torch.zeros(self.batch_size, dtype=torch.int64)
-        self.saved = {}
-        for layer in self.layers.values():
-            layer.reset()
+        with self._whole(log=True):
+            self.log = TokenLog(self.batch_size)
+            self.forgotten = torch.zeros(self.batch_size, dtype=torch.int64)
+            self.saved = {}
+            for layer in self.layers.values():
+                layer.reset()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the memory as safetensors and JSON; what the folder held before is replaced whole or not at all.
@@ -294,7 +358,13 @@ class Memory:
         """
         if self.fingerprint is None:
             raise SettingError("memory", repr(self), "belongs to no model", "Make it with the model's new_memory.")
-        save_memory(self, self.fingerprint(), folder)
+        # Of what is there now, whatever other threads add while files are written.
+        whole, known = self.snapshot(), self.saved
+        save_memory(whole, self.fingerprint(), folder)
+        with self._lock:
+            # What has been forgotten meanwhile is in the files still.
+            if self.saved is known:
+                self.saved = whole.saved
 
     def flush(self) -> None:
         """Builds now whatever index work is pending, and waits for it."""

@@ -178,14 +178,16 @@ def _log_entries(memory: Stored, log: dict[str, Tensor]) -> list[Entry]:
     return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
 
 
-def load_memory(folder: str | os.PathLike[str], expected: dict[str, Any], empty: Callable[[int], StoredT]) -> StoredT:
+def load_memory(
+    folder: str | os.PathLike[str], expected: Callable[[Any], dict[str, Any]], empty: Callable[[int], StoredT]
+) -> StoredT:
     """Reads a memory that the same model wrote. Indexes are built again when they are first needed.
 
     Pairs in one file are mapped, not read: the operating system brings in what is used.
 
     Args:
         folder: As given to :func:`save_memory`.
-        expected: Fingerprint of the model that will read it.
+        expected: Gives the fingerprint of the model that will read it, to be compared with the one that was written.
         empty: Makes an empty memory of so many rows.
 
     Raises:
@@ -210,10 +212,10 @@ def _load(
     index: dict[str, Any],
     text: str,
     folder: str | os.PathLike[str],
-    expected: dict[str, Any],
+    expected: Callable[[Any], dict[str, Any]],
     empty: Callable[[int], StoredT],
 ) -> StoredT:
-    _refuse_other_model(expected, index["fingerprint"], folder)
+    _refuse_other_model(expected(index["fingerprint"]), index["fingerprint"], folder)
     memory = empty(index["rows"])
     try:
         log = _read_checked(source, index["log"], folder)
@@ -261,6 +263,10 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
     missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
     if missing:
         raise _damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
+    rows, lengths = index["rows"], index["lengths"]
+    if not isinstance(rows, int) or not isinstance(lengths, list) or not 0 < rows == len(lengths):
+        # Before anything of that size is made.
+        raise _damaged(folder, f"{INDEX_FILE} names {rows} rows, and not as many lengths")
     return index, text
 
 

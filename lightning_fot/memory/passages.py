@@ -61,7 +61,7 @@ class _Sums:
     rows: int
     queries: Tensor
     keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    values: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.float32))
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
@@ -76,7 +76,7 @@ class _Sums:
         keys = torch.cat([self.keys, *(part for part, _ in self.waiting)])
         values = torch.cat([self.values, *(part for _, part in self.waiting)])
         self.keys, place = torch.unique(keys, return_inverse=True)
-        self.values = torch.zeros(len(self.keys), 3).index_add_(0, place, values)
+        self.values = torch.zeros(len(self.keys), 3, dtype=torch.float32).index_add_(0, place, values)
         self.waiting = []
 
 
@@ -143,14 +143,14 @@ class AttentionTrace:
             SettingError: The recorded rows are not those of the memory.
         """
         stored = int(memory.lengths[row])
-        mass, corrected = torch.zeros(stored), torch.zeros(stored)
+        mass, corrected = torch.zeros(2, stored, dtype=torch.float32)
         chosen = {"prompt": (False,), "answer": (True,), "both": (False, True)}[queries]
         for layer in sorted({layer for _, layer in self._sums}):
             parts = [self._sums[phase, layer] for phase in chosen if (phase, layer) in self._sums]
             if not parts:
                 continue
             heads = parts[0].kv_heads
-            table = torch.zeros(3, heads, stored)
+            table = torch.zeros(3, heads, stored, dtype=torch.float32)
             asked = 0
             for sums in parts:
                 copies, rest = divmod(sums.rows, memory.batch_size)

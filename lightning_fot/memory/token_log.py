@@ -6,7 +6,7 @@ immutable but the row objects, so that a fork shares all that was logged before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -160,6 +160,28 @@ class _Row:
                 del self.named[name]
 
 
+@dataclass(frozen=True)
+class _Before:
+    """A row before tokens were logged to it, which changes one text or begins one."""
+
+    row: _Row
+    current: int | None
+    next_slot: int
+    slots: _Numbers
+    positions: _Numbers
+    text: _Text | None
+
+    def back(self) -> None:
+        row = self.row
+        for slot in range(self.next_slot, row.next_slot):
+            row.texts.pop(slot, None)
+        row.current, row.next_slot, row.slots, row.positions = (
+            self.current, self.next_slot, self.slots, self.positions,
+        )  # fmt: skip
+        if self.current is not None and self.text is not None:
+            row.texts[self.current] = self.text
+
+
 class TokenLog:
     """The texts that a memory has read, row by row, and where in them each stored pair is.
 
@@ -295,6 +317,28 @@ class TokenLog:
         """
         for row, mask in zip(self._rows, keep, strict=True):
             row.keep(mask.cpu())
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that :meth:`extend` and :meth:`skip` log from now on: its cost is that of the rows."""
+        seen = self.seen.clone()
+        before = [
+            _Before(
+                row,
+                row.current,
+                row.next_slot,
+                row.slots,
+                row.positions,
+                None if row.current is None else row.texts.get(row.current),
+            )
+            for row in self._rows
+        ]
+
+        def back() -> None:
+            for row in before:
+                row.back()
+            self.seen = seen
+
+        return back
 
     def fork(self) -> TokenLog:
         """An independent log that shares what was logged so far."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -22,7 +22,7 @@ from lightning_fot.memory.on_disk import load_memory
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.attention.crossbatch import RowTable
 from lightning_fot.model.backbone.attachment import Attachment
-from lightning_fot.model.backbone.fingerprint import fingerprint
+from lightning_fot.model.backbone.fingerprint import Identity
 from lightning_fot.model.passes.crossbatch import CollectPass, CrossbatchPass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.recorder import Recorder
@@ -66,8 +66,9 @@ class MemoryLM:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self.model = attachment.model
-        self._fingerprint = partial(fingerprint, attachment)
-        self.gates: nn.ParameterDict = attachment.way.gates(attachment)
+        self._identity = Identity(attachment)
+        with torch.inference_mode(False):
+            self.gates: nn.ParameterDict = attachment.way.gates(attachment)
         """What the way of attending learns beside the backbone; empty for FoT's own."""
         attachment.hooks.gates = {int(index): gate for index, gate in self.gates.items()}
 
@@ -149,7 +150,7 @@ class MemoryLM:
             batch_size,
             chosen,
             self.config.capacity,
-            self._fingerprint,
+            self._identity.now(),
             key_folder=folder if self.config.offload == "all" else None,
             value_folder=folder,
         )
@@ -164,7 +165,7 @@ class MemoryLM:
         Raises:
             SettingError: There is none, it is damaged, or it belongs to another model.
         """
-        return load_memory(folder, self._fingerprint(), lambda rows: self.new_memory(rows, retriever))
+        return load_memory(folder, self._identity.like, lambda rows: self.new_memory(rows, retriever))
 
     def __call__(
         self,
@@ -199,13 +200,28 @@ class MemoryLM:
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
         if labels is not None:
             labels = checked_labels(labels, input_ids, self.vocabulary, self.device)
-        batch, length = ids.shape
+        batch = len(ids)
         if memory is not None and len(memory):
             self.attachment.way.settings.check_memory("reading beside one")
         if memory is None:
             memory = self.new_memory(batch)
         elif not update_memory:
             memory = memory.snapshot()
+        else:
+            self._identity.now().digest()
+        with memory.turn:
+            return self._read(ids, memory, lengths, places, labels, logits_to_keep)
+
+    def _read(
+        self,
+        ids: Tensor,
+        memory: Memory,
+        lengths: Tensor,
+        places: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int,
+    ) -> MemoryLMOutput:
+        length = ids.shape[1]
         collector = LogitsCollector(length, lengths, places, labels, logits_to_keep, ids.device)
         for logits in read_windows(self.attachment, ids, memory, lengths, places is not None, collector.read_from):
             collector.add(logits)
@@ -240,18 +256,25 @@ class MemoryLM:
         """
         self.attachment.way.settings.check_memory("ingest")
         ids, lengths, places = self._rows(input_ids, attention_mask, memory)
+        self._identity.now().digest()
+        names: list[str | None] | None = None
         if document is not None:
             names = [document] * len(ids) if isinstance(document, str) else list(document)
             if len(names) != len(ids):
                 raise SettingError("document", names, f"is not {len(ids)} names", "Give one a row, or one for all.")
-            memory.log.begin(names)
-        try:
-            with _reporter(progress, ids.numel()) as report:
-                for _ in read_windows(self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report):
-                    pass
-        finally:
-            if document is not None:
-                memory.log.end()
+        with memory.turn:
+            if names is not None:
+                memory.log.begin(names)
+            try:
+                with _reporter(progress, ids.numel()) as report:
+                    parts = read_windows(
+                        self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report
+                    )
+                    for _ in parts:
+                        pass
+            finally:
+                if names is not None:
+                    memory.log.end()
         return memory
 
     @torch.no_grad()
@@ -297,13 +320,16 @@ class MemoryLM:
                 "attention_mask", "padding on the right", "leaves nothing to continue", "Pad on the left."
             )
         kept = self.new_memory(len(ids)) if memory is None else memory
-        config = while_generating(self.config)
-        cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
-        read_prompt = partial(self._read_prompt, ids, lengths, cache)
-        generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
         if update_memory:
-            kept.take(cache.memory)
-            cache.memory = kept
+            self._identity.now().digest()
+        config = while_generating(self.config)
+        with kept.turn if update_memory else nullcontext():
+            cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
+            read_prompt = partial(self._read_prompt, ids, lengths, cache)
+            generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
+            if update_memory:
+                kept.take(cache.memory)
+                cache.memory = kept
         return generated
 
     def _read_prompt(self, ids: Tensor, lengths: Tensor, cache: MemoryCache) -> None:
@@ -397,7 +423,7 @@ class MemoryLM:
         self.attachment.check_attached()
         rows = tokens_first(input_ids, attention_mask, self.device, self.vocabulary)
         if memory is not None:
-            check_memory(memory, len(input_ids), self._memory_shape(), self._fingerprint)
+            check_memory(memory, len(input_ids), self._memory_shape(), self._identity.now())
         return rows
 
     def _memory_shape(self) -> MemoryShape:

@@ -16,6 +16,7 @@ from lightning_fot.pretrained.architecture import build, is_architecture, read_a
 from lightning_fot.pretrained.delta import SHIPPED, add_delta, find_delta
 from lightning_fot.pretrained.folder import check_saved
 from lightning_fot.pretrained.longllama import MEMORY_KEYS, is_longllama, llama_settings, read_config
+from lightning_fot.system.lasting import lasting
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +153,7 @@ def _importable(library: str) -> bool:
         return False
 
 
+@lasting
 def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     """Loads a causal language model.
 

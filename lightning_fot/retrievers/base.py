@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from time import perf_counter
 from typing import Any, ClassVar, Self
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from lightning_fot.config.retriever import SETTING, TransformSpec, check_value, resolve_transform
 from lightning_fot.errors import SettingError
+from lightning_fot.retrievers.index.transforms import usual_size
 from lightning_fot.retrievers.keys.checks import all_finite, checked_banks
 from lightning_fot.retrievers.keys.removed import Removed
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
 from lightning_fot.retrievers.keys.store import KeyStore
 from lightning_fot.retrievers.stats import RetrieverStats
 from lightning_fot.system.digests import read_sealed, write_sealed
+from lightning_fot.system.lasting import lasting
 from lightning_fot.system.tensor_files import load_tensors, save_tensors
 
 
@@ -89,6 +92,8 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._owns_store = True
         self._removed = Removed(banks)
         self._stats = RetrieverStats()
+        # Reentrant: one change at a time, and searches in several threads meanwhile.
+        self._lock = RLock()
 
     @property
     def store(self) -> KeyStore:
@@ -131,6 +136,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._store = store
         self._owns_store = False
 
+    @lasting
     @torch.no_grad()
     def add(self, keys: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Take in keys; row numbers go on where each bank ended.
@@ -145,9 +151,10 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         start = perf_counter()
         counts = self._store.checked_counts(keys, lengths)
         self._check_finite(keys, counts)
-        if self._owns_store:
-            self._store.append(keys, counts)
-        self._truncated([length - count for length, count in zip(self._store.lengths_list, counts, strict=True)])
+        with self._lock:
+            if self._owns_store:
+                self._store.append(keys, counts)
+            self._truncated([length - count for length, count in zip(self._store.lengths_list, counts, strict=True)])
         self._stats.adds += 1
         self._stats.add_seconds += perf_counter() - start
 
@@ -155,6 +162,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         """Forgets what is known of rows from ``lengths[b]`` on: a store's owner may have taken keys back untold."""
         self._removed.truncate(lengths)
 
+    @lasting
     @torch.no_grad()
     def remove(self, rows: Sequence[Tensor | None]) -> None:
         """Never return some rows again; the numbers of the others stay.
@@ -165,10 +173,26 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         Raises:
             SettingError: There is not one entry a bank, or a row is not there.
         """
-        lengths = self._store.lengths_list
-        self._truncated(lengths)
-        self._removed.add(rows, lengths)
+        with self._lock:
+            lengths = self._store.lengths_list
+            self._truncated(lengths)
+            self._removed.add(rows, lengths)
 
+    @property
+    def removed(self) -> Removed:
+        """A copy of what says which rows were removed, for :meth:`taken_back`."""
+        with self._lock:
+            return self._removed.select(range(self.banks))
+
+    def taken_back(self, removed: Removed) -> None:
+        """Told that the owner of the store has put back what it held when ``removed`` was taken."""
+        with self._lock:
+            if type(self).add is not Retriever.add:
+                self.renumber()
+            self._truncated(self._store.lengths_list)
+            self._removed = removed.select(range(self.banks))
+
+    @lasting
     def renumber(self) -> None:
         """Take the keys of the store anew, after its owner dropped rows and numbered the others from 0."""
         self._removed = Removed(self.banks)
@@ -188,6 +212,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
                 "keys", "nan or inf", f"is not finite in {self._store.dtype}", "Check the model's activations."
             )
 
+    @lasting
     def search(self, queries: Tensor, k: int) -> Tensor:
         """Rows with the largest inner product.
 
@@ -227,7 +252,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
         if not all_finite(checked):
             raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
-        return checked
+        return usual_size(checked)
 
     def _search(self, queries: Tensor, k: int) -> Tensor:
         """Rows (banks, q, k) for checked queries (banks, q, dim): float32, contiguous, on the store's device."""
@@ -310,11 +335,12 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             overrides ``add``): that one is copied.
         """
         foreign = type(self).add is not Retriever.add
-        twin = copy.deepcopy(self) if foreign else copy.copy(self)
-        twin._store = self._store.fork() if store is None else store
-        twin._owns_store = self._owns_store if store is None else False
-        twin.num_threads = self.num_threads
-        twin._removed = self._removed.select(range(self.banks))
+        with self._lock:
+            twin = copy.deepcopy(self) if foreign else copy.copy(self)
+            twin._store = self._store.fork() if store is None else store
+            twin._owns_store = self._owns_store if store is None else False
+            twin.num_threads = self.num_threads
+            twin._removed = self._removed.select(range(self.banks))
         twin._stats = RetrieverStats()
         return twin
 
@@ -384,4 +410,10 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
 
     def __getstate__(self) -> dict[str, Any]:
         # After a multi-threaded call a forked child hangs in OpenMP: what travels to another process uses one thread.
-        return {**self.__dict__, "num_threads": 1}
+        state = {**self.__dict__, "num_threads": 1}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = RLock()

@@ -18,6 +18,7 @@ _KEYS_A_CELL = 39  # below this faiss calls the training set too small
 _TRAINED_A_CELL = 64  # keys that k-means looks at, and its rounds: more of either found no more neighbours
 _ROUNDS = 5
 _MOST_PROBES = 64
+_HALF = 512.0
 
 
 class FaissIVFRetriever(PerBankRetriever):
@@ -83,6 +84,8 @@ class _IVFIndex:
         self._index: Any = None
         self._cells: Any = None
         self._chooser: Any = None
+        # Half precision ends at 65,504: keys of larger coordinates are held, and asked for, smaller than they are.
+        self._scale = np.float32(1)
         self._build_threads = owner.threads_for(1 << 30)
         self.nprobe = owner.nprobe
         self.threads = 1
@@ -94,6 +97,11 @@ class _IVFIndex:
         return int(self._index.ntotal * (self._index.code_size + 8) + self._index.nlist * 4 * self._dim)
 
     def train(self, keys: NDArray[np.float32], count: int) -> None:
+        if self._dtype == "float16":
+            top = float(np.abs(keys).max(initial=0))
+            # Later keys may be longer, at most 64 times: those beyond are set apart.
+            self._scale = np.float32(1 if top <= _HALF else 2.0 ** -math.ceil(math.log2(top / _HALF)))
+            keys = keys * self._scale
         with _threads(self._faiss, self._build_threads):
             self._index = self._trained(keys, count)
 
@@ -103,7 +111,7 @@ class _IVFIndex:
         with _threads(self._faiss, self._build_threads):
             # Keys lie in L2 cells, but the cells that promise most are those of largest inner product.
             self._index.quantizer = self._cells
-            self._index.add(keys)
+            self._index.add(keys if self._scale == 1 else keys * self._scale)
             if not self._l2:
                 self._index.quantizer = self._chooser
 
@@ -130,6 +138,9 @@ class _IVFIndex:
     def search(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         nlist = self._index.nlist
         self._index.nprobe = min(nlist, self.nprobe or min(_MOST_PROBES, max(8, nlist // 16)))
+        if self._scale != 1:
+            # Distances need both at one scale.
+            queries = queries * self._scale
         with _threads(self._faiss, self.threads):
             _, rows = self._index.search(queries, k)
         return np.asarray(rows, dtype=np.int64)

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
+from threading import RLock
 from time import perf_counter
 from typing import Any, ClassVar, Self
 
@@ -24,14 +24,18 @@ from lightning_fot.retrievers.index.built import Index as Index
 from lightning_fot.retrievers.index.duplicates import Groups
 from lightning_fot.retrievers.index.jobs import StoppedError, in_background, submit
 from lightning_fot.retrievers.index.reservoir import QueryReservoir
+from lightning_fot.retrievers.index.transforms import FittedTransform
 from lightning_fot.retrievers.keys.checks import checked_banks
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
 from lightning_fot.retrievers.keys.store import KeyStore
+from lightning_fot.system.lasting import lasting
 
 _MIN_TAIL = 2048
 _SHARE_TO_EXTEND = 0.05
 _SHARE_TO_REBUILD = 0.5
 _SMALL_BATCH = 16
+# Who answers with an index, or waits for one: sets that retrievers of several threads share.
+_OWNERSHIP = RLock()
 
 
 class PerBankRetriever(Retriever):
@@ -64,7 +68,6 @@ class PerBankRetriever(Retriever):
         super().__init__(dim, banks, **kwargs)
         self._built: list[Built | None] = [None] * banks
         self._jobs: list[BuildJob | None] = [None] * banks
-        self._lock = Lock()
         self._failed_at = [0] * banks
         self._reservoir = QueryReservoir(dim, banks, self.seed)
         self._warned = False
@@ -90,6 +93,7 @@ class PerBankRetriever(Retriever):
         indexes = sum(built.nbytes for built in self._built if built)
         return super().nbytes + indexes + self._reservoir.nbytes
 
+    @lasting
     def observe(self, queries: Tensor) -> None:
         """Show past queries (banks, q, dim), rotated as they are searched with: for the query-aware map and for hubs.
 
@@ -102,6 +106,7 @@ class PerBankRetriever(Retriever):
         if self.transform != TransformSpec() and checked.shape[1]:
             self._reservoir.observe(checked)
 
+    @lasting
     @torch.no_grad()
     def flush(self) -> None:
         """Build now whatever is pending: afterwards each bank of at least ``min_index_size`` keys has no tail.
@@ -127,12 +132,13 @@ class PerBankRetriever(Retriever):
         Raises:
             SettingError: A bank number is out of range.
         """
-        super().reset(banks)
         numbers = checked_banks(banks, self.banks)
-        for bank in numbers:
-            self._drop(bank)
-            self._failed_at[bank] = 0
-        self._reservoir.reset(numbers)
+        with self._lock:
+            super().reset(banks)
+            for bank in numbers:
+                self._drop(bank)
+                self._failed_at[bank] = 0
+            self._reservoir.reset(numbers)
 
     def fork(self, store: KeyStore | None = None) -> Self:
         """A snapshot in O(1): built indexes are shared and read only until one side is gone.
@@ -162,39 +168,43 @@ class PerBankRetriever(Retriever):
 
     def _share(self, other: PerBankRetriever, banks: Sequence[int]) -> None:
         """Takes over what ``other`` has built, and is building, of some banks."""
-        with other._lock:
+        # Within the other's lock: it must not find itself alone with an index, and extend it, before this one counts.
+        with other._lock, _OWNERSHIP:
             self._built = [other._built[bank] for bank in banks]
             self._jobs = [other._jobs[bank] for bank in banks]
             self._failed_at = [other._failed_at[bank] for bank in banks]
-        for built in self._built:
-            if built is not None:
-                built.owners.add(self)
-        for job in self._jobs:
-            if job is not None:
-                job.wanted_by.add(self)
+            for built in self._built:
+                if built is not None:
+                    built.owners.add(self)
+            for job in self._jobs:
+                if job is not None:
+                    job.wanted_by.add(self)
 
     def renumber(self) -> None:
         """Drop all indexes, after the owner of the store numbered its rows anew; observed queries stay."""
-        for bank in range(self.banks):
-            self._drop(bank)
-            self._failed_at[bank] = 0
-        super().renumber()
+        with self._lock:
+            for bank in range(self.banks):
+                self._drop(bank)
+                self._failed_at[bank] = 0
+            super().renumber()
 
     def _truncated(self, lengths: Sequence[int]) -> None:
-        super()._truncated(lengths)
-        for bank, length in enumerate(lengths):
-            built, job = self._built[bank], self._jobs[bank]
-            if (built is not None and built.size > length) or (job is not None and job.length > length):
-                self._drop(bank)
+        with self._lock:
+            super()._truncated(lengths)
+            for bank, length in enumerate(lengths):
+                built, job = self._built[bank], self._jobs[bank]
+                if (built is not None and built.size > length) or (job is not None and job.length > length):
+                    self._drop(bank)
 
     def _drop(self, bank: int) -> None:
         """Forgets what is built, and is being built, of a bank."""
-        built, job = self._built[bank], self._jobs[bank]
-        self._built[bank] = self._jobs[bank] = None
-        self._disown(built)
-        if job is not None and not any(other is job for other in self._jobs):
-            job.release(self)
-            self._disown(job.built)
+        with self._lock, _OWNERSHIP:
+            built, job = self._built[bank], self._jobs[bank]
+            self._built[bank] = self._jobs[bank] = None
+            self._disown(built)
+            if job is not None and not any(other is job for other in self._jobs):
+                job.release(self)
+                self._disown(job.built)
 
     def _disown(self, built: Built | None) -> None:
         """Stops answering with an index, unless another bank does."""
@@ -232,7 +242,9 @@ class PerBankRetriever(Retriever):
     def _shares(self, built: Built) -> bool:
         """Whether another retriever, or another bank of this one, answers with this index or is about to."""
         waiting = sum(job is not None and job.built is built for job in self._jobs)
-        return len(built.owners) > 1 or waiting + sum(other is built for other in self._built) > 1
+        with _OWNERSHIP:
+            owners = len(built.owners)
+        return owners > 1 or waiting + sum(other is built for other in self._built) > 1
 
     def build_recipe(self) -> Recipe:
         """How the index of a bank is built."""
@@ -249,7 +261,8 @@ class PerBankRetriever(Retriever):
             # The caller goes on to observe and to add.
             past, store = past[:0] if extends is not None else past.clone(), store.select([bank])
         job = BuildJob(store, bank if wait else 0, length, past, extends)
-        job.wanted_by.add(self)
+        with _OWNERSHIP:
+            job.wanted_by.add(self)
         self._jobs[bank] = job
         if not wait:
             submit(job)
@@ -271,7 +284,8 @@ class PerBankRetriever(Retriever):
             self._jobs[bank] = None
             self._take(bank, job)
             if not any(other is job for other in self._jobs):
-                job.release(self)
+                with _OWNERSHIP:
+                    job.release(self)
         elif built is not None and built.broken:
             self._drop(bank)
 
@@ -286,7 +300,8 @@ class PerBankRetriever(Retriever):
             if job.built is not None:
                 self._drop(bank)
                 # Forks that have yet to take it too: what is added to this one must not get into theirs.
-                job.built.owners.update((self, *job.wanted_by))
+                with _OWNERSHIP:
+                    job.built.owners.update((self, *job.wanted_by))
                 self._built[bank] = job.built
         elif isinstance(error, (MissingLibraryError, SettingError)):
             raise error
@@ -324,7 +339,17 @@ class PerBankRetriever(Retriever):
         keys = self._store.flat(bank)
         raw = partial(self._store.take, bank) if keys is None else keys
         if groups is not None:
-            answer = _members(groups, queries, raw, answer, k)
+            chosen = _reaching(groups, built.transform, queries, raw, answer, k)
+            many = 2 * np.where(chosen < 0, 0, groups.counts.take(chosen)).sum(axis=1) > size
+            if many.any():
+                # Most keys are of the kinds that were found: a scan takes no longer.
+                place = torch.from_numpy(many).to(queries.device)
+                rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+                rows[place] = pad_rows(self._scan(bank, queries[place], k), k)
+                if not many.all():
+                    rows[~place] = pad_rows(self._search_bank(bank, queries[~place].contiguous(), k), k)
+                return rows
+            answer = groups.rows(chosen)
         self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
         if not tail and len(apart) and len(queries) <= _SMALL_BATCH and keys is not None:
             return torch.from_numpy(
@@ -385,17 +410,20 @@ class PerBankRetriever(Retriever):
 
     def __getstate__(self) -> dict[str, Any]:
         # Indexes of foreign libraries do not pickle; they are rebuilt from the keys when next needed.
-        state = {**super().__getstate__(), "_built": [None] * self.banks, "_jobs": [None] * self.banks}
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = Lock()
+        return {**super().__getstate__(), "_built": [None] * self.banks, "_jobs": [None] * self.banks}
 
 
-def _members(groups: Groups, queries: Tensor, keys: Tensor | Callable[[Tensor], Tensor], found: Rows, k: int) -> Rows:
-    """Candidate rows (q, w) of groups (q, m) that were found, those of the best first key before the others."""
+def _reaching(
+    groups: Groups,
+    transform: FittedTransform,
+    queries: Tensor,
+    keys: Tensor | Callable[[Tensor], Tensor],
+    found: Rows,
+    k: int,
+) -> Rows:
+    """Of groups (q, m) that were found those whose rows may be among the k best, -1 for the others."""
     first = torch.from_numpy(np.where(found < 0, -1, groups.first.take(found))).to(queries.device)
-    order = rescore(queries, keys, first).argsort(dim=1, descending=True)
-    return groups.rows(np.take_along_axis(found, order.cpu().numpy(), axis=1), k)
+    scores, order = rescore(queries, keys, first).sort(dim=1, descending=True)
+    slack = groups.distance**0.5 * transform.lengths(queries)
+    ordered = np.take_along_axis(found, order.cpu().numpy(), axis=1)
+    return groups.reaching(ordered, scores.cpu().numpy(), slack, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import Lock, RLock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 from lightning_fot.model.attention.rotary import Embeddings, find_rotary, identity_rotary
 from lightning_fot.model.backbone.calls import Calls
-from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of
+from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of, following_length, forget_length
 from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.probe import LayerFacts
@@ -23,6 +24,85 @@ if TYPE_CHECKING:
 # Attribute of a cosine table that names the pass which its layers served: the table outlives the pass where layers are
 # run again in the backward pass.
 _PASS = "lightning_fot_pass"
+
+
+class OfOneModel:
+    """A hook, bound to the model that it was put on.
+
+    A copy of the model would carry it along: it would serve the first model's passes, or nothing.
+
+    Args:
+        hook: What torch calls.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OfOneModel:
+        raise uncopyable()
+
+    def __reduce__(self) -> Any:
+        raise uncopyable()
+
+
+def uncopyable() -> SettingError:
+    """The error for copying or pickling what has a memory attached."""
+    return SettingError(
+        "model",
+        "a model with a memory attached",
+        "cannot be copied or pickled: its hooks serve this one alone",
+        "Detach the memory, copy or save the plain model, and attach a memory to each; save_pretrained writes both.",
+    )
+
+
+class KeptCaches:
+    """Suspends gradient checkpointing where a cache is read or written and no gradients are wanted.
+
+    Transformers takes the cache away from layers that may be run again, whatever the gradient mode: tokens would then
+    be generated without what was read before.
+
+    Args:
+        model: The backbone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._lock = Lock()
+        self._calls = 0
+        self._suspended: list[Any] = []
+        self._mine = local()
+
+    def begin(self) -> None:
+        """Before a forward that is given a cache."""
+        suspends = not torch.is_grad_enabled() and (self._model.training or self._calls > 0)
+        # Forwards are nested: the first one of generation reads the prompt.
+        self._nested().append(suspends)
+        if suspends:
+            with self._lock:
+                self._calls += 1
+                for layer in self._model.modules():
+                    if layer.training and getattr(layer, "gradient_checkpointing", False):
+                        self._suspended.append(layer)
+                        setattr(layer, "gradient_checkpointing", False)  # noqa: B010 - modules have no such attribute
+
+    def end(self) -> None:
+        """After it, however it ended."""
+        nested = self._nested()
+        if nested and nested.pop():
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    for layer in self._suspended:
+                        layer.gradient_checkpointing = True
+                    self._suspended = []
+
+    def _nested(self) -> list[bool]:
+        """Of each forward that this thread is in, whether it suspends."""
+        found: list[bool] = self._mine.__dict__.setdefault("nested", [])
+        return found
 
 
 class Hooks:
@@ -61,14 +141,21 @@ class Hooks:
         self.gates: dict[int, nn.Parameter] = {}
         self.positions = "first"
         self.score_factor = 1.0
+        self._kept = KeptCaches(model)
         self._backends = backends
         self._selected = selected
         self._check_attached = check_attached
         self._handles = [
-            layer.register_forward_pre_hook(self._before_attention(index, layer), with_kwargs=True)
+            layer.register_forward_pre_hook(OfOneModel(self._before_attention(index, layer)), with_kwargs=True)
             for index, layer in attentions.items()
         ]
         self._handles += self._on_decoder()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+        raise uncopyable()
+
+    def __reduce__(self) -> Any:
+        raise uncopyable()
 
     @property
     def in_place(self) -> bool:
@@ -166,6 +253,8 @@ class Hooks:
 
         def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
+            if cache is not None:
+                self._kept.begin()
             if not isinstance(cache, MemoryCache):
                 return
             self._check_attached()
@@ -174,11 +263,17 @@ class Hooks:
                 embeddings = kwargs["inputs_embeds"]
                 inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
             mask = kwargs.get("attention_mask")
+            # Before anything of the cache is changed.
+            functions = checkpointing(self.model)
+            if functions:
+                check_replay(cache, functions)
             cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
             self.enter(cache)
 
         def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs.get("past_key_values")
+            if cache is not None:
+                self._kept.end()
             if isinstance(cache, MemoryCache) and self.calls.state.current is cache:
                 cache.end(completed=output is not None)
                 self.calls.end()
@@ -192,11 +287,29 @@ class Hooks:
                 return args, {**kwargs, "position_ids": positions}
             return (args[0], positions, *args[2:]), kwargs
 
+        # Frequencies that follow the length are kept in the module: one call at a time may look at them, and what an
+        # earlier call has read says nothing of this one.
+        turn = RLock()
+
+        def before_following(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            turn.acquire()
+            if self.calls.state.current is not None:
+                forget_length(module)
+
+        def after_following(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            turn.release()
+
+        following = following_length(self.model)
         return [
-            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
+            *(module.register_forward_pre_hook(OfOneModel(before_following), with_kwargs=True) for module in following),
             *(
-                module.register_forward_pre_hook(local_positions, with_kwargs=True)
+                module.register_forward_hook(OfOneModel(after_following), with_kwargs=True, always_call=True)
+                for module in following
+            ),
+            decoder.register_forward_pre_hook(OfOneModel(before_decoder), with_kwargs=True),
+            decoder.register_forward_hook(OfOneModel(after_decoder), with_kwargs=True, always_call=True),
+            *(
+                module.register_forward_pre_hook(OfOneModel(local_positions), with_kwargs=True)
                 for module in decoder.modules()
                 if "RotaryEmbedding" in type(module).__name__
             ),

@@ -36,6 +36,13 @@ def following_length(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in modules if getattr(module, "rope_type", None) in ("dynamic", "longrope")]
 
 
+def forget_length(module: Any) -> None:
+    """Puts a rotary module back to the frequencies of short texts: it keeps those of the longest that it has met."""
+    if module.rope_type == "dynamic" and module.max_seq_len_cached > module.original_max_seq_len:
+        module.register_buffer("inv_freq", module.original_inv_freq.to(module.inv_freq.device), persistent=False)
+        module.max_seq_len_cached = module.original_max_seq_len
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the language model, in models that have others beside it too."""
     return model.config.get_text_config()

@@ -27,7 +27,40 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     """Logits (1, T, vocabulary) of a few fixed tokens."""
     ids = (torch.arange(_TOKENS) * 7 + 3) % text_config(model).vocab_size
     logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    if logits.shape[1] != _TOKENS:
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            f"gives logits of {logits.shape[1]} tokens for {_TOKENS}: it reads tokens of its own, which would be put "
+            "before every window and into the memory",
+            "Use a model, or adapters, without virtual tokens; LoRA is served.",
+        )
     return logits
+
+
+def refuse_virtual_tokens(model: PreTrainedModel) -> None:
+    """Raises: SettingError: An adapter of peft puts tokens of its own before every text (prompt or prefix tuning)."""
+    found = getattr(model, "active_peft_config", None)
+    if getattr(found, "is_prompt_learning", False):
+        raise SettingError(
+            "model.backbone",
+            str(getattr(found, "peft_type", type(found).__name__)).removeprefix("PeftType."),
+            "puts virtual tokens before every window, and so into the memory",
+            "Use adapters without virtual tokens; LoRA is served.",
+        )
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Raises: SettingError: Weights are kept elsewhere between calls (accelerate), where no memory can know them."""
+    away = [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]
+    if away:
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            f"{len(away)} of its weights, such as {away[0]}, are offloaded to main memory or a disk (device_map), or "
+            "not loaded",
+            "Load all of it on one device, in bfloat16 if need be.",
+        )
 
 
 def plain_passes(way: WayOfAttending, device: torch.device) -> list[Pass]:

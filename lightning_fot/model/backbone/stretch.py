@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from lightning_fot.config.backbone import RopeSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.attachment import INTERFACE
-from lightning_fot.model.backbone.layers import decoder_of, following_length, rotary_modules, text_config
+from lightning_fot.model.backbone.layers import decoder_of, following_length, forget_length, rotary_modules, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Which text's length counts in this thread or task.
+_LENGTH: ContextVar[object] = ContextVar("lightning_fot_length", default=None)
 
 
 def stretch_positions(model: PreTrainedModel, settings: RopeSettings) -> None:
@@ -74,30 +79,33 @@ def at_length(model: PreTrainedModel, length: int) -> Iterator[None]:
     following = following_length(model)
 
     def with_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _LENGTH.get() is not whole:
+            return None
+        # What other texts have left there counts no more.
+        forget_length(module)
         place = "position_ids" in kwargs
         positions: Tensor = kwargs["position_ids"] if place else args[1]
         longer = torch.cat([torch.full_like(positions[:, :1], length - 1), positions], dim=1)
         return (args, {**kwargs, "position_ids": longer}) if place else ((args[0], longer, *args[2:]), kwargs)
 
-    def without_last(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return output[0][:, 1:], output[1][:, 1:]
+    def without_last(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        return (output[0][:, 1:], output[1][:, 1:]) if _LENGTH.get() is whole else None
 
-    def forget() -> None:
-        for module in following:
-            # transformers goes back to the frequencies of short texts when it meets one.
-            module(torch.zeros(1, device=model.device), torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-
-    forget()
     handles: list[Any] = []
     for module in following:
         handles += [module.register_forward_pre_hook(with_last, with_kwargs=True)]
         handles += [module.register_forward_hook(without_last)]
+    # Texts that other threads read meanwhile have lengths of their own.
+    whole = object()
+    token = _LENGTH.set(whole)
     try:
         yield
     finally:
+        _LENGTH.reset(token)
         for handle in handles:
             handle.remove()
-        forget()
+        for module in following:
+            forget_length(module)
 
 
 def _parameters(settings: RopeSettings, before: dict[str, Any], config: Any, trained: int) -> dict[str, Any]:

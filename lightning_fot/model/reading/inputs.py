@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory, MemoryShape
+
+if TYPE_CHECKING:
+    from lightning_fot.model.backbone.fingerprint import Maker
 
 _WHOLE = (torch.int64, torch.int32)
 
@@ -141,14 +144,14 @@ def check_count(name: str, value: object) -> None:
         raise SettingError(name, value, "must be a whole number of at least 0", "0 gives those of all tokens.")
 
 
-def check_memory(memory: Memory, rows: int, shape: MemoryShape, fingerprint: Callable[[], dict[str, Any]]) -> None:
-    """Refuses a memory that another model made, or one of other rows.
+def check_memory(memory: Memory, rows: int, shape: MemoryShape, maker: Maker) -> None:
+    """Refuses a memory that another model made, or other weights of the same, or one of other rows.
 
     Args:
         memory: What is to be attended to.
         rows: B of the input.
         shape: What the model's own memories have.
-        fingerprint: Of the model that reads; compared where the memory has another one.
+        maker: The model that reads, as it is now; compared where another made the memory.
 
     Raises:
         SettingError: It does not fit.
@@ -169,19 +172,28 @@ def check_memory(memory: Memory, rows: int, shape: MemoryShape, fingerprint: Cal
         )
     pairs = ((field.name, getattr(memory.shape, field.name), getattr(shape, field.name)) for field in fields(shape))
     different = {name: (its, own) for name, its, own in pairs if its != own}
-    if not different and memory.fingerprint is not None and memory.fingerprint is not fingerprint:
-        its_print, own_print = memory.fingerprint(), fingerprint()
-        different = {name: (its_print.get(name), own) for name, own in own_print.items() if its_print.get(name) != own}
-        if not different:
-            # Another attachment of the same model: known from now on.
-            memory.fingerprint = fingerprint
+    if not different and memory.fingerprint is not maker:
+        if not len(memory):
+            # Whoever fills it makes it.
+            memory.fingerprint = maker
+        elif memory.fingerprint is not None:
+            its_print, own_print = memory.fingerprint(), maker()
+            different = {
+                name: (its_print.get(name), own) for name, own in own_print.items() if its_print.get(name) != own
+            }
+            if not different:
+                # The same model as another attachment, or as it was once before: known from now on.
+                memory.fingerprint = maker
+            elif getattr(memory.fingerprint, "identity", None) is maker.identity:
+                # A call may score otherwise than the model that it asks.
+                different.pop("score_factor", None)
     if different:
         listed = "; ".join(f"{name}: {_short(its)} there, {_short(own)} here" for name, (its, own) in different.items())
         raise SettingError(
             "memory",
             f"tokens={memory.lengths.tolist()}",
             f"does not fit this model ({listed})",
-            "Make it with this model's new_memory, or attach the memory as it was when the memory was made.",
+            "Read the text again, or use the weights, adapters and settings that made it.",
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fot.config.retriever import TransformSpec
 from lightning_fot.retrievers.index.built import Built, Index, flags_of, prepare, union
-from lightning_fot.retrievers.index.duplicates import find_duplicates, reach
+from lightning_fot.retrievers.index.duplicates import find_duplicates, harmless, reach
 from lightning_fot.retrievers.index.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.index.isolated import LonelyDetector, fit_lonely
 from lightning_fot.retrievers.index.jobs import Job, check_job
@@ -67,6 +67,10 @@ def build(recipe: Recipe, store: KeyStore, bank: int, length: int, past: Tensor)
     groups = find_duplicates(moved[others], same, others.numpy()) if same else None
     if groups is not None and len(groups.first) < recipe.smallest:
         groups = None
+    if groups is not None:
+        asked = torch.from_numpy(transform.queries(past.cpu().clone()))
+        if not harmless(groups, moved[others], others.numpy(), asked, len(transform.mean)):
+            groups, same = None, 0.0
     index = recipe.new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
     return Built(index, transform, hubs, lonely, length, length, apart, keys[apart].float(), same, groups)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ _LARGEST_CELL = 1 << 14
 _EXTENDABLE = 1 << 14  # groups: new keys are compared with all of them
 _SPREAD_SAMPLE = 1 << 16
 _SPREAD_QUANTILE = 0.999
-_LEAST_OF_A_KIND = 32
-_KINDS = 8  # groups of k alike that an answer has room for
+_ASKED, _WANTED = 64, 32  # queries that groups are tried with, of each sort, and neighbours of each
+_MOST_LOST = 0.005  # recall
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,44 @@ class Groups:
         vectors = 0 if self.vectors is None else self.vectors.numel() * 4
         return self.first.nbytes + self.members.nbytes + 2 * self.counts.nbytes + vectors
 
-    def rows(self, groups: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-        """Rows of the groups that were found: of each as many as can be among the k best, from old to new evenly.
+    def reaching(self, groups: NDArray[np.int64], scores: NDArray[np.float32], slack: Any, k: int) -> NDArray[np.int64]:
+        """The groups of which a row may be among the k best.
 
         Args:
             groups: (q, m) group numbers, m at least 1, best first; -1 where there is none.
+            scores: (q, m) of their firsts, not ascending.
+            slack: (q, 1) how far the score of a row may lie from that of its group's first.
             k: Neighbours wanted.
 
         Returns:
-            (q, w) rows without duplicates, w at most 8 max(k, 32), those of better groups first; -1 where there are
-            fewer.
+            ``groups``, -1 for those of which each row scores less than k rows do.
         """
-        most = max(k, _LEAST_OF_A_KIND)
-        every = np.where(groups < 0, 0, self.counts.take(groups))
-        counts = np.minimum(every, most)
+        counts = np.where(groups < 0, 0, self.counts.take(groups))
+        enough = counts.cumsum(axis=1) >= k
+        # The last that is needed for k rows; all, where there are not as many.
+        last = np.where(enough.any(axis=1), enough.argmax(axis=1), groups.shape[1] - 1)[:, None]
+        least = np.take_along_axis(scores, last, axis=1) - slack
+        return np.where(scores + slack >= least, groups, -1)
+
+    def rows(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All rows of the groups that were found.
+
+        Args:
+            groups: (q, m) group numbers, m at least 1; -1 where there is none.
+
+        Returns:
+            (q, w) rows without duplicates, those of groups that come first first; -1 where there are fewer.
+        """
+        counts = np.where(groups < 0, 0, self.counts.take(groups))
         ends = counts.cumsum(axis=1)
-        width = min(_KINDS * most, int(ends[:, -1].max(initial=0)))
-        slots = np.arange(width)
+        slots = np.arange(int(ends[:, -1].max(initial=0)))
         # The group of a slot is the first that ends behind it.
-        wanted = torch.from_numpy(np.broadcast_to(slots, (len(groups), width)).copy())
+        wanted = torch.from_numpy(np.broadcast_to(slots, (len(groups), len(slots))).copy())
         place = torch.searchsorted(torch.from_numpy(ends), wanted, right=True).numpy()
         beyond = place >= groups.shape[1]
         place[beyond] = 0
-        taken = np.take_along_axis(np.stack((ends - counts, counts, every)), place[None], axis=2)
-        inside = (slots - taken[0]) * taken[2] // np.maximum(taken[1], 1)
         chosen = np.take_along_axis(groups, place, axis=1)
+        inside = slots - np.take_along_axis(ends - counts, place, axis=1)
         rows = self.members.take(np.where(beyond, 0, self._starts.take(chosen) + inside))
         rows[beyond] = -1
         return rows
@@ -161,6 +175,49 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
     return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, vectors[first])
 
 
+def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], queries: Tensor, real: int) -> bool:
+    """Whether neighbours are found by groups as they are without: asked, not assumed.
+
+    How near is nearly the same cannot be told from distances alone: a few keys far out make near neighbours of all the
+    others look alike, and kinds of one text may lie as close as the keys of another.
+
+    Args:
+        groups: Of the vectors.
+        vectors: (n, dim) as an index gets them.
+        numbers: (n,) int64, sorted: their row numbers.
+        queries: (m, dim) past queries, as the index gets them; few or none are known.
+        real: Coordinates that queries have; the others are zero.
+    """
+    k = min(_WANTED, max(1, len(vectors) // 8))
+    some = some_of(vectors, _ASKED)
+    around = some - vectors.mean(dim=0)
+    spread = some_of(vectors, _SPREAD_SAMPLE).std(dim=0)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(_ASKED, vectors.shape[1], generator=generator, dtype=torch.float32)
+    sorts = [around, random, random * spread, some_of(queries, _ASKED)]
+    place = np.searchsorted(numbers, groups.first)
+    firsts = vectors[torch.from_numpy(place)]
+    of_row = np.empty(len(vectors), dtype=np.int64)
+    of_row[np.searchsorted(numbers, groups.members)] = np.repeat(np.arange(len(groups.first)), groups.counts)
+    group = torch.from_numpy(of_row)
+    for asked in sorts:
+        asked = torch.nn.functional.pad(asked[:, :real], (0, vectors.shape[1] - real))
+        lost = []
+        for part in torch.split(asked, 16):
+            check_job()
+            scores = part @ vectors.T
+            best = (part @ firsts.T).topk(min(k, len(firsts)), dim=1).indices
+            found = torch.zeros(len(part), len(firsts), dtype=torch.bool).scatter_(1, best, True)
+            want = scores.topk(k, dim=1)
+            # Rows that score as the last that is wanted are as good as it.
+            seen = scores.masked_fill(~found[:, group], -torch.inf).topk(k, dim=1).values
+            least = want.values[:, -1:] - 1e-5 * scores.abs().amax(dim=1, keepdim=True)
+            lost.append(1 - (seen >= least).float().mean(dim=1))
+        if lost and float(torch.cat(lost).mean()) > _MOST_LOST:
+            return False
+    return True
+
+
 def repeats(vectors: Tensor, distance: float, share: float = 1 - _MOST_KINDS) -> bool:
     """Whether such a share of a sample of vectors (n, dim) has another one within a squared distance.
 
@@ -168,7 +225,7 @@ def repeats(vectors: Tensor, distance: float, share: float = 1 - _MOST_KINDS) ->
     """
     picked = _some(len(vectors), _SAMPLE)
     sample = vectors[picked]
-    best = torch.full((len(sample),), -torch.inf)
+    best = torch.full((len(sample),), -torch.inf, dtype=torch.float32)
     for start in range(0, len(vectors), 16 * _BLOCK):
         check_job()
         scores = _score(sample, vectors[start : start + 16 * _BLOCK])

@@ -37,7 +37,7 @@ class HubDetector:
     def find(self, keys: Tensor) -> Tensor:
         """Positions (h,) int64 of the hubs among keys (n, D), at most n / 64 of them, the most wanted ones."""
         keys = keys.float()
-        wanted = torch.zeros(keys.shape[0])
+        wanted = torch.zeros(keys.shape[0], dtype=torch.float32)
         if len(self.queries):
             for start in range(0, keys.shape[0], 16384):
                 scores = self.queries @ keys[start : start + 16384].T
@@ -63,7 +63,7 @@ def fit_hubs(keys: Tensor, past_queries: Tensor, share: float = 1.0) -> HubDetec
         short = 0.0
     if len(past_queries) < _MIN_SAMPLE:
         return HubDetector(past_queries[:0], past_queries.new_zeros(0), short)
-    picked = torch.linspace(0, len(past_queries) - 1, min(_SAMPLE, len(past_queries))).long()
+    picked = torch.linspace(0, len(past_queries) - 1, min(_SAMPLE, len(past_queries)), dtype=torch.float64).long()
     sample = past_queries[picked]
     _, scores = topk_rows(sample, keys, max(1, round(share * _NEIGHBOURS)))
     return HubDetector(sample, scores[:, -1], short)

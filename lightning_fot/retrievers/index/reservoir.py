@@ -22,7 +22,7 @@ class QueryReservoir:
     """
 
     def __init__(self, dim: int, banks: int, seed: int) -> None:
-        self._kept = torch.zeros(banks, 0, dim)
+        self._kept = torch.zeros(banks, 0, dim, dtype=torch.float32)
         self._seen = [0] * banks
         self._generator = torch.Generator().manual_seed(seed)
         self._shared = False
@@ -34,8 +34,9 @@ class QueryReservoir:
         return self._kept.numel() * self._kept.element_size()
 
     def bank(self, bank: int) -> Tensor:
-        """Queries kept for a bank (m, dim) float32."""
-        return self._kept[bank, : min(self._seen[bank], _CAPACITY)]
+        """Queries kept for a bank (m, dim) float32; they may be replaced by others as more are observed."""
+        with self._lock:
+            return self._kept[bank, : min(self._seen[bank], _CAPACITY)]
 
     def observe(self, queries: Tensor) -> None:
         """Take in queries (banks, q, dim) float32."""
@@ -57,7 +58,7 @@ class QueryReservoir:
         if fill < count:
             # Algorithm R (Vitter 1985), a whole call at once: item i stays with probability capacity / (i + 1).
             ranks = torch.arange(seen + fill, seen + count)
-            draws = (torch.rand(count - fill, generator=self._generator) * (ranks + 1)).long()
+            draws = (torch.rand(count - fill, generator=self._generator, dtype=torch.float32) * (ranks + 1)).long()
             taken = draws < _CAPACITY
             self._kept[bank, draws[taken]] = queries[fill:][taken]
         self._seen[bank] = seen + count
@@ -66,17 +67,18 @@ class QueryReservoir:
         capacity = self._kept.shape[1]
         grown = min(_CAPACITY, max(need, 2 * capacity)) if need > capacity else capacity
         if grown > capacity or self._shared:
-            fresh = torch.zeros(self._kept.shape[0], grown, self._kept.shape[2])
+            fresh = torch.zeros(self._kept.shape[0], grown, self._kept.shape[2], dtype=torch.float32)
             fresh[:, :capacity] = self._kept
             self._kept, self._shared = fresh, False
 
     def fork(self) -> QueryReservoir:
         """A snapshot in O(1), copied by whoever observes next."""
         twin = QueryReservoir.__new__(QueryReservoir)
-        twin._kept, twin._seen = self._kept, list(self._seen)
-        twin._generator = torch.Generator()
-        twin._generator.set_state(self._generator.get_state())
-        twin._shared = self._shared = True
+        with self._lock:
+            twin._kept, twin._seen = self._kept, list(self._seen)
+            twin._generator = torch.Generator()
+            twin._generator.set_state(self._generator.get_state())
+            twin._shared = self._shared = True
         twin._lock = Lock()
         return twin
 
@@ -88,15 +90,17 @@ class QueryReservoir:
 
     def restore(self, bank: int, queries: Tensor) -> None:
         """Make ``queries`` (m, dim) all that is kept for a bank."""
-        self._seen[bank] = 0
-        self._own(queries.shape[0])
-        self._kept[bank, : queries.shape[0]] = queries
-        self._seen[bank] = queries.shape[0]
+        with self._lock:
+            self._seen[bank] = 0
+            self._own(queries.shape[0])
+            self._kept[bank, : queries.shape[0]] = queries
+            self._seen[bank] = queries.shape[0]
 
     def reset(self, banks: list[int]) -> None:
         """Forget some banks' queries."""
-        for bank in banks:
-            self._seen[bank] = 0
+        with self._lock:
+            for bank in banks:
+                self._seen[bank] = 0
 
     def __getstate__(self) -> dict[str, object]:
         kept = {name: value for name, value in self.__dict__.items() if name != "_lock"}

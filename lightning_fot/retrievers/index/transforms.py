@@ -5,6 +5,7 @@ The score of a query against all keys changes by a constant and a positive facto
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,9 @@ from lightning_fot.config.retriever import TransformSpec
 
 _EIGENVALUE_FLOOR = 1e-3
 _MIN_QUERIES_PER_DIM = 4
+_USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
+_LONGEST = 1024.0  # lengths of the median key: longer ones are not typical
+_FARTHEST = 64.0  # lengths of a typical key: what is longer is an outlier, without any map too
 _FEW = 16
 
 
@@ -31,6 +35,8 @@ class FittedTransform:
         query_map: (D, D) applied to queries, the inverse transpose of ``key_map``, or None.
         radius: Keys longer than this after the maps are outliers; they are shortened to it for the index.
         l2_augment: Whether one coordinate is added.
+        scale: A power of two that keys are multiplied with, since libraries square them in single precision: beyond
+            1e19 that ends the process. 1 for usual keys.
     """
 
     mean: Tensor
@@ -39,6 +45,7 @@ class FittedTransform:
     query_map: Tensor | None
     radius: float
     l2_augment: bool
+    scale: float = 1.0
 
     @property
     def dim(self) -> int:
@@ -55,12 +62,14 @@ class FittedTransform:
             (n, dim) float32 contiguous, and the positions of outliers (m,) int64. Shortening outliers keeps one huge
             key from spoiling cells and distances; whoever uses the index scores them exactly.
         """
-        moved = _map(keys.float() - self.mean, self.key_map)
+        moved = _map(_scaled(keys.float(), self.mean, self.scale), self.key_map)
         norms = moved.norm(dim=1)
-        outliers = (norms > self.radius).nonzero().squeeze(1)
+        outliers = (~(norms <= self.radius)).nonzero().squeeze(1)
         if len(outliers):
-            moved[outliers] *= (self.radius / norms[outliers]).unsqueeze(1)
-            norms = norms.clamp_max(self.radius)
+            shorter = moved[outliers] * (self.radius / norms[outliers]).unsqueeze(1)
+            # A length that overflows leaves nothing, or no number.
+            moved[outliers] = shorter.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            norms[outliers] = moved[outliers].norm(dim=1)
         if self.l2_augment:
             # |k'| = R for all keys, so |q - k'|^2 = R^2 + |q|^2 - 2 q.k orders like the inner product.
             extra = (self.radius**2 - norms.square()).clamp_min(0).sqrt()
@@ -84,12 +93,18 @@ class FittedTransform:
             moved.mul_(self.radius / moved.norm(dim=1, keepdim=True).clamp_min(1e-20))
         return moved.contiguous().numpy()
 
+    def lengths(self, queries: Tensor) -> NDArray[np.float32]:
+        """(q, 1): what a distance between transformed keys is at most, times this, as a difference of raw scores."""
+        moved = queries.cpu() if self.query_map is None else queries.cpu() @ self.query_map
+        lengths: NDArray[np.float32] = moved.norm(dim=1, keepdim=True).numpy() / np.float32(self.scale)
+        return lengths
+
     @cached_property
     def _query_matrix(self) -> Tensor | None:
         """(D, dim) that queries are multiplied with, the added coordinate's zeros included; None for none."""
         if not self.l2_augment:
             return self.query_map
-        square = torch.eye(self.mean.shape[0]) if self.query_map is None else self.query_map
+        square = torch.eye(self.mean.shape[0], dtype=torch.float32) if self.query_map is None else self.query_map
         return torch.nn.functional.pad(square, (0, 1)).contiguous()
 
 
@@ -101,8 +116,9 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
         past_queries: (m, D) seen before, float32; too few (below 4 D) and the query-aware map is left out.
         spec: Which maps.
     """
+    scale = _scale_of(keys)
     keys = keys.float()
-    centre = _robust_mean(keys)
+    centre = _robust_mean(keys * scale) / scale
     mean = centre if spec.center else torch.zeros_like(centre)
     key_map = query_map = None
     if spec.query_power and past_queries is not None and len(past_queries) >= _MIN_QUERIES_PER_DIM * keys.shape[1]:
@@ -112,13 +128,40 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
             values = values.clamp_min(_EIGENVALUE_FLOOR * float(values[-1])) / float(values[-1])
             key_map = ((vectors * values**spec.query_power) @ vectors.T).float()
             query_map = ((vectors * values**-spec.query_power) @ vectors.T).float()
-    radius = float("inf")
+    norms = _map(_scaled(keys, mean, scale), key_map).norm(dim=1).nan_to_num(nan=float("inf"))
+    typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
+    # However many are far longer than most: beside them, distances of the others would have no digits left.
+    typical = min(typical, _LONGEST * float(norms.median()))
     if spec != TransformSpec():
-        norms = _map(keys - mean, key_map).norm(dim=1)
-        typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
         # Some room above: keys added later are a little longer.
         radius = max(1.1 * min(float(norms.max()), 1.5 * typical), 1e-6)
-    return FittedTransform(mean, centre, key_map, query_map, radius, spec.l2_augment)
+    else:
+        radius = _FARTHEST * max(typical, 1e-6)
+    return FittedTransform(mean, centre, key_map, query_map, radius, spec.l2_augment, scale)
+
+
+def usual_size(queries: Tensor) -> Tensor:
+    """Queries (..., D) float32, of usual size: others are divided by a power of two, which changes no ranking."""
+    top = queries.abs().amax(dim=-1, keepdim=True) if queries.numel() else queries
+    if not queries.numel() or bool(((top <= _USUAL) & ((top >= 1 / _USUAL) | (top == 0))).all()):
+        return queries
+    _, power = torch.frexp(top)
+    unusual = (top > _USUAL) | ((top < 1 / _USUAL) & (top > 0))
+    # In two steps: one factor alone may not be a number of single precision.
+    half = power.masked_fill(~unusual, 0) // 2
+    return torch.ldexp(torch.ldexp(queries, -half), half - power.masked_fill(~unusual, 0))
+
+
+def _scale_of(keys: Tensor) -> float:
+    """A power of two that gives typical keys (n, D) a size near one; 1 where they are not far from that."""
+    middle = float(keys.float().abs().amax(dim=1).median())
+    if middle == 0 or 1 / _USUAL <= middle <= _USUAL:
+        return 1.0
+    return float(2.0 ** max(-120, min(120, -round(math.log2(middle)))))
+
+
+def _scaled(keys: Tensor, mean: Tensor, scale: float) -> Tensor:
+    return keys - mean if scale == 1 else keys * scale - mean * scale
 
 
 def _robust_mean(keys: Tensor) -> Tensor:

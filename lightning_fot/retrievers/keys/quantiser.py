@@ -9,6 +9,9 @@ from torch import Tensor
 
 _LEVELS = 127
 _ENOUGH_TO_FIT = 16
+_LEAST_SPREAD = 0.01  # of the size of the vectors: a text that repeats one token has no spread of its own
+_NARROW = 16.0  # spreads that the largest coordinate of a typical vector has where the spreads are not its own
+_LARGEST_SCALE = 60000.0  # just below what half precision holds
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,59 @@ class Quantiser:
 
         Banks with too few are coded around zero with one spread for all coordinates, which is less exact.
         """
-        centre = torch.zeros(vectors.shape[0], vectors.shape[2], device=vectors.device)
-        size = float(vectors.float().square().mean().sqrt()) if vectors.numel() else 0.0
-        # Around one, scales are far from the smallest numbers of half precision.
-        spread = torch.full_like(centre, size or 1.0)
+        centre = torch.zeros(vectors.shape[0], vectors.shape[2], dtype=torch.float32, device=vectors.device)
+        spread = torch.ones_like(centre)
         for bank, count in enumerate(counts):
-            if count >= _ENOUGH_TO_FIT:
-                sample = vectors[bank, :count].float()
+            sample = vectors[bank, :count].double()
+            size = float(sample.square().mean().sqrt()) if count else 0.0
+            if count >= _ENOUGH_TO_FIT and size:
                 centre[bank] = sample.mean(0)
                 deviation = sample.std(0)
                 # A coordinate that happens not to vary yet may do so later.
-                spread[bank] = deviation.clamp_min(0.05 * float(deviation.mean()) + 1e-12)
-        return cls(centre, spread)
+                spread[bank] = deviation.clamp_min(max(0.05 * float(deviation.mean()), _LEAST_SPREAD * size))
+            else:
+                # Around one, scales are far from the smallest numbers of half precision.
+                spread[bank] = size or 1.0
+        return cls(centre, spread.clamp_min(2**-100))
+
+    def misfits(self, vectors: Tensor, counts: list[int], stored: list[int], few: int) -> list[int]:
+        """Banks whose new vectors (banks, n, dim), ``counts[b]`` of them, need other spreads.
+
+        That is where scales would leave half precision, where typical vectors would lose bits, and where the spreads
+        were guessed from hardly any vectors and little is stored.
+
+        Args:
+            vectors: To be added.
+            counts: How many of each bank.
+            stored: Vectors that each bank holds.
+            few: So many are coded anew at no cost.
+        """
+        found = []
+        for bank, count in enumerate(counts):
+            if not count:
+                continue
+            top = ((vectors[bank, :count].float() - self.centre[bank]) / self.spread[bank]).abs().amax(-1)
+            enough = count >= _ENOUGH_TO_FIT
+            if (
+                not bool((top / _LEVELS < _LARGEST_SCALE).all())
+                or (enough and float(top.median()) > _NARROW)
+                or (enough and stored[bank] <= few and self._guessed(bank))
+            ):
+                found.append(bank)
+        return found
+
+    def refitted(self, bank: int, vectors: Tensor) -> Quantiser:
+        """With the spreads of one bank such that vectors (1, n, dim), old and new, are coded well."""
+        fitted = Quantiser.fit(vectors, [vectors.shape[1]])
+        centre, spread = self.centre.clone(), self.spread.clone()
+        centre[bank] = fitted.centre[0]
+        # Never narrower, but for a guess: texts that take turns end in one quantiser.
+        guessed = self._guessed(bank)
+        spread[bank] = fitted.spread[0] if guessed else torch.maximum(spread[bank], fitted.spread[0])
+        return Quantiser(centre, spread)
+
+    def _guessed(self, bank: int) -> bool:
+        return not bool(self.centre[bank].any())
 
     def select(self, banks: Tensor) -> Quantiser:
         """The quantiser of other banks, (n,) numbers."""

@@ -43,15 +43,26 @@ class Segment:
         self.claims: WeakKeyDictionary[object, list[int]] = WeakKeyDictionary()
         self.books: dict[int, CodeBook] = {}
         self._file: BinaryIO | None = None
-        self.data = torch.zeros(banks, 0, dim, dtype=dtype, device=device)
-        self.scales = torch.zeros(banks, 0, dtype=torch.float16, device=device) if dtype == torch.int8 else None
+        scales = torch.zeros(banks, 0, dtype=torch.float16, device=device) if dtype == torch.int8 else None
+        # One attribute, replaced as one: a reader in another thread never meets new vectors with old scales.
+        self._held = torch.zeros(banks, 0, dim, dtype=dtype, device=device), scales
 
     @classmethod
     def adopt(cls, data: Tensor, scales: Tensor | None = None) -> Segment:
         """A segment of existing vectors (banks, n, dim), not copied and never written: nothing can be added to it."""
         segment = cls(data.shape[0], data.shape[2], data.dtype, data.device)
-        segment.data, segment.scales, segment.fixed = data, scales, True
+        segment._held, segment.fixed = (data, scales), True
         return segment
+
+    @property
+    def data(self) -> Tensor:
+        """(banks, capacity, dim)."""
+        return self._held[0]
+
+    @property
+    def scales(self) -> Tensor | None:
+        """(banks, capacity) float16 of int8 vectors."""
+        return self._held[1]
 
     @property
     def capacity(self) -> int:
@@ -61,8 +72,8 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of vectors and scales, spare room included."""
-        scales = 0 if self.scales is None else self.scales.numel() * 2
-        return self.data.numel() * self.data.element_size() + scales
+        data, scales = self._held
+        return data.numel() * data.element_size() + (0 if scales is None else scales.numel() * 2)
 
     def reserve(self, need: int, used: int) -> None:
         """Makes room for ``need`` rows a bank; the first ``used`` hold something.
@@ -75,17 +86,18 @@ class Segment:
         capacity = max(self.capacity, _FIRST_CAPACITY)
         while capacity < need:
             capacity = capacity * 2 if capacity < _DOUBLING_ENDS else capacity + capacity // 2
+        data, scales = self._held
         if self.folder is not None:
-            self.data = self._map(self.folder, capacity)
+            fresh = self._map(self.folder, capacity)
         else:
             # Zeros, not empty: padding of shorter banks stays finite in matrix products.
-            fresh = torch.zeros(self.banks, capacity, self.dim, dtype=self.dtype, device=self.data.device)
-            fresh[:, :used] = self.data[:, :used]
-            self.data = fresh
-        if self.scales is not None:
-            scales = torch.zeros(self.banks, capacity, dtype=torch.float16, device=self.scales.device)
-            scales[:, :used] = self.scales[:, :used]
-            self.scales = scales
+            fresh = torch.zeros(self.banks, capacity, self.dim, dtype=self.dtype, device=data.device)
+            fresh[:, :used] = data[:, :used]
+        if scales is not None:
+            grown = torch.zeros(self.banks, capacity, dtype=torch.float16, device=scales.device)
+            grown[:, :used] = scales[:, :used]
+            scales = grown
+        self._held = fresh, scales
 
     def _map(self, folder: str, capacity: int) -> Tensor:
         size = capacity * self.banks * self.dim * self.data.element_size()
@@ -116,13 +128,15 @@ class Segment:
         for number, book in self.books.items():
             if bank is None or bank == number:
                 book.cut(start)
-        self.data[where, place] = data
-        if self.scales is not None and scales is not None:
-            self.scales[where, place] = scales
+        own, own_scales = self._held
+        own[where, place] = data
+        if own_scales is not None and scales is not None:
+            own_scales[where, place] = scales
 
     def rows(self, bank: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Rows of a bank as stored, views: (n, dim) and, for int8, scales (n,)."""
-        return self.data[bank, start:stop], None if self.scales is None else self.scales[bank, start:stop]
+        data, scales = self._held
+        return data[bank, start:stop], None if scales is None else scales[bank, start:stop]
 
     def book(self, bank: int) -> CodeBook:
         """Where eight-bit codes of a bank are kept, for all stores that read this segment."""
@@ -130,10 +144,11 @@ class Segment:
 
     def pick(self, banks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Single rows as stored: (n, dim) and, for int8, scales (n,), of banks (n,) and rows (n,)."""
+        data, scales = self._held
         if self._file is None:
-            flat = self.data.flatten(0, 1).index_select(0, banks * self.capacity + rows)
+            flat = data.flatten(0, 1).index_select(0, banks * data.shape[1] + rows)
         else:
-            flat = self.data.transpose(0, 1).flatten(0, 1).index_select(0, rows * self.banks + banks)
-        if self.scales is None:
+            flat = data.transpose(0, 1).flatten(0, 1).index_select(0, rows * self.banks + banks)
+        if scales is None:
             return flat, None
-        return flat, self.scales.flatten().index_select(0, banks * self.capacity + rows)
+        return flat, scales.flatten().index_select(0, banks * scales.shape[1] + rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +23,12 @@ _BLOCK = 65536
 _MOST_PARTS = 4
 # A shared end of at most this many rows is copied; a longer one is left as it is, and a new segment begun behind it.
 _CHEAP_TO_COPY = 1024
+_LARGEST_CODED = 1e36  # on the way back from eight bits a larger one could overflow
+_FITTED_TO = 64  # stored vectors that a quantiser is fitted to, at least, beside new ones
 
 Raw = tuple[Tensor, Tensor | None]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -48,11 +54,23 @@ class _Part:
         return _Part(self.segment, [self.banks[n] for n in numbers], [self.starts[n] for n in numbers])
 
 
+def _alone(method: Callable[Concatenate[KeyStore, P], R]) -> Callable[Concatenate[KeyStore, P], R]:
+    """One change at a time among all stores that share segments: who may write behind an end is decided by claims."""
+
+    @wraps(method)
+    def changed(self: KeyStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._family:
+            return method(self, *args, **kwargs)
+
+    return changed
+
+
 class KeyStore:
     """Vectors of several banks, numbered in the order they were added.
 
     Rows never change. A fork shares what is there: either side goes on in the same buffer for as long as nobody else
-    has written behind its own end, and begins a segment of its own otherwise; the shared past is not copied.
+    has written behind its own end, and begins a segment of its own otherwise; the shared past is not copied. A store
+    may be read while another thread adds to it; forks may be changed in several threads.
 
     Args:
         dim: Size D of a vector.
@@ -90,7 +108,9 @@ class KeyStore:
         self.folder = folder
         self.quantiser: Quantiser | None = None
         self._lengths = [0] * banks
+        # Lists are replaced, never changed: a reader in another thread goes on with those it has.
         self._parts: list[_Part] = []
+        self._family = RLock()
 
     @property
     def float_dtype(self) -> torch.dtype:
@@ -117,9 +137,9 @@ class KeyStore:
 
         A view of the buffer where there is one segment of a floating dtype, otherwise a copy.
         """
-        longest = max(self._lengths)
-        if self._simple and self.dtype != torch.int8:
-            return self._parts[0].segment.data[:, :longest]
+        longest, parts = max(self._lengths), self._parts
+        if _simple(parts) and self.dtype != torch.int8:
+            return parts[0].segment.data[:, :longest]
         whole = torch.zeros(self.banks, longest, self.dim, dtype=self.float_dtype, device=self.device)
         for bank in range(self.banks):
             for start, block in self.blocks(bank):
@@ -140,10 +160,11 @@ class KeyStore:
 
     def flat(self, bank: int) -> Tensor | None:
         """Keys of a bank (n, dim) where they lie together in main memory in float32; None where they do not."""
-        if len(self._parts) == 1 and self.dtype == torch.float32 and self.device.type == "cpu":
-            part = self._parts[0]
+        lengths, parts = self._lengths, self._parts
+        if len(parts) == 1 and self.dtype == torch.float32 and self.device.type == "cpu":
+            part = parts[0]
             if not part.starts[bank]:
-                return part.segment.data[part.banks[bank], : self._lengths[bank]]
+                return part.segment.data[part.banks[bank], : lengths[bank]]
         return None
 
     def blocks(
@@ -164,9 +185,10 @@ class KeyStore:
         None where keys are kept small on purpose: in eight bits already, or in a file.
         """
         plain = self.dtype != torch.int8 and self.folder is None and self.device.type == "cpu"
-        for number, part in enumerate(self._parts):
+        lengths, parts = self._lengths, self._parts  # in this order: what lies behind an older length is there
+        for number, part in enumerate(parts):
             first, place = part.starts[bank], part.banks[bank]
-            count = self._ends(number)[bank] - first
+            count = _ends(parts, lengths, number)[bank] - first
             if count > 0:
                 block = self._block(bank, first, *part.segment.rows(place, 0, count))
                 yield block, part.segment.book(place) if plain else None
@@ -192,6 +214,7 @@ class KeyStore:
         banks = torch.arange(self.banks, device=self.device)[:, None].expand_as(rows)
         return self._pick(banks.flatten(), rows.flatten()).view(*rows.shape, self.dim)
 
+    @_alone
     def append(self, keys: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Write keys behind those that each bank has.
 
@@ -208,11 +231,49 @@ class KeyStore:
         source = keys.detach().to(self.device)
         scales = None
         if self.dtype == torch.int8:
-            if self.quantiser is None:
-                self.quantiser = Quantiser.fit(source, counts)
-            source, scales = self.quantiser.encode(source)
+            source, scales = self._encoded(source, counts)
         self.append_raw(source, scales, counts)
 
+    def _encoded(self, source: Tensor, counts: list[int]) -> Raw:
+        """Codes and scales of new vectors (banks, n, dim); where they need it, all is coded anew."""
+        if min(counts) < source.shape[1]:
+            # What lies behind the counted ones may be anything.
+            places = torch.arange(source.shape[1], device=source.device)
+            behind = places >= torch.tensor(counts, device=source.device)[:, None]
+            source = source.masked_fill(behind[..., None], 0)
+        quantiser = Quantiser.fit(source, counts) if self.quantiser is None else self.quantiser
+        if self.quantiser is not None:
+            for bank in quantiser.misfits(source, counts, self._lengths, _CHEAP_TO_COPY):
+                # As many old ones as new ones: either kind has its say.
+                stored, new = self._lengths[bank], source[bank, : counts[bank]].float()
+                wanted = min(stored, max(_FITTED_TO, counts[bank]), _CHEAP_TO_COPY)
+                rows = torch.linspace(0, max(0, stored - 1), wanted, dtype=torch.float64, device=self.device).long()
+                quantiser = quantiser.refitted(bank, torch.cat((self.take(bank, rows), new))[None])
+        codes, scales = quantiser.encode(source)
+        if not bool(torch.isfinite(scales).all()) or float(source.abs().max()) > _LARGEST_CODED:
+            raise SettingError(
+                "model.memory.dtype", "int8", f"cannot hold vectors of sizes up to {float(source.abs().max()):.2g}",
+                "Use a floating dtype, such as float32.",
+            )  # fmt: skip
+        if self.quantiser is not None and quantiser is not self.quantiser:
+            self._code_anew(quantiser)
+        self.quantiser = quantiser
+        return codes, scales
+
+    def _code_anew(self, quantiser: Quantiser) -> None:
+        """Codes what is stored by another quantiser, into segments of this store's own."""
+        other = KeyStore(self.dim, self.banks, self.dtype, self.device, self.folder)
+        for start in range(0, max(self._lengths), _BLOCK):
+            counts = [max(0, min(length, start + _BLOCK) - start) for length in self._lengths]
+            part = torch.zeros(self.banks, max(counts), self.dim, dtype=torch.float32, device=self.device)
+            for bank, count in enumerate(counts):
+                part[bank, :count] = self.rows(bank, start, start + count)
+            codes, scales = quantiser.encode(part)
+            other.append_raw(codes, scales, counts)
+        self._replace(0, len(self._parts), other._parts)
+        self._claim()
+
+    @_alone
     def append_raw(self, data: Tensor, scales: Tensor | None, counts: Sequence[int]) -> None:
         """Write vectors as they are stored: (banks, n, dim) and, for int8, scales (banks, n) of this quantiser."""
         part = self._writable()
@@ -237,6 +298,7 @@ class KeyStore:
         """
         return checked_counts(keys, lengths, self.banks, self.dim)
 
+    @_alone
     def adopt(self, data: Tensor, scales: Tensor | None, lengths: Sequence[int]) -> None:
         """Reads existing vectors (banks, n, dim) in the stored dtype as a first segment, without copying them.
 
@@ -258,6 +320,7 @@ class KeyStore:
         """A snapshot in O(1): same keys, own length; what either side appends later is not seen by the other."""
         return self.select(range(self.banks))
 
+    @_alone
     def select(self, banks: Sequence[int]) -> KeyStore:
         """A store whose bank i is a fork of bank ``banks[i]`` of this one: nothing is copied."""
         twin = KeyStore.__new__(KeyStore)
@@ -268,11 +331,20 @@ class KeyStore:
         twin.quantiser = self.quantiser
         if self.quantiser is not None and not same:
             twin.quantiser = self.quantiser.select(torch.tensor(list(banks)))
+        twin._family = self._family
         twin._lengths = [self._lengths[bank] for bank in banks]
         twin._parts = [part.copy(banks) for part in self._parts]
         twin._claim()
         return twin
 
+    @_alone
+    def become(self, other: KeyStore) -> None:
+        """Holds again what it held when ``other`` was forked from it."""
+        self._replace(0, len(self._parts), [part.copy() for part in other._parts])
+        self._lengths, self.quantiser = list(other._lengths), other.quantiser
+        self._claim()
+
+    @_alone
     def truncate(self, lengths: Sequence[int]) -> None:
         """Takes back the newest keys: bank b keeps its first ``lengths[b]``."""
         self._lengths = [min(old, new) for old, new in zip(self._lengths, lengths, strict=True)]
@@ -280,6 +352,7 @@ class KeyStore:
             part.starts = [min(start, end) for start, end in zip(part.starts, self._lengths, strict=True)]
         self._claim()
 
+    @_alone
     def keep(self, masks: Sequence[Tensor]) -> None:
         """Forgets rows: bank b keeps those where ``masks[b]``, (n_b,) bool, is True; numbers start from 0 again."""
         kept = KeyStore(self.dim, self.banks, self.dtype, self.device, self.folder)
@@ -288,6 +361,7 @@ class KeyStore:
         self._lengths = kept._lengths
         self._claim()
 
+    @_alone
     def reset(self, banks: Sequence[int] | None = None) -> None:
         """Forget the keys of some banks, or of all.
 
@@ -297,23 +371,18 @@ class KeyStore:
         Raises:
             SettingError: A bank number is out of range.
         """
-        for bank in checked_banks(banks, self.banks):
-            self._lengths[bank] = 0
-            for part in self._parts:
-                part.starts[bank] = 0
+        numbers = checked_banks(banks, self.banks)
+        self._lengths = [0 if bank in numbers else length for bank, length in enumerate(self._lengths)]
+        for part in self._parts:
+            part.starts = [0 if bank in numbers else start for bank, start in enumerate(part.starts)]
         if max(self._lengths) == 0:
             self._replace(0, len(self._parts), self._parts[-1:])
             self.quantiser = None
         self._claim()
 
-    @property
-    def _simple(self) -> bool:
-        """Whether one segment holds everything, row for row and bank for bank."""
-        return len(self._parts) == 1 and self._parts[0].own_banks and not any(self._parts[0].starts)
-
     def _ends(self, number: int) -> list[int]:
         """For each bank the row behind the last that part ``number`` holds."""
-        return self._parts[number + 1].starts if number + 1 < len(self._parts) else self._lengths
+        return _ends(self._parts, self._lengths, number)
 
     def _claim(self) -> None:
         """Tells the segments how far this store uses them."""
@@ -346,7 +415,7 @@ class KeyStore:
             if largest + 1 < len(sizes):
                 return self._parts[-1]
         part = _Part(self._new_segment(), list(range(self.banks)), list(self._lengths))
-        self._parts.append(part)
+        self._parts = [*self._parts, part]
         self._claim()
         return part
 
@@ -366,7 +435,7 @@ class KeyStore:
     def _replace(self, first: int, last: int, parts: list[_Part]) -> None:
         for part in self._parts[first:last]:
             part.segment.claims.pop(self, None)
-        self._parts[first:last] = parts
+        self._parts = [*self._parts[:first], *parts, *self._parts[last:]]
 
     def _copy_into(self, other: KeyStore, rows: Sequence[Tensor]) -> None:
         """Appends chosen rows of each bank, (n_b,) numbers, to another store as they are stored."""
@@ -386,9 +455,10 @@ class KeyStore:
             other.append_raw(data, scales if self.dtype == torch.int8 else None, [len(part) for part in parts])
 
     def _raw_blocks(self, bank: int, start: int, stop: int | None, size: int) -> Iterator[tuple[int, Raw]]:
-        stop = self._lengths[bank] if stop is None else min(stop, self._lengths[bank])
-        for number, part in enumerate(self._parts):
-            begin, end = max(start, part.starts[bank]), min(stop, self._ends(number)[bank])
+        lengths, parts = self._lengths, self._parts  # in this order: what lies behind an older length is there
+        stop = lengths[bank] if stop is None else min(stop, lengths[bank])
+        for number, part in enumerate(parts):
+            begin, end = max(start, part.starts[bank]), min(stop, _ends(parts, lengths, number)[bank])
             offset = part.starts[bank]
             for first in range(begin, end, size):
                 last = min(end, first + size)
@@ -404,13 +474,14 @@ class KeyStore:
             return torch.zeros(len(rows), self.dim, dtype=self.dtype, device=self.device), (
                 torch.zeros(len(rows), dtype=torch.float16, device=self.device) if self.dtype == torch.int8 else None
             )
-        if self._simple:
-            return self._parts[0].segment.pick(banks, rows)
+        lengths, parts = self._lengths, self._parts  # in this order: what lies behind an older length is there
+        if _simple(parts):
+            return parts[0].segment.pick(banks, rows)
         data = torch.zeros(len(rows), self.dim, dtype=self.dtype, device=self.device)
         scales = torch.zeros(len(rows), dtype=torch.float16, device=self.device)
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(parts):
             starts = torch.tensor(part.starts, device=self.device)[banks]
-            ends = torch.tensor(self._ends(number), device=self.device)[banks]
+            ends = torch.tensor(_ends(parts, lengths, number), device=self.device)[banks]
             inside = ((rows >= starts) & (rows < ends)).nonzero()[:, 0]
             if len(inside):
                 theirs = torch.tensor(part.banks, device=self.device)[banks[inside]]
@@ -438,3 +509,13 @@ class KeyStore:
         self.__init__(*state["shape"])  # type: ignore[misc]
         self.quantiser = state["quantiser"]
         self.adopt(*state["raw"])
+
+
+def _ends(parts: Sequence[_Part], lengths: list[int], number: int) -> list[int]:
+    """For each bank the row behind the last that part ``number`` holds."""
+    return parts[number + 1].starts if number + 1 < len(parts) else lengths
+
+
+def _simple(parts: Sequence[_Part]) -> bool:
+    """Whether one segment holds everything, row for row and bank for bank."""
+    return len(parts) == 1 and parts[0].own_banks and not any(parts[0].starts)

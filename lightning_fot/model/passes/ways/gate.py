@@ -22,7 +22,9 @@ class GateWay(WayOfAttending):
         """sigmoid(0): memory and local context weigh alike before training."""
         return nn.ParameterDict(
             {
-                str(index): nn.Parameter(torch.zeros(attached.facts[index].heads, device=attached.device))
+                str(index): nn.Parameter(
+                    torch.zeros(attached.facts[index].heads, dtype=torch.float32, device=attached.device)
+                )
                 for index in attached.memory_layers
             }
         )

@@ -1,0 +1,109 @@
+"""Eight bits a coordinate, whatever the first text was like: no NaN is stored, and later texts are coded as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_fot import attach_memory
+from lightning_fot.errors import SettingError
+from lightning_fot.retrievers import KeyStore
+from tests.support.models import settings, tiny_llama, tokens
+
+
+def usual(count: int, seed: int, size: float = 1.0) -> Tensor:
+    """(1, count, 16): a shared mean, and coordinates of different widths."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(1, count, 16, generator=generator) * torch.logspace(-1, 1, 16) + 5
+    return keys * size
+
+
+FIRST: dict[str, Tensor] = {
+    "one token": usual(1, 0).repeat(1, 200, 1),
+    "almost one token": usual(1, 0).repeat(1, 200, 1) * (1 + 1e-6 * torch.randn(1, 200, 16)),
+    "zeros": torch.zeros(1, 50, 16),
+    "tiny": usual(50, 1, 1e-9),
+    "a few": usual(3, 2),
+    "one": usual(1, 3),
+    "huge": usual(50, 4, 1e9),
+}
+
+
+def error_of(store: KeyStore, bank: int, start: int, keys: Tensor) -> float:
+    """Mean error of a coordinate, over how much it varies."""
+    stored = store.rows(bank, start, start + keys.shape[1])
+    assert bool(torch.isfinite(stored).all())
+    return float(((stored - keys[0]).abs().mean(0) / keys[0].std(0).clamp_min(1e-30)).max())
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("later", [1.0, 1e-3, 1e4, 1e12])
+def test_later_texts_are_coded_as_well_as_if_they_came_first(first: str, later: float) -> None:
+    store = KeyStore(16, dtype=torch.int8)
+    store.append(FIRST[first])
+    fork = store.fork()
+    keys = usual(300, 9, later)
+    if later < 1:
+        # What is much smaller than what came before may be lost beside it, though not turned into something else.
+        store.append(keys)
+        largest = max(float(FIRST[first].abs().max()), float(keys.abs().max()))
+        assert float((store.rows(0, store.lengths_list[0] - 300, store.lengths_list[0]) - keys[0]).abs().max()) < (
+            0.05 * largest
+        )
+    else:
+        begin = store.lengths_list[0]
+        store.append(keys)
+        alone = KeyStore(16, dtype=torch.int8)
+        alone.append(keys)
+        if later * 1e3 > float(FIRST[first].abs().max()):
+            # Of the narrowest coordinate, beside vectors that lie hundreds of its spreads away.
+            assert error_of(store, 0, begin, keys) < max(0.1, 4 * error_of(alone, 0, 0, keys))
+    # A fork of before has what it had.
+    assert torch.equal(fork.rows(0, 0, FIRST[first].shape[1]), fork.fork().rows(0, 0, FIRST[first].shape[1]))
+    assert bool(torch.isfinite(store.view()).all())
+
+
+def test_texts_that_take_turns_do_not_code_all_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, anew, work = KeyStore(16, dtype=torch.int8), [0], KeyStore._code_anew
+
+    def counted(*args: Any) -> None:
+        anew[0] += 1
+        work(*args)
+
+    monkeypatch.setattr(KeyStore, "_code_anew", counted)
+    for turn in range(30):
+        store.append(FIRST["one token"] if turn % 2 else usual(40, turn, 10.0 ** (turn % 3)))
+        for single in range(3):
+            store.append(usual(1, single, 50.0))
+    assert anew[0] <= 4
+
+
+def test_what_cannot_be_held_is_refused_with_the_dtype() -> None:
+    store = KeyStore(16, dtype=torch.int8)
+    store.append(usual(50, 1))
+    before = store.view().clone()
+    with pytest.raises(SettingError, match="int8"):
+        store.append(torch.full((1, 2, 16), 3e38) * torch.tensor([1.0, -1.0])[None, :, None])
+    assert torch.equal(store.view(), before)
+
+
+@pytest.mark.parametrize("window_start", [0, 1])
+def test_a_memory_that_begins_with_one_token_goes_on(window_start: int, tmp_path: Any) -> None:
+    model = tiny_llama()
+    text = tokens(1, 150)
+    found = []
+    for dtype in ("float32", "int8"):
+        with attach_memory(model, settings(dtype=dtype, skip_window_start=window_start)) as lm, torch.no_grad():
+            memory = lm.ingest(torch.full((1, 100), 7), lm.new_memory())
+            memory.save(tmp_path / dtype)
+            lm.ingest(text, memory)
+            # Saved again, all is written anew where it was coded anew.
+            memory.save(tmp_path / dtype)
+            again = lm.load_memory(tmp_path / dtype)
+            for layer in (1, 3):
+                assert torch.equal(again.layers[layer].keys, memory.layers[layer].keys)
+            found.append(lm(text[:, :12], memory=memory).logits)
+    assert float((found[0] - found[1]).abs().max()) < 0.1 * float(found[0].std())
