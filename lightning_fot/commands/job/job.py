@@ -258,7 +258,8 @@ class Job:
         """What the records of an evaluation depend on."""
         parts = {key: self.config.get(key) for key in ("model", "data", "evaluation", "seed_everything")}
         # In the words of older versions, so that what they have measured is not measured again.
-        parts["model"] = {**(parts["model"] or {}), "memory": as_before(parts["model"]["memory"])}
+        model = dict(self.config["model"])
+        parts["model"] = {**model, "memory": as_before(model["memory"])}
         parts["steps"] = (self.folder.read_training() or {}).get("steps")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
