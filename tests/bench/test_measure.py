@@ -83,7 +83,7 @@ def test_one_build_gives_a_whole_curve() -> None:
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_load_qk(tmp_path: Path, kind: str) -> None:
-    arrays = {"a_keys": np.ones((5, 4), np.float16), "a_queries": np.ones((2, 3, 4), np.float16), "b_keys": np.ones(3)}
+    arrays = {"a_keys": np.ones((5, 4), np.float16), "a_queries": np.ones((1, 3, 4), np.float16), "b_keys": np.ones(3)}
     file = tmp_path / f"qk.{kind}"
     if kind == "npz":
         np.savez(file, **arrays)
@@ -93,7 +93,7 @@ def test_load_qk(tmp_path: Path, kind: str) -> None:
     assert list(loaded) == ["a"]
     assert {name: tuple(value.shape) for name, value in loaded["a"].items()} == {
         "keys": (1, 5, 4),
-        "queries": (2, 3, 4),
+        "queries": (1, 3, 4),
     }
 
 

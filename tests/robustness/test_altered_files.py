@@ -151,7 +151,7 @@ def _read_recording(folder: Path) -> Any:
 
 
 def _model(folder: Path) -> None:
-    with attach_memory(load_backbone(TINY), MemoryConfig(**MEMORY, integration="gate")) as lm:
+    with attach_memory(load_backbone(TINY), MemoryConfig(**MEMORY, attending="gate")) as lm:
         lm.save_pretrained(folder, load_tokenizer(TINY))
 
 
