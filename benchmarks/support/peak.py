@@ -49,7 +49,8 @@ def measure_peak(bench: Bench, sizes: tuple[int, ...]) -> list[Row]:
         for method in ("static,exact",) if bench.settings.quick else methods:
             bench.report.progress(f"d: {method}, in a process of its own")
             asked = {**bench.settings.as_row(), "pairs": str(file), "save_pairs": None, "tokens": sizes}
-            command = [sys.executable, str(Path(__file__).resolve().parents[1] / "attention.py"), "--peak-child", method]
+            script = Path(__file__).resolve().parents[1] / "attention.py"
+            command = [sys.executable, str(script), "--peak-child", method]
             done = subprocess.run([*command, json.dumps(asked)], capture_output=True, text=True, check=False)
             answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
             if done.returncode or not answers:
