@@ -1,7 +1,8 @@
 """``FocusedTransformer``: the LightningModule that trains a backbone's memory layers on crossbatches."""
 
+import copy
 from dataclasses import asdict
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Self
 
 import lightning as L
 import torch
@@ -102,6 +103,18 @@ class FocusedTransformer(L.LightningModule):
         self._earlier_metrics: dict[str, float] = {}
         # Checkpoints hold what is trained; the rest comes from the backbone. on_load_checkpoint checks completeness.
         self.strict_loading = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A module with the same weights and no memory attached: what weight averaging keeps its averages in."""
+        from lightning_fot.model.backbone.hooks import weights_alone
+
+        if self._lm is not None:
+            memo[id(self._lm)] = None
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with weights_alone():
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def lm(self) -> MemoryLM:

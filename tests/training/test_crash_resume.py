@@ -56,14 +56,14 @@ def _train(home: str, resume: bool, steps: int, moment: str | None, write: int) 
     with open("log.txt", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    import lightning_fot.training.job_callbacks
     from lightning_fot.cli import main
+    from lightning_fot.training import job_callbacks
 
     torch.set_num_threads(1)
     if moment is not None:
         _kill_myself(moment, write)
     # A checkpoint after each step: the more often one is written, the more often a kill meets one.
-    lightning_fot.training.SAVE_EVERY_S = 0.0
+    job_callbacks.SAVE_EVERY_S = 0.0
     words = ["fit", "--config", "smoke", "--run_dir=out", f"--trainer.max_steps={steps}", *_SETTINGS]
     code = main([*words, "--ckpt_path=last"] if resume else words)
     os._exit(code)

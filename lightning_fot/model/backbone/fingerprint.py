@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import decoder_of
@@ -277,8 +278,13 @@ def _numbers(tensors: list[Tensor]) -> Tensor:
         return torch.cat([part.cpu() for part in few])
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that is shared out over processes."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _few(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = _own(tensor.detach()).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // _NOTED))].to(torch.float32)
 
 
@@ -286,7 +292,7 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
     """SHA-256 of each tensor's bytes, in pieces that several threads take."""
 
     def pieces(tensor: Tensor) -> list[Any]:
-        flat = tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy()
+        flat = _own(tensor.detach()).reshape(-1).cpu().contiguous().view(torch.uint8).numpy()
         return [flat[start : start + _CHUNK] for start in range(0, max(1, len(flat)), _CHUNK)]
 
     def digest(piece: Any) -> bytes:

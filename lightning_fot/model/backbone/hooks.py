@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock, RLock, local
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
 _PASS = "lightning_fot_pass"
 
 
+_WEIGHTS_ALONE: ContextVar[bool] = ContextVar("lightning_fot_weights_alone", default=False)
+
+
+@contextmanager
+def weights_alone() -> Iterator[None]:
+    """Inside the block a model with a memory may be copied: the copy has its weights, and no memory attached."""
+    token = _WEIGHTS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_ALONE.reset(token)
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copy that has the weights alone."""
+
+
 class OfOneModel:
     """A hook, bound to the model that it was put on.
 
@@ -42,6 +61,8 @@ class OfOneModel:
         return self._hook(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OfOneModel:
+        if _WEIGHTS_ALONE.get():
+            return OfOneModel(_nothing)
         raise uncopyable()
 
     def __reduce__(self) -> Any:
