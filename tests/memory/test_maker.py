@@ -16,6 +16,7 @@ from lightning_fot import attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.fingerprint import sampled
 from lightning_fot.model.lm import MemoryLM
+from lightning_fot.system.digests import KEY
 from tests.support.models import settings, tiny_llama, tokens
 
 IDS, QUESTION = tokens(1, 60), tokens(1, 9, seed=1)
@@ -168,7 +169,7 @@ def test_memories_of_version_0_1_are_opened(tmp_path: Path) -> None:
     with attach_memory(model, settings()) as lm:
         lm.ingest(IDS, lm.new_memory()).save(tmp_path)
         index = json.loads((tmp_path / "memory.json").read_text())
-        del index["fingerprint"]["weights_format"]
+        del index["fingerprint"]["weights_format"], index[KEY]
         index["fingerprint"]["weights"] = sampled(lm.attachment)
         (tmp_path / "memory.json").write_text(json.dumps(index))
         memory = lm.load_memory(tmp_path)

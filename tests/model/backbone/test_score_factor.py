@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
+from lightning_fot.system.digests import KEY
 from tests.support.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 
 FACTOR = 2.5
@@ -81,7 +82,7 @@ def test_a_memory_of_another_factor_is_refused(tmp_path):
             lm.load_memory(tmp_path)
         lm.ingest(ids, lm.new_memory()).save(tmp_path)
         written = json.loads(index.read_text())
-        del written["fingerprint"]["score_factor"]  # as memories were written before there was a factor
+        del written[KEY], written["fingerprint"]["score_factor"]  # as memories were written before there was a factor
         index.write_text(json.dumps(written))
         assert len(lm.load_memory(tmp_path)) == 3 * WINDOW
 
