@@ -322,7 +322,7 @@ class TestExport:
             ([], "RUN_FOLDER=None: is missing"),
             (["RUN"], "OUT=None: is missing"),
             (["RUN", "OUT", "--force"], "--force=None: is not an option of export"),
-            (["RUN", "OUT", "--delta"], "has trained gates, which are no difference"),
+            (["RUN", "OUT", "--delta"], "has trained parameters of its own, which are no difference"),
             (["nowhere", "OUT"], "has no config.yaml of a run"),
             (["untrained", "OUT"], "has no checkpoints/last.ckpt"),
             (["RUN", "full"], "holds notes.txt, which would be lost"),

@@ -55,8 +55,8 @@ def gradients(out, tensors):
 def kernels(request, monkeypatch):
     """The kernels of this machine, and those that serve a device without them."""
     if request.param != "fused":
-        for module in ("partial_attention", "shared_windows"):
-            monkeypatch.setattr(f"lightning_fot.{module}.fused", lambda *_: False)
+        for module in ("partial", "shared_windows"):
+            monkeypatch.setattr(f"lightning_fot.model.attention.{module}.fused", lambda *_: False)
     if "few" in request.param:
         monkeypatch.setattr(shared_windows, "MAX_SCORES", 100)
 
