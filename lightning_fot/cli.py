@@ -6,7 +6,6 @@ loads.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.system.openmp import wait_briefly
+from lightning_fot.system.output import end, make_patient
 from lightning_fot.system.package import shipped
 
 HELP = """\
@@ -78,6 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     wait_briefly()
+    make_patient()
+    code = _run(words, debug)
+    problem = end()
+    if problem is not None:
+        print(f"lightning-fot: error: standard output cannot be written: {problem}.", file=sys.stderr)
+    return code if problem is None else code or 2
+
+
+def _run(words: list[str], debug: bool) -> int:
     try:
         return _dispatch(words, debug)
     except (SettingError, MissingLibraryError) as error:
@@ -90,10 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("\nStopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has gone: no error. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if debug or error.errno is None:
             raise
