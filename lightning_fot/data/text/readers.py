@@ -9,8 +9,8 @@ What is one document:
 - ``.jsonl``: each line, its text under one field;
 - no paths at all: the standard library's sources of the running interpreter, see ``standard_library``.
 
-Hidden files, version control and cache folders are left out. A file is *binary*, and skipped, when it holds a NUL byte
-or is not UTF-8 (a byte-order mark is tolerated, and one of UTF-16 is obeyed).
+Hidden files, version control and cache folders are left out. A file is *binary*, and skipped, when it holds a NUL or
+is not UTF-8 (a byte-order mark is tolerated, and one of UTF-16 or UTF-32 is obeyed).
 """
 
 from __future__ import annotations
@@ -19,9 +19,27 @@ import json
 import os
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lightning_fot.data.text.parts import LARGE_FILE_BYTES, DocumentSource, FilePart, Found, is_new, text_part, walk
+from lightning_fot.data.text.parts import (
+    EMPTY,
+    LARGE_FILE_BYTES,
+    UNREADABLE,
+    DocumentSource,
+    FilePart,
+    Found,
+    check_text,
+    decode_line,
+    encoding_of,
+    is_new,
+    leave_out,
+    lines_of,
+    readable,
+    text_part,
+    walk,
+)
 from lightning_fot.errors import SettingError
 
 SOURCE_SUFFIXES = frozenset(
@@ -44,6 +62,7 @@ def find_documents(
     text_field: str = "text",
     max_documents: int | None = None,
     setting: str = "data.paths",
+    lenient: bool = False,
 ) -> Found:
     """List the documents under ``paths`` in a fixed order, whatever the file system's order is.
 
@@ -52,6 +71,7 @@ def find_documents(
         text_field: Key of the text in ``.jsonl`` objects.
         max_documents: From a ``.jsonl`` file of more than 100 MB only so many lines are looked at.
         setting: Name of the setting in errors.
+        lenient: Leave bad ``.jsonl`` lines out, by name, instead of refusing them.
 
     Raises:
         SettingError: A path is missing, a ``.jsonl`` line is bad, or no document is left.
@@ -61,6 +81,7 @@ def find_documents(
     if not paths:
         raise SettingError(setting, list(paths), "names no file or folder", "Name some, or leave the setting out.")
     found = Found()
+    reader = _Reader(found, text_field, max_documents, setting, lenient)
     seen: set[tuple[int, int]] = set()
     for given in paths:
         path = Path(given).expanduser()
@@ -70,16 +91,14 @@ def find_documents(
         if path.is_dir():
             for folder, files in walk(path, seen, found.skipped):
                 name = "" if folder == path else folder.relative_to(path).as_posix()
-                _read_folder(
-                    found, files, f"{path.name or given}/{name}".rstrip("/"), text_field, max_documents, setting
-                )
+                reader.folder(folder, files, readable(f"{path.name or given}/{name}".rstrip("/")))
         elif path.is_file():
             if is_new(path, seen):
-                _read_file(found, path, path.name, text_field, max_documents, setting)
+                reader.file(path, readable(path.name))
         else:
             raise SettingError(setting, given, "is neither a file nor a folder", "Name text files or folders of them.")
     if not found.documents:
-        why = found.skipped_text() or "there are no files in it"
+        why = found.skipped_text(named=True) or "there are no files in it"
         raise SettingError(
             setting, list(paths), f"holds no text ({why})", "Use .txt, .md, source or .jsonl files in UTF-8."
         )
@@ -172,58 +191,118 @@ def _joined_modules(parts: list[FilePart]) -> DocumentSource:
     return DocumentSource(f"{Path(parts[0].path).name} … {Path(parts[-1].path).name}", tuple(parts))
 
 
-def _read_folder(
-    found: Found, files: list[Path], name: str, text_field: str, max_documents: int | None, setting: str
-) -> None:
-    code = []
-    for path in files:
-        if path.suffix.lower() in SOURCE_SUFFIXES:
-            part = text_part(path, found.skipped, header=f"# file: {name}/{path.name}\n")
-            if part is not None:
-                code.append(part)
-        else:
-            _read_file(found, path, f"{name}/{path.name}", text_field, max_documents, setting)
-    if code:
-        found.documents.append(DocumentSource(name, tuple(code)))
+@dataclass
+class _Reader:
+    """Turns files into documents."""
 
+    found: Found
+    text_field: str
+    max_documents: int | None
+    setting: str
+    lenient: bool
 
-def _read_file(found: Found, path: Path, name: str, text_field: str, max_documents: int | None, setting: str) -> None:
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        _read_jsonl(found, path, name, text_field, max_documents, setting)
-        return
-    part = text_part(path, found.skipped)
-    if part is not None:
-        found.documents.append(DocumentSource(name, (part,)))
+    def folder(self, folder: Path, files: list[Path], name: str) -> None:
+        code = []
+        for path in files:
+            own = f"{name}/{readable(path.name)}"
+            if path.suffix.lower() in SOURCE_SUFFIXES:
+                part = text_part(path, self.found.skipped, header=f"# file: {own}\n")
+                if part is not None:
+                    code.append(part)
+            else:
+                self.file(path, own)
+        if code:
+            self.found.documents.append(DocumentSource(name, tuple(code), place_of(folder)))
 
-
-def _read_jsonl(found: Found, path: Path, name: str, text_field: str, max_documents: int | None, setting: str) -> None:
-    """One document a line. Every line is parsed now: a bad one must not stop a training run hours later."""
-    limit = max_documents if path.stat().st_size > LARGE_FILE_BYTES else None
-    offset = count = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
+    def file(self, path: Path, name: str) -> None:
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise _bad_line(setting, path, number, f"is not JSON ({error})", "Correct or remove it.") from None
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                keys = f"; its keys are {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else ""
-                fix = f"Set {setting.rpartition('.')[0]}.text_field to the key that holds the text."
-                raise _bad_line(setting, path, number, f"has no text under the key {text_field!r}{keys}", fix)
-            if not record[text_field].strip():
-                found.skipped["empty"] += 1
-                continue
-            part = FilePart(str(path), len(line), offset=start, field=text_field)
-            found.documents.append(DocumentSource(f"{name}:{number}", (part,)))
-            count += 1
-            if limit is not None and count >= limit:
-                return
-    if not count:
-        found.skipped["empty"] += 1
+                self._jsonl(path, name)
+            except OSError:
+                leave_out(self.found.skipped, UNREADABLE, readable(str(path)))
+            return
+        part = text_part(path, self.found.skipped)
+        if part is not None:
+            self.found.documents.append(DocumentSource(name, (part,), place_of(path)))
+
+    def _jsonl(self, path: Path, name: str) -> None:
+        """One document a line. Every line is parsed now: a bad one must not stop a training run hours later."""
+        limit = self.max_documents if path.stat().st_size > LARGE_FILE_BYTES else None
+        offset = count = 0
+        place = place_of(path)
+        with open(path, "rb") as file:
+            encoding = encoding_of(file.read(4))
+            file.seek(0)
+            for number, line in enumerate(lines_of(file, encoding), start=1):
+                start, offset = offset, offset + len(line)
+                try:
+                    text = self._text(line, encoding)
+                except _BadLineError as error:
+                    if not self.lenient:
+                        raise SettingError(
+                            self.setting, str(path), f"line {number} {error.problem}", error.fix
+                        ) from None
+                    leave_out(self.found.skipped, error.reason, f"{name}:{number}")
+                    continue
+                if text is None:
+                    continue
+                if not text.strip():
+                    leave_out(self.found.skipped, EMPTY, f"{name}:{number}")
+                    continue
+                part = FilePart(str(path), len(line), offset=start, field=self.text_field, encoding=encoding)
+                self.found.documents.append(DocumentSource(f"{name}:{number}", (part,), f"{place}:{number}"))
+                count += 1
+                if limit is not None and count >= limit:
+                    return
+        if not offset:
+            leave_out(self.found.skipped, EMPTY, readable(str(path)))
+
+    def _text(self, line: bytes, encoding: str) -> str | None:
+        """The text of a line; None where there is nothing on it.
+
+        Raises:
+            _BadLineError: It is no object with a text.
+        """
+        if not line.strip():
+            return None
+        fix = "Correct or remove it."
+        try:
+            written = decode_line(line, encoding)
+            if not written.strip():
+                return None
+            record = json.loads(written)
+        except RecursionError:
+            raise _BadLineError("is nested too deeply", fix, "lines nested too deeply") from None
+        except ValueError as error:
+            raise _BadLineError(f"is not JSON ({error})", fix, "lines that are not JSON") from None
+        text = record.get(self.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            keys = f"; its keys are {_listed(record) or 'none'}" if isinstance(record, dict) else ""
+            section = self.setting.rpartition(".")[0]
+            fix = f"Set {section}.text_field to the key that holds the text." if section else "Give it that key."
+            problem = f"has no text under the key {self.text_field!r}"
+            raise _BadLineError(f"{problem}{keys}", fix, f"lines without a text under {self.text_field!r}")
+        try:
+            check_text(text)
+        except UnicodeError as error:
+            raise _BadLineError(f"is no text ({error})", fix, "lines with a NUL or half a surrogate pair") from None
+        return text
 
 
-def _bad_line(setting: str, path: Path, number: int, problem: str, fix: str) -> SettingError:
-    return SettingError(setting, str(path), f"line {number} {problem}", fix)
+class _BadLineError(Exception):
+    """A line of ``.jsonl`` that cannot be read: what is wrong, what helps, and what such lines are counted as."""
+
+    def __init__(self, problem: str, fix: str, reason: str) -> None:
+        super().__init__(problem)
+        self.problem, self.fix, self.reason = problem, fix, reason
+
+
+def _listed(record: dict[str, Any]) -> str:
+    """Keys, the first few of them."""
+    names = sorted(record)
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def place_of(path: Path) -> str:
+    """Where a file or folder stands, whatever links lead to it."""
+    return readable(os.path.realpath(path))

@@ -234,6 +234,7 @@ class TextEncoder:
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int]
+        text = _well_formed(text)
         if self._backend is not None:
             # A batch of one: this call releases the interpreter lock (`encode` does not) and counts no characters.
             ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -244,6 +245,7 @@ class TextEncoder:
 
     def _control_ids(self, text: str) -> list[int]:
         ids: list[int]
+        text = _well_formed(text)
         if self._control_backend is not None:
             ids = self._control_backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         else:
@@ -291,6 +293,15 @@ class TextEncoder:
 
     def _agrees(self, context: str, probes: Iterable[tuple[str, str]]) -> bool:
         return all(self._ids(a) + self._after(context, b) == self._ids(a + b) for a, b in probes)
+
+
+def _well_formed(text: str) -> str:
+    """``text`` with U+FFFD for half surrogate pairs, which JSON can hold and tokenizers refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _joined(parts: Iterator[Ids], rest: Iterator[object], max_tokens: int | None) -> tuple[Ids, bool]:

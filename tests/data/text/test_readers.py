@@ -61,6 +61,63 @@ def test_encodings(tmp_path: Path) -> None:
     assert found.skipped_text() == "2 binary or not UTF-8, 1 empty"
 
 
+WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+
+
+def _wide(text: str, encoding: str) -> bytes:
+    mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
+    return (mark + text).encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", WIDE)
+def test_wide_encodings_with_their_mark_are_read_as_text_and_as_lines(tmp_path: Path, encoding: str) -> None:
+    # Letters with a byte of a line feed in them, on either side.
+    text = "wide ü, \u0a0a\u0a00\u000b\u0a41 and 𝄞"
+    (tmp_path / "a.txt").write_bytes(_wide(text, encoding))
+    (tmp_path / "blank.txt").write_bytes(_wide(" \n", encoding))
+    lines = [json.dumps({"text": f"{text} {number}"}, ensure_ascii=False) for number in range(3)]
+    (tmp_path / "b.jsonl").write_bytes(_wide("\r\n\r\n".join(lines), encoding))
+    found = find_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), str(tmp_path)])
+    assert texts(found) == {"a.txt": text, **{f"b.jsonl:{1 + 2 * n}": f"{text} {n}" for n in range(3)}}
+    assert found.skipped == Counter({"empty": 1})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", *WIDE])
+@pytest.mark.parametrize("before", [10, 70_000, 200_000])
+def test_a_nul_anywhere_makes_a_file_binary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, before: int
+) -> None:
+    monkeypatch.setattr("lightning_fot.data.text.parts.BLOCK_BYTES", 100_000)
+    (tmp_path / "late.txt").write_bytes(_wide("a" * before + "\0 b", encoding))
+    (tmp_path / "good.txt").write_text("good")
+    found = find_documents([str(tmp_path)])
+    # What is found only when it is read leaves nothing of the text behind.
+    assert ["".join(source.pieces(found.skipped)) for source in found.documents if source.name[-8:] != "good.txt"] in (
+        [],
+        [""],
+    )
+    assert found.skipped == Counter({"binary or not UTF-8": 1})
+    assert "late.txt" in found.skipped_text(named=True)
+
+
+def test_text_after_much_white_space_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n" * 70_000 + "late", encoding="utf-8")
+    assert "".join(find_documents([str(tmp_path)]).documents[0].pieces()).strip() == "late"
+
+
+def test_names_that_are_no_text_are_written_out(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/f\xff"
+    os.mkdir(folder)
+    for name in (b"caf\xe9.txt", b"caf\xe8.txt", b"x.py"):
+        Path(os.fsdecode(folder + b"/" + name)).write_text("text")
+    found = find_documents([os.fsdecode(folder)])
+    assert texts(found) == {
+        "f\\xff/caf\\xe8.txt": "text",
+        "f\\xff/caf\\xe9.txt": "text",
+        "f\\xff": "# file: f\\xff/x.py\ntext",
+    }
+
+
 def test_a_character_across_the_end_of_the_looked_at_part_is_no_error(tmp_path: Path) -> None:
     text = "a" * (64 * 1024 - 1) + "é and more"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
@@ -114,12 +171,50 @@ def test_jsonl_field_is_configurable(tmp_path: Path) -> None:
         find_documents([str(path)])
 
 
-@pytest.mark.parametrize("bad", ["{not json", "[1]", '{"text": 3}', "\xff"])
+BAD_LINES = [
+    "{not json",
+    "[1]",
+    '{"text": 3}',
+    '{"text": null}',
+    "\xff",
+    '{"text": "cut \\ud83d here"}',
+    '{"text": "a \\u0000 inside"}',
+    '{"text": "deep", "tree": ' + "[" * 200_000 + "]" * 200_000 + "}",
+    '{"text": "long", "number": ' + "1" * 5000 + "}",
+]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
 def test_a_bad_jsonl_line_names_file_and_line(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + bad.encode("latin-1") + b"\n")
+    path.write_bytes(b'{"text": "good"}\n' + bad.encode("latin-1") + b'\n{"text": "later"}\n')
     with pytest.raises(SettingError, match=r"d\.jsonl.*line 2"):
         check_paths([str(path)])
+    found = find_documents([str(path)], setting="PATH", lenient=True)
+    assert texts(found) == {"d.jsonl:1": "good", "d.jsonl:3": "later"}
+    assert found.skipped.total() == 1
+    assert "d.jsonl:2" in found.skipped_text(named=True)
+
+
+def test_a_line_without_text_is_told_by_what_can_be_set(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"body": "b"}\n')
+    with pytest.raises(SettingError, match=r"Set data\.text_field"):
+        find_documents([str(path)])
+    with pytest.raises(SettingError) as refused:
+        find_documents([str(path)], setting="PATH")
+    assert "text_field" not in str(refused.value)
+
+
+def test_a_line_that_changed_since_it_was_found_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    for later in ('{"note": "gone"}', "no json at all..", "[" * 200_000, '{"text": "\\ud83d"}'):
+        path.write_text('{"text": "first"}\n')
+        (source,) = find_documents([str(path)]).documents
+        path.write_text(later)
+        skipped: Counter[str] = Counter()
+        assert "".join(source.pieces(skipped)) == ""
+        assert skipped.total() == 1
 
 
 def test_a_large_jsonl_is_read_only_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,3 +236,13 @@ def test_parts_cover_every_token_once(lengths: list[int], parts: int) -> None:
         assert [token for start, stop in mine for token in range(start, stop)] == list(range(length))
     assert all(stop - start >= 2 for _, start, stop in stretches)
     assert len(stretches) >= parts or all(stop - start < 4 for _, start, stop in stretches)
+
+
+@pytest.mark.parametrize(
+    "make", [ByteTokenizer, byte_level, sentence_piece, lambda: load_tokenizer("tiny-random-llama")]
+)
+def test_half_a_surrogate_pair_is_the_replacement_character(make: Callable[[], Any], tmp_path: Path) -> None:
+    encoder = TextEncoder(make(), tmp_path)
+    whole = encoder.encode(["cut \ufffd here, and 𝄞"])[0].tolist()
+    assert encoder.encode(["cut \ud83d here, and \ud834\udd1e"])[0].tolist() == whole
+    assert encoder.encode_controls("cut \ud83d") == encoder.encode_controls("cut \ufffd")
