@@ -77,7 +77,11 @@ class JobProgress:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[times]}"), console=self._console
+                # Names of documents may look like markup.
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[times]}"),
+                console=self._console,
             )
             self._task = self._bar.add_task("starting", total=1.0, times="")
             self._bar.start()

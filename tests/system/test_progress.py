@@ -114,3 +114,14 @@ def test_live_bar_on_a_terminal() -> None:
     assert "train" in out.getvalue()
     progress.message("after")
     assert "after" in out.getvalue()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
+    clock = _Clock()
+    progress, out = _progress(clock, terminal=True)
+    with progress:
+        progress.plan([("reading", 100.0)])
+        progress.start("reading")
+        clock.now += 1
+        progress.advance(50, "a [red]x[/blue].txt")
+    assert "[red]x[/blue]" in out.getvalue()
