@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_fot.errors import SettingError
@@ -55,10 +56,55 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
     return folder, None if checkpoint is None else Path(str(checkpoint)).expanduser()
 
 
-def _fresh(base: Path) -> RunFolder:
+@contextmanager
+def claimed(request: Request, folder: RunFolder, checkpoint: Path | None) -> Iterator[RunFolder]:
+    """The run folder, for as long as the block takes this process's alone.
+
+    Where another process has taken it since it was chosen, a run from the start gets the next number.
+
+    Args:
+        request: The command line; its notes say where the number is another.
+        folder: As :func:`choose` gave it.
+        checkpoint: As :func:`choose` gave it.
+
+    Raises:
+        SettingError: Another process works in the folder of the run that is to go on, or it cannot be written.
+    """
+    if rank() != 0:
+        # Rank 0 has it, for all of them.
+        yield folder
+        return
+    goes_on = request.get("ckpt_path") == "last"
+    base = folder
+    try:
+        while (held := folder.claim()) is None or (folder.used and not goes_on):
+            if held is not None:
+                # Since it was chosen, another run has begun there and ended.
+                folder.release(held)
+            elif goes_on:
+                raise SettingError(
+                    "run_dir", str(folder.path), "another process is writing to it", "Wait until it is done."
+                )
+            folder = _fresh(base.path, taken=folder.path)
+        if folder.path != base.path:
+            request.notes.append(f"Another process has just taken {base.path}: writing to {folder.path}.")
+    except OSError as error:
+        raise SettingError(
+            "run_dir", str(folder.path), f"cannot be written ({error.strerror})", "Choose another folder."
+        ) from error
+    try:
+        yield folder
+    finally:
+        folder.release(held)
+
+
+def _fresh(base: Path, taken: Path | None = None) -> RunFolder:
+    """The first of ``base``, ``base-2``, … that no run has used; with ``taken`` the first behind that one."""
     folder = RunFolder(base)
     number = 2
-    while folder.used:
+    while folder.used or taken is not None:
+        if folder.path == taken:
+            taken = None
         folder = RunFolder(base.with_name(f"{base.name}-{number}") if base.name else base / f"run-{number}")
         number += 1
     return folder
