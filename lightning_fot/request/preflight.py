@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import os
 import shutil
 import types
@@ -24,7 +25,7 @@ from lightning_fot.config.evaluation import EvaluationConfig
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError, close_match
-from lightning_fot.request.request import Request
+from lightning_fot.request.request import Request, flat_settings
 from lightning_fot.system.package import shipped
 
 OWN_KEYS = ("seed_everything", "trainer", "model", "data", "evaluation", "run_dir", "ckpt_path")
@@ -62,6 +63,7 @@ def check_settings(request: Request) -> None:
         if request.get(target) is not None:
             leader = next(key for key, value in LINKS.items() if value == target)
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
+    _check_numbers(request)
     _follow_backbone(request)
     memory = _build(MemoryConfig, request, "model.memory")
     check_training(memory, _build(CrossbatchConfig, request, "model.crossbatch"))
@@ -73,6 +75,19 @@ def check_settings(request: Request) -> None:
     _check_retriever(memory.retriever)
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)
     _check_paths(request)
+
+
+def _check_numbers(request: Request) -> None:
+    """Refuses what is no number, and counts of the trainer that it divides by."""
+    for key, value in flat_settings(request.settings).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise SettingError(key, value, "is not a number", "Correct it.")
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch", "log_every_n_steps"):
+        value = request.get(f"trainer.{name}")
+        # Lightning's own 0 of the last one means never.
+        least = 0 if name == "log_every_n_steps" else 1e-9
+        if isinstance(value, int | float) and value < least:
+            raise SettingError(f"trainer.{name}", value, "must be above 0", "Correct it, or leave it out.")
 
 
 def _follow_backbone(request: Request) -> None:
@@ -178,6 +193,8 @@ def _build(kind: Any, request: Request, key: str) -> Any:
     given = request.get(key)
     if given is None:
         return kind()
+    if not isinstance(given, Mapping):
+        raise SettingError(key, given, "must hold settings", f"Write them below {key}, or as --{key}.NAME=VALUE.")
     fields = {item.name: item for item in dataclasses.fields(kind)}
     _check_keys(given, list(fields), key)
     for name, value in given.items():

@@ -164,6 +164,8 @@ def _merge(request: Request) -> None:
     for path in request.configs:
         try:
             loaded = OmegaConf.load(path)
+        except RecursionError:
+            raise SettingError("config", str(path), "is nested too deeply", "Correct the file.") from None
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             problem = " ".join(str(error).split())
             raise SettingError("config", str(path), f"is not valid YAML ({problem})", "Correct the file.") from error
@@ -252,6 +254,8 @@ def _assignments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             continue
         try:
             parsed = yaml.safe_load(value)
+        except RecursionError:
+            raise SettingError(key, f"{value[:40]}…", "is nested too deeply", "Correct it.") from None
         except yaml.YAMLError:
             parsed = value
         found.append((key, parsed))
