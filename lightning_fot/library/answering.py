@@ -160,17 +160,32 @@ class Answerer:
     def _prompt(self, question: str) -> list[int]:
         """Ids of the conversation and the question."""
         if self.chat:
-            from jinja2 import TemplateError
-
-            messages = [*self._messages, {"role": "user", "content": question}]
-            try:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except TemplateError as error:
-                raise SettingError("question", question, f"the chat template says: {error}", "Add --raw.") from error
-            return self._encode(text, first=False)
+            return self._encode(self._framed(question), first=False)
         if self._ids:
             return [*self._ids, *self._encode(f"\n{question}\n", first=False)]
         return self._encode(question, first=True)
+
+    def _framed(self, question: str) -> str:
+        """The conversation and the question as the chat template writes them.
+
+        Raises:
+            SettingError: It cannot, or leaves the question out.
+        """
+        messages = [*self._messages, {"role": "user", "content": question}]
+        # Some templates want a list of parts, and write nothing of a text.
+        parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        for given in (messages, parts):
+            try:
+                text = str(self.tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False))
+            except Exception as error:  # templates are programs of others
+                # A template that only knows text fails with parts, and has been heard already.
+                if given is messages:
+                    said = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise SettingError("question", question, f"the chat template says: {said}", "Add --raw.") from error
+                continue
+            if "".join(question.split()) in "".join(text.split()):
+                return text
+        raise SettingError("question", question, "is left out by the model's chat template", "Add --raw.")
 
     def _encode(self, text: str, first: bool) -> list[int]:
         """Ids of a text; the first of a conversation gets the start token that the tokenizer puts before texts."""

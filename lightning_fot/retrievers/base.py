@@ -369,8 +369,11 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         self._restore_tensors(load_file(path / "keys.safetensors"))
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
+        # Cloned: banks that select repeats share their mask, and safetensors writes no tensor twice.
         removed = {
-            f"removed.{bank}": mask for bank in range(self.banks) if (mask := self._removed.mask(bank)) is not None
+            f"removed.{bank}": mask.clone()
+            for bank in range(self.banks)
+            if (mask := self._removed.mask(bank)) is not None
         }
         return {"keys": self._store.view().contiguous(), "lengths": self._store.lengths, **removed}
 

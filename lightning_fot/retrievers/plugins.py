@@ -154,7 +154,10 @@ def main(target: str, seconds: float) -> None:
 
 def describe(error: BaseException) -> str:
     """An exception in a line."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # somebody else's class
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

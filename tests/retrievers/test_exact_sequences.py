@@ -128,3 +128,19 @@ def test_blocks_and_two_levels_change_nothing(n: int, k: int, dtype: torch.dtype
     assert all(len(set(line)) == len(line) for line in rows.tolist())
     torch.testing.assert_close(scores, every.topk(min(k, n), dim=1).values)
     torch.testing.assert_close(every.gather(1, rows), scores)
+
+
+def test_banks_that_select_repeats_are_saved_with_what_was_removed(tmp_path: Any) -> None:
+    retriever = create_retriever("exact", dim=4)
+    keys = torch.randn(1, 20, 4, generator=torch.Generator().manual_seed(0))
+    retriever.add(keys)
+    retriever.remove([torch.tensor([3, 5])])
+    store = KeyStore(4, 1)
+    store.append(keys)
+    twice = retriever.select([0, 0], store.select([0, 0]))
+    assert twice is not None
+    twice.save(tmp_path)
+    other = create_retriever("exact", dim=4, banks=2)
+    other.load(tmp_path)
+    rows = other.search(keys.expand(2, -1, -1), 20)[0]
+    assert not set(rows.flatten().tolist()) & {3, 5}

@@ -120,8 +120,11 @@ def check_options(model: PreTrainedModel, options: dict[str, Any], keep: bool) -
         # A number of 0 and False turn an option off.
         if value is not None and (not isinstance(value, int | float) or value):
             shown = value if isinstance(value, str | int | float | list | tuple) else type(value).__name__
+            if name not in options:
+                # It is the model's own, or that of a generation_config that was given: there is nothing to leave out.
+                problem, fix = f"of the generation_config {problem}", "Set it to None there."
             raise SettingError(name, shown, problem, fix)
-    if _option(model, options, "use_cache") is False:
+    if options.get("use_cache") is False:
         raise SettingError("use_cache", False, "would read without the memory", "Leave it out.")
     groups = _option(model, options, "num_beam_groups")
     if groups is not None and groups > 1:
@@ -160,6 +163,8 @@ def generate(
         What transformers gives: (B, T + new) ids, or its output object.
     """
     length = ids.shape[1]
+    # Models that were trained with gradient checkpointing are often saved without; the memory travels in the cache.
+    options = {"use_cache": True, **options}
 
     def read(rows: int) -> None:
         read_prompt()
