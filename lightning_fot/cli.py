@@ -7,7 +7,6 @@ loads.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning_fot.commands.retrievers import _retrievers
 from lightning_fot.commands.script import CONFIG_VERBS, OTHER_VERBS
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.system.openmp import wait_briefly
+from lightning_fot.system.output import end, make_patient
 from lightning_fot.system.ranks import rank, share_folder
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
   ask         ask that memory a question: ask MEMORY "question"
+  memories    the memories here, or the documents of one: memories [MEMORY]
+  forget      take documents out of a memory: forget MEMORY DOCUMENT…
   lm-eval     tasks of EleutherAI's lm-evaluation-harness, with memory
   export      write a trained run as a Hugging Face folder: export RUN_FOLDER OUT
   retrievers  every retriever found: built-in and plug-ins
@@ -69,6 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     wait_briefly()
+    make_patient()
+    code = _run(words, debug)
+    problem = end()
+    if problem is not None:
+        print(f"lightning-fot: error: standard output cannot be written: {problem}.", file=sys.stderr)
+    return code if problem is None else code or 2
+
+
+def _run(words: list[str], debug: bool) -> int:
     try:
         return _dispatch(words, debug)
     except (SettingError, MissingLibraryError) as error:
@@ -81,10 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("\nStopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has gone: no error. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if debug or error.errno is None:
             raise
@@ -134,6 +141,14 @@ def _dispatch(words: list[str], debug: bool) -> int:
         from lightning_fot.commands.ask import ask
 
         return ask(rest, f"{program_name()} ask", debug)
+    if verb == "memories":
+        from lightning_fot.commands.memories import memories
+
+        return memories(rest, f"{program_name()} memories", debug)
+    if verb == "forget":
+        from lightning_fot.commands.forget import forget
+
+        return forget(rest, f"{program_name()} forget", debug)
     if verb == "export":
         from lightning_fot.commands.export import export
 
@@ -161,7 +176,7 @@ def _doctor() -> int:
 
 
 def _with_config(verb: str, words: list[str], debug: bool) -> int:
-    from lightning_fot.commands.job.choice import choose
+    from lightning_fot.commands.job.choice import choose, claimed
     from lightning_fot.request.preflight import check_folder, check_settings, required_bytes
     from lightning_fot.request.request import read_request
 
@@ -193,13 +208,14 @@ def _with_config(verb: str, words: list[str], debug: bool) -> int:
 
         return check(request, _arguments(request), checkpoint, debug=debug)
     folder, checkpoint = choose(request)
-    if rank() == 0:
-        share_folder(folder.path)
     check_folder(folder.path, required_bytes(request))
-    _say(request)
-    from lightning_fot.commands.job.job import run
+    with claimed(request, folder, checkpoint) as folder:
+        if rank() == 0:
+            share_folder(folder.path)
+        _say(request)
+        from lightning_fot.commands.job.job import run
 
-    return run(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
+        return run(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
 
 
 def _say(request: Request) -> None:

@@ -17,7 +17,7 @@ from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.arguments import Parser
 from lightning_fot.request.model import settings_with
-from lightning_fot.request.request import read_request
+from lightning_fot.request.request import RETRIEVER, read_request
 
 if TYPE_CHECKING:
     from lightning_fot.library.answering import Answer, Answerer
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
 _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
+# Scores divided by less overflow.
+_COLDEST = 0.001
 _EPILOG = f"""\
 Settings of the memory that may be given: {", ".join(f"--model.memory.{name}" for name in _FREE)}.
 Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.
@@ -80,6 +82,7 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
         return int(stop.code or 0)
     _check(options)
     library = existing(options.memory)
+    library.refuse_foreign(given=any(word.partition("=")[0] == f"--{RETRIEVER}" for word in settings))
     if not Saved.read(library.path).stored:
         raise SettingError(
             "MEMORY", str(library.path), "is empty", f"Read documents: {_ingest(program)} {options.memory} PATH…"
@@ -129,8 +132,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise SettingError(name, value, f"must be at least {least:.0f}", "Correct it.")
-    if options.temperature is not None and not 0 < options.temperature < float("inf"):
-        raise SettingError("temperature", options.temperature, "must be above 0", "Leave it out for the greedy answer.")
+    if options.temperature is not None and not _COLDEST <= options.temperature < float("inf"):
+        raise SettingError(
+            "temperature", options.temperature, f"must be at least {_COLDEST}", "Leave it out for the greedy answer."
+        )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise SettingError("top_p", options.top_p, "must be above 0 and at most 1", "Try 0.9.")
 
