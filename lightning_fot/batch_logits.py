@@ -22,6 +22,7 @@ def batch_logits(
     config: CrossbatchConfig,
     count: int | None = None,
     gather: RowGather | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Logits with gradients.
 
@@ -32,9 +33,10 @@ def batch_logits(
         config: What rows see of each other.
         count: What a schedule says in place of ``d`` or ``range``; None takes those.
         gather: Shows the rows of all ranks; None those of this one.
+        wanted: (B, T) bool: logits of these N tokens alone; None is all.
 
     Returns:
-        (B, T, vocabulary).
+        (B, T, vocabulary), or (1, N, vocabulary).
 
     Raises:
         SettingError: The batch does not fit the settings.
@@ -44,8 +46,9 @@ def batch_logits(
     if dilated or config.layout == "previous_window":
         texts = ids.reshape(len(ids) // config.rows_of_a_text, -1)
         logits = dilated_logits(lm, texts) if dilated else previous_window_logits(lm, texts, config.differentiable)
-        return logits.reshape(*ids.shape, -1)
+        logits = logits.reshape(*ids.shape, -1)
+        return logits if wanted is None else logits[wanted][None]
     ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
     table = row_table(config, ranks * len(ids), count)[rank * len(ids) : (rank + 1) * len(ids)]
     previous = batch.get("previous_ids"), batch.get("previous_valid")
-    return lm.crossbatch(ids, table, *previous, config.differentiable, gather)
+    return lm.crossbatch(ids, table, *previous, config.differentiable, gather, wanted)

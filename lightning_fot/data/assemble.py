@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_fot.data.dictionary import DictionarySource
+from lightning_fot.data.facts import FactsSource, RecallSource
 from lightning_fot.data.finite import InstructionsSource, TextSource
 from lightning_fot.data.hub import HuggingFaceSource
 from lightning_fot.data.kinds import (
     FOR_TEXT,
     DictionarySettings,
+    FactsSettings,
     FiniteSettings,
     HuggingFaceSettings,
     InstructionsSettings,
     PasskeySettings,
+    RecallSettings,
     SourceSettings,
     TextSettings,
 )
@@ -126,5 +129,9 @@ def _open(settings: SourceSettings, encoder: TextEncoder, seed: int, say: Callab
         return InstructionsSource(settings, encoder, seed, say)
     if isinstance(settings, DictionarySettings):
         return DictionarySource(settings, encoder.tokenizer, seed)
+    if isinstance(settings, FactsSettings):
+        return FactsSource(settings, encoder, seed)
+    if isinstance(settings, RecallSettings):
+        return RecallSource(settings, encoder, seed)
     assert isinstance(settings, PasskeySettings)  # the last of the kinds
     return PasskeySource(settings, encoder.tokenizer, seed)
