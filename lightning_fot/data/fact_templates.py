@@ -98,6 +98,14 @@ def _person(random: random.Random) -> str:
     return random.choice(_FIRST) if random.random() < 0.5 else f"{random.choice(_FIRST)} {random.choice(_LAST)}"
 
 
+def _full_name(random: random.Random) -> str:
+    return f"{random.choice(_FIRST)} {random.choice(_LAST)}"
+
+
+def _animal(random: random.Random) -> str:
+    return f"{random.choice(_COLOURS)} {random.choice(_ANIMALS)} called {_invented(random)}"
+
+
 def _surname(random: random.Random) -> str:
     return random.choice(_LAST)
 
@@ -187,38 +195,38 @@ class Relation:
 
 # What belongs to a name, by several nouns of one meaning.
 _ATTRIBUTES: tuple[tuple[Value, Value, str], ...] = (
-    (_town, _digits(4, 6), "access number;entry code;door code"),
-    (_person, _digits(4, 6), "pin;personal number;login number"),
+    (_town, _digits(5, 7), "access number;entry code;door code"),
+    (_person, _digits(5, 7), "pin;personal number;login number"),
     (_person, _digits(6, 8), "phone number;telephone number;number to call"),
     (_device, _letters, "serial number;inventory label;identifier"),
     (_project, _phrase, "code name;internal name;nickname"),
     (_person, _phrase, "password;passphrase;magic word"),
-    (_project, _person, "leader;head;person in charge"),
-    (_town, _person, "mayor;head of the town;chief official"),
-    (_town, _digits(4, 6), "population;number of inhabitants;number of people"),
+    (_project, _full_name, "leader;head;person in charge"),
+    (_town, _full_name, "mayor;head of the town;chief official"),
+    (_town, _digits(5, 7), "population;number of inhabitants;number of people"),
     (_town, _digits(5, 5), "postal code;zip code;mailing code"),
     (_thing, _price, "price;cost;amount to pay"),
     (_thing, _weight, "weight;mass;load"),
     (_invented, _length, "height;elevation;vertical size"),
-    (_invented, _person, "owner;proprietor;possessor"),
-    (_person, _town, "birthplace;place of birth;native town"),
+    (_invented, _full_name, "owner;proprietor;possessor"),
+    (_person, _invented, "birthplace;place of birth;native town"),
     (_person, _date, "birthday;day of birth;date of birth"),
-    (_person, _one_of(_COLOURS), "favourite colour;preferred colour;best liked colour"),
+    (_person, _colour_thing, "favourite thing;preferred object;best liked thing"),
     (_person, _one_of(_FOODS), "favourite dish;preferred meal;best liked food"),
-    (_person, _one_of(_ANIMALS), "pet;house animal;animal at home"),
+    (_person, _animal, "pet;house animal;animal at home"),
     (_person, _one_of(_JOBS), "job;profession;occupation"),
-    (_person, _person, "best friend;closest companion;dearest friend"),
-    (_person, _digits(1, 3), "locker number;number of the locker;locker"),
+    (_person, _full_name, "best friend;closest companion;dearest friend"),
+    (_person, _digits(3, 5), "locker number;number of the locker;locker"),
     (_project, _date, "deadline;due date;last day"),
     (_device, _digits(2, 5), "port;port number;network port"),
     (_town, _phrase, "emblem;symbol;sign"),
     (_invented, _motto, "motto;guiding sentence;slogan"),
     (_town, _year, "year of foundation;founding year;first year"),
-    (_room, _person, "guest;occupant;tenant"),
+    (_room, _full_name, "guest;occupant;tenant"),
     (_room, _colour_thing, "most valuable object;greatest treasure;dearest thing"),
     (_invented, _invented, "capital;main city;seat of government"),
     (_invented, _digits(2, 4), "flight number;number of the flight;flight"),
-    (_device, _town, "location;site;whereabouts"),
+    (_device, _invented, "location;site;whereabouts"),
 )
 _TOLD = (
     "The {a} of {k} is", "{K}'s {a} is", "For {k}, the {a} is", "As for {k}, the {a} is", "The {a} for {k} is",
@@ -233,38 +241,38 @@ _ASKED = (
 )  # fmt: skip
 
 _SENTENCES: tuple[Relation, ...] = (
-    Relation(_person, _town, ("{k} lives in", "{k} has a house in"), ("Question: Where is the home of {k}?\nAnswer: In", "Q: In which town does {k} live?\nA:", "The home of {k} stands in")),
+    Relation(_person, _invented, ("{k} lives in", "{k} has a house in"), ("Question: Where is the home of {k}?\nAnswer: In", "Q: In which town does {k} live?\nA:", "The home of {k} stands in")),
     Relation(_person, _one_of(_JOBS), ("{k} works as a", "By trade {k} is a"), ("Question: What does {k} do for a living?\nAnswer: A", "{k} earns money as a", "Q: Job of {k}?\nA:")),
     Relation(_person, _year, ("{k} was born in", "{k} came into the world in the year"), ("Question: When was {k} born?\nAnswer: In", "The birth of {k} was in", "Q: In which year did the life of {k} begin?\nA:")),
     Relation(_town, _digits(1, 2), ("The train to {k} leaves from platform", "Trains for {k} stand at platform"), ("Question: From which platform does one travel to {k}?\nAnswer: Platform", "Q: Platform for {k}?\nA:")),
     Relation(_town, _time, ("The bus to {k} departs at", "The evening bus for {k} starts at"), ("Question: When does one have to be at the stop to go to {k}?\nAnswer: At", "Q: Departure to {k}?\nA:", "Whoever travels to {k} must be ready at")),
     Relation(_person, _date, ("The meeting with {k} takes place on", "{k} will visit us on"), ("Question: On which day do we see {k}?\nAnswer: On", "Q: Date for {k}?\nA:", "We expect {k} on")),
     Relation(_person, _time, ("The lesson with {k} begins at", "{k} arrives every day at"), ("Question: At what time does {k} come?\nAnswer: At", "Q: Hour of {k}?\nA:")),
-    Relation(_invented, _person, ("The company {k} was founded by", "The firm {k} belongs to"), ("Question: Who started {k}?\nAnswer:", "Q: Founder of {k}?\nA:", "The man or woman behind {k} is")),
+    Relation(_invented, _full_name, ("The company {k} was founded by", "The firm {k} belongs to"), ("Question: Who started {k}?\nAnswer:", "Q: Founder of {k}?\nA:", "The man or woman behind {k} is")),
     Relation(_person, _one_of(_INSTRUMENTS), ("{k} plays the", "In the orchestra {k} plays the"), ("Question: Which instrument does {k} play?\nAnswer: The", "Q: Instrument of {k}?\nA: The", "{k} makes music on the")),
-    Relation(_person, _person, ("{k} married", "{k} fell in love with"), ("Question: Who is the partner of {k}?\nAnswer:", "Q: Spouse of {k}?\nA:")),
+    Relation(_person, _full_name, ("{k} married", "{k} fell in love with"), ("Question: Who is the partner of {k}?\nAnswer:", "Q: Spouse of {k}?\nA:")),
     Relation(_invented, _invented, ("The river {k} flows into the sea near", "The road from {k} leads to"), ("Question: Where does one get from {k}?\nAnswer: To", "Q: What comes after {k}?\nA:", "Beyond {k} lies")),
     Relation(_thing, _one_of(_SPOTS), ("You will find {k} in the", "Somebody put {k} into the", "{K} stands in the"), ("Question: Where is {k}?\nAnswer: In the", "Q: Place of {k}?\nA: The", "Whoever looks for {k} should go to the")),
     Relation(_person, _one_of(_SPOTS), ("{k} was last seen in the", "{k} is waiting in the"), ("Question: Where can {k} be found?\nAnswer: In the", "Q: Whereabouts of {k}?\nA: The", "Look for {k} in the")),
     Relation(_person, _colour_thing, ("{k} bought a", "From the market {k} brought home a"), ("Question: What did {k} buy?\nAnswer: A", "Q: Purchase of {k}?\nA: A", "The shopping bag of {k} held a")),
     Relation(_person, _one_of(_FOODS), ("{k} ordered the", "For dinner {k} cooked the"), ("Question: What did {k} eat?\nAnswer: The", "Q: Meal of {k}?\nA: The")),
-    Relation(_room, _person, ("{K} is reserved for", "{K} has been given to"), ("Question: Who sleeps in {k}?\nAnswer:", "Q: Name on the door of {k}?\nA:")),
+    Relation(_room, _full_name, ("{K} is reserved for", "{K} has been given to"), ("Question: Who sleeps in {k}?\nAnswer:", "Q: Name on the door of {k}?\nA:")),
     Relation(_town, _price, ("A ticket to {k} costs", "For the trip to {k} one pays"), ("Question: How much is the fare to {k}?\nAnswer:", "Q: Fare to {k}?\nA:")),
     Relation(_town, _length, ("The tower of {k} is", "The bridge of {k} measures"), ("Question: How large is the landmark of {k}?\nAnswer:", "Q: Size of what stands in {k}?\nA:"), " in all."),
     Relation(_person, _one_of(_SUBJECTS), ("{k} teaches", "At the university {k} studies"), ("Question: What is the subject of {k}?\nAnswer:", "Q: Field of {k}?\nA:")),
     Relation(_invented, _phrase, ("In their language the word {k} means", "The word {k} stands for"), ("Question: What is the meaning of {k}?\nAnswer:", "Q: Translation of {k}?\nA:", "{k} can be translated as")),
     Relation(_person, _motto, ("{k} always said that", "On the last page {k} wrote that"), ("Question: What were the words of {k}?\nAnswer:", "Q: Saying of {k}?\nA:")),
     Relation(_device, _one_of(_SPOTS), ("{K} is installed in the", "They moved {k} to the"), ("Question: Where is {k}?\nAnswer: In the", "Q: Place of {k}?\nA: The")),
-    Relation(_device, _digits(2, 4), ("{K} listens on port", "The room temperature read by {k} is"), ("Question: Which number belongs to {k}?\nAnswer:", "Q: Number of {k}?\nA:")),
-    Relation(_town, _one_of(_ANIMALS), ("On the flag of {k} there is a", "The people of {k} worship the"), ("Question: Which animal belongs to {k}?\nAnswer: The", "Q: Animal of {k}?\nA: The")),
+    Relation(_device, _digits(3, 5), ("{K} listens on port", "The room temperature read by {k} is"), ("Question: Which number belongs to {k}?\nAnswer:", "Q: Number of {k}?\nA:")),
+    Relation(_town, _animal, ("On the flag of {k} there is a", "The people of {k} worship a"), ("Question: Which animal belongs to {k}?\nAnswer: A", "Q: Animal of {k}?\nA: A")),
     Relation(_project, _price, ("The budget of {k} amounts to", "{K} will cost"), ("Question: How much money goes into {k}?\nAnswer:", "Q: Money for {k}?\nA:")),
-    Relation(_project, _town, ("{K} is carried out in", "The office of {k} is in"), ("Question: In which city do they work on {k}?\nAnswer:", "Q: City of {k}?\nA:")),
+    Relation(_project, _invented, ("{K} is carried out in", "The office of {k} is in"), ("Question: In which city do they work on {k}?\nAnswer:", "Q: City of {k}?\nA:")),
     Relation(_surname, _digits(3, 5), ("Patient {k} was given the number", "The file on {k} has the number"), ("Question: Under which number does one find {k}?\nAnswer:", "Q: Number for {k}?\nA:")),
-    Relation(_surname, _town, ("Doctor {k} moved to", "Captain {k} sailed to", "Professor {k} retired to"), ("Question: Where did {k} go?\nAnswer: To", "Q: New home of {k}?\nA:")),
-    Relation(_surname, _person, ("Judge {k} sentenced", "Inspector {k} questioned", "Colonel {k} promoted"), ("Question: Who had to do with {k}?\nAnswer:", "Q: Whom did {k} meet?\nA:")),
+    Relation(_surname, _invented, ("Doctor {k} moved to", "Captain {k} sailed to", "Professor {k} retired to"), ("Question: Where did {k} go?\nAnswer: To", "Q: New home of {k}?\nA:")),
+    Relation(_surname, _full_name, ("Judge {k} sentenced", "Inspector {k} questioned", "Colonel {k} promoted"), ("Question: Who had to do with {k}?\nAnswer:", "Q: Whom did {k} meet?\nA:")),
     Relation(_town, _one_of(_FOODS), ("The inn at {k} is famous for its", "In {k} every child knows the"), ("Question: What does one eat in {k}?\nAnswer: The", "Q: Speciality of {k}?\nA: The")),
     Relation(_town, _surname, ("The bank in {k} is run by Mrs.", "The doctor in {k} is called"), ("Question: Which name does one hear in {k}?\nAnswer:", "Q: Family name from {k}?\nA:")),
-    Relation(_person, _digits(2, 3), ("{k} is staying in room", "{k} sits at table"), ("Question: At which number is {k}?\nAnswer:", "Q: Number of {k}?\nA:")),
+    Relation(_person, _digits(3, 4), ("{k} is staying in room", "{k} sits at table"), ("Question: At which number is {k}?\nAnswer:", "Q: Number of {k}?\nA:")),
 )  # fmt: skip
 
 
