@@ -1,9 +1,9 @@
 """Facts told once each in the text of a book, asked for in the words they were told in and in other words.
 
-    python benchmarks/lookup.py BOOK.txt                                       # the shipped weights, 24 facts in 4,096 tokens
+    python benchmarks/lookup.py BOOK.txt            # the shipped weights, 24 facts in 4,096 tokens
     python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --layers 18,20  # untrained
-    python benchmarks/lookup.py BOOK.txt --plain                               # everything in the backbone's own context
-    python benchmarks/lookup.py BOOK.txt --heads                               # found, weighed: where the memory layers looked
+    python benchmarks/lookup.py BOOK.txt --plain    # everything in the backbone's own context
+    python benchmarks/lookup.py BOOK.txt --heads    # found, weighed: where the memory layers looked
 
 Neighbouring facts share their sentence and differ in the name alone, so that a model which cannot tell them apart gives
 one answer to all: distinct wrong answers are counted. Right is an answer all of whose tokens are the most likely ones.
@@ -32,15 +32,32 @@ from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.passes import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
-CITIES = "Paris Rome Oslo Lima Cairo Delhi Quito Minsk Perth Bergen Turin Lyon Izmir Kyoto Accra Leeds".split()
-PEOPLE = "Morwenna Tobias Ingrid Casimir Philippa Anselm Beatrix Leopold Rosalind Gideon Ottoline Barnaby".split()
-ISLANDS = "Skarva Tolmin Brenn Osmore Lundey Cavra Ferrow Halsa Norrick Quill Vardo Amble".split()
-VILLAGES = "Hartwell Dunmere Ashby Colwick Penrose Thornby Elmstead Wexcombe Rushford Marlow Kelby Stanway".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+CITIES = _words("Paris Rome Oslo Lima Cairo Delhi Quito Minsk Perth Bergen Turin Lyon Izmir Kyoto Accra Leeds")
+PEOPLE = _words("Morwenna Tobias Ingrid Casimir Philippa Anselm Beatrix Leopold Rosalind Gideon Ottoline Barnaby")
+ISLANDS = _words("Skarva Tolmin Brenn Osmore Lundey Cavra Ferrow Halsa Norrick Quill Vardo Amble")
+VILLAGES = _words("Hartwell Dunmere Ashby Colwick Penrose Thornby Elmstead Wexcombe Rushford Marlow Kelby Stanway")
 PLACES = [
-    "blue teapot", "church tower", "old barn", "piano stool", "wine cellar", "garden shed", "linen chest",
-    "grandfather clock", "flour bin", "rabbit hutch", "boat house", "coal scuttle",
-]  # fmt: skip
-SURNAMES = "Pettigrew Lindqvist Okafor Marchetti Dubrovsky Hanley Castellano Whitlock Novak Ferreira Abbott Singh".split()
+    "blue teapot",
+    "church tower",
+    "old barn",
+    "piano stool",
+    "wine cellar",
+    "garden shed",
+    "linen chest",
+    "grandfather clock",
+    "flour bin",
+    "rabbit hutch",
+    "boat house",
+    "coal scuttle",
+]
+SURNAMES = _words(
+    "Pettigrew Lindqvist Okafor Marchetti Dubrovsky Hanley Castellano Whitlock Novak Ferreira Abbott Singh"
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ def make_facts(count: int, seed: int) -> list[Fact]:
 
 
 def text_with(facts: Sequence[Fact], book: str, tokenizer: Any, tokens: int, seed: int) -> str:
-    """The book's sentences with one fact after each stretch of equal length, ``tokens`` tokens in all, or a little less."""
+    """The book's sentences with one fact after each stretch of equal length, ``tokens`` tokens or a little less."""
     draw = random.Random(seed)
     order = draw.sample(list(facts), len(facts))
     room = tokens - sum(len(ids_of(tokenizer, " " + fact.statement)) for fact in facts)
@@ -232,7 +249,7 @@ class Subject:
 
 
 def look(subject: Subject, fact: Fact, others: Sequence[Fact], question: str, text: str) -> dict[int, list[float]]:
-    """By layer, for the answer's first tokens: found by any head, its weight, other facts' answers', the rest's, local."""
+    """By layer, means over the answer: found by any head, its weight, other facts' answers', the rest's, local."""
     config = subject.lm.config
     right = places_of(fact, text, subject.tokenizer, config.window, config.skip_window_start)
     wrong = [

@@ -180,7 +180,7 @@ def _between(sentences: Sequence[list[int]], text: RealText, room: int, draw: ra
 
 
 def recall_document(
-    text: RealText, tokenizer: Any, n_tokens: int, ask_tokens: int, quote_tokens: int, seed: int
+    text: RealText, tokenizer: Any, n_tokens: int, ask_tokens: int, quote_tokens: int, seed: int, whole: float = 0.0
 ) -> tuple[Ids, Mask]:
     """Real text; the second half of its last ``ask_tokens`` quotes passages from before these.
 
@@ -191,6 +191,7 @@ def recall_document(
         ask_tokens: Of these, tokens at the end: half go on with the text, half quote.
         quote_tokens: Tokens of a quotation, its first eight among them.
         seed: Of the draw.
+        whole: Share of the documents whose earlier windows count too.
 
     Returns:
         Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,): the last ``ask_tokens`` but for the
@@ -203,7 +204,8 @@ def recall_document(
     plain = n_tokens - quotes * quote_tokens
     ids = start + text.stretch(plain - len(start), draw)
     # Not the first of these: the window before would predict it, and be read for it alone.
-    targets = [place > n_tokens - ask_tokens for place in range(plain)]
+    first = 0 if draw.random() < whole else n_tokens - ask_tokens
+    targets = [place > first for place in range(plain)]
     for _ in range(quotes):
         place = draw.randrange(len(start), n_tokens - ask_tokens - quote_tokens)
         ids += ids[place : place + quote_tokens]
@@ -315,7 +317,13 @@ class RecallSource(_Made):
         def make() -> tuple[Ids, Mask]:
             seed = self._draw(int(heldout), index)
             return recall_document(
-                self.text, self._tokenizer, settings.tokens, settings.ask_tokens, settings.quote_tokens, seed
+                self.text,
+                self._tokenizer,
+                settings.tokens,
+                settings.ask_tokens,
+                settings.quote_tokens,
+                seed,
+                settings.whole,
             )
 
         return MadeSequence(settings.tokens, make)

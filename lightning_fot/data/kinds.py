@@ -380,14 +380,20 @@ class RecallSettings(MadeOfTextSettings):
 
     Args:
         quote_tokens: Tokens of a quotation; the first eight say which it is, and the loss counts the others.
+        whole: Share of the documents whose earlier windows count too: what a model says beside an empty memory must
+            not suffer. Each costs a batch of its own in layout ``paper``.
     """
 
     kind = "recall"
     quote_tokens: int = 32
+    whole: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_whole(16, "quote_tokens")
+        self._check_numbers(0.0, "whole")
+        if self.whole > 1:
+            raise self.error("whole", "must be a share from 0 to 1", "Try 0.3.")
         if self.quote_tokens > min(self.ask_tokens // 2, self.tokens - self.ask_tokens - 8):
             fix = f"Lower it, or raise {self.setting}.ask_tokens and {self.setting}.tokens."
             raise self.error("quote_tokens", "is more than half of ask_tokens, or than what is told", fix)

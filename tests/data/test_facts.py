@@ -179,7 +179,7 @@ def test_the_windows_that_tell_have_nothing_to_predict(book: Path) -> None:
     [
         ("facts", {"tokens": 256, "ask_tokens": 200}, r"ask_tokens=200: leaves fewer than 64 of 256.*Lower it"),
         ("facts", {"facts": [0, 3]}, r"facts=\[0, 3\]: must be two whole numbers"),
-        ("facts", {"facts": "many"}, r"facts=many: must be two whole numbers"),
+        ("facts", {"facts": "many"}, r"facts='many': must be two whole numbers"),
         ("facts", {"relations": [4, 1]}, r"relations=\[4, 1\]: must go from"),
         ("facts", {"other_words": 1.5}, r"other_words=1\.5: must be a share"),
         ("facts", {"together": 0}, r"together=0: must be a whole number of at least 1"),
