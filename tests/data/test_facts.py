@@ -174,6 +174,11 @@ def test_the_windows_that_tell_have_nothing_to_predict(book: Path) -> None:
         assert all(counted) if step % 2 else not any(counted)
 
 
+def test_whole_documents_of_recall_count_from_their_second_token(book: Path) -> None:
+    counts = [int(targets.sum()) for _, targets in read(recall_source(book, whole=1.0), 4)]
+    assert counts == [1023 - 4 * CUE_TOKENS] * 4
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "match"),
     [
@@ -184,6 +189,7 @@ def test_the_windows_that_tell_have_nothing_to_predict(book: Path) -> None:
         ("facts", {"other_words": 1.5}, r"other_words=1\.5: must be a share"),
         ("facts", {"together": 0}, r"together=0: must be a whole number of at least 1"),
         ("recall", {"quote_tokens": 200}, r"quote_tokens=200: is more than half"),
+        ("recall", {"whole": 2}, r"whole=2: must be a share"),
         ("recall", {"quote_tokens": 8}, r"quote_tokens=8: must be a whole number of at least 16"),
     ],
 )
