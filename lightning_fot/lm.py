@@ -366,7 +366,8 @@ class MemoryLM:
             collected.pairs.clear()
         with self.attachment.during(self.rectified(input_ids.shape[1]) or current), head_of(self.model, wanted):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        if wanted is not None and self.model.get_output_embeddings() is None:
+        if wanted is not None and logits.shape[:2] == wanted.shape:
+            # A model without an output layer of its own gave all of them.
             return logits[wanted][None]
         return logits
 

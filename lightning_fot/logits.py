@@ -27,7 +27,7 @@ def head_of(model: PreTrainedModel, wanted: Tensor | None) -> Iterator[None]:
         model: Its output layer takes hidden states (B, T, width), and what follows it treats each token alone.
         wanted: (B, T) bool; the logits then are (1, N, vocabulary), row by row. None changes nothing.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if wanted is None or head is None:
         yield
         return
