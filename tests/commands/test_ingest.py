@@ -107,9 +107,9 @@ def test_what_is_no_text_is_reported(here: Path, capsys: pytest.CaptureFixture[s
     assert "1 empty" in said.err
     assert "Read 1 document," in said.out
     assert ingest("other", "shelf/late.txt", *SETTINGS) == 2
-    assert "holds no text (1 binary or not UTF-8)" in capsys.readouterr().err
+    assert "holds no text (1 binary or not UTF-8 (shelf/late.txt))" in capsys.readouterr().err
     assert ingest("other", "shelf/empty.txt", *SETTINGS) == 2
-    assert "holds no text (1 empty)" in capsys.readouterr().err
+    assert "holds no text (1 empty (shelf/empty.txt))" in capsys.readouterr().err
 
 
 def test_settings_are_the_memorys_and_others_are_refused_by_name(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,8 @@ def test_the_report_of_a_run() -> None:
 
 def test_reports_are_a_module_to_be_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["report", "run"])
+    # Another test of this process may have imported it, of which runpy warns.
+    monkeypatch.delitem(sys.modules, "lightning_fot.report.__main__", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("lightning_fot.report", run_name="__main__")
     assert ended.value.code == 0
