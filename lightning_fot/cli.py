@@ -30,6 +30,8 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
   ask         ask that memory a question: ask MEMORY "question"
+  memories    the memories here, or the documents of one: memories [MEMORY]
+  forget      take documents out of a memory: forget MEMORY DOCUMENT…
   lm-eval     tasks of EleutherAI's lm-evaluation-harness, with memory
   export      write a trained run as a Hugging Face folder: export RUN_FOLDER OUT
   retrievers  every retriever found: built-in and plug-ins
@@ -58,6 +60,8 @@ VERBS = {
     "bench": "bench.bench:bench",
     "ingest": "ingest:ingest",
     "ask": "ask:ask",
+    "memories": "memories:memories",
+    "forget": "forget:forget",
     "lm-eval": "lm_eval:lm_eval",
     "export": "export:export",
     "retrievers": "retrievers:retrievers",

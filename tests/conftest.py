@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before any library reads them: tests never ask a hub, and never draw on a screen.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Finding fonts takes seconds of each process that draws, unless one has kept what it found.
+os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "lightning-fot-tests-matplotlib"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side (pyproject.toml): more threads would only get in their way.
     os.environ["OMP_NUM_THREADS"] = "1"

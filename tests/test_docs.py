@@ -23,6 +23,7 @@ from lightning_fot.sweep.space import SearchConfig
 from lightning_fot.testing import RetrieverContract
 from tests.support.markdown_blocks import ROOT, blocks, section
 from tests.support.memories import SETTINGS, backbone, books, text
+from tests.support.patience import PATIENCE_S
 
 PAGE = (ROOT / "docs" / "retrievers.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def test_the_plugin_of_the_page_keeps_the_contract(distribution):
     def run(*words):
         command = [sys.executable, "-m", *words]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=240, env=environment, cwd=folder, check=False
+            command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd=folder, check=False
         )
 
     tested = run("pytest", "-q", "-W", "error::RuntimeWarning", str(test))

@@ -17,7 +17,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_with
-from lightning_fot.request.request import make_request
+from lightning_fot.request.request import RETRIEVER, make_request
 from lightning_fot.request.words import Option, Verb, assignments, read
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
 _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
+# Scores divided by less overflow.
+_COLDEST = 0.001
 _OPTIONS = (
     Option("max_new_tokens", "longest answer (default 100)", int, 100),
     Option("temperature", "sample, at this temperature (default: greedy)", float),
@@ -75,6 +77,7 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     _check(options)
     memory, *asked = given.plain
     library = existing(memory)
+    library.refuse_foreign(given=any(name == RETRIEVER for name, _ in assignments(given.settings)))
     if not Saved.read(library.path).stored:
         raise SettingError(
             "MEMORY", str(library.path), "is empty", f"Read documents: {_ingest(program)} {memory} PATH…"
@@ -104,8 +107,10 @@ def _check(options: SimpleNamespace) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise SettingError(name, value, f"must be at least {least:.0f}", "Correct it.")
-    if options.temperature is not None and not 0 < options.temperature < float("inf"):
-        raise SettingError("temperature", options.temperature, "must be above 0", "Leave it out for the greedy answer.")
+    if options.temperature is not None and not _COLDEST <= options.temperature < float("inf"):
+        raise SettingError(
+            "temperature", options.temperature, f"must be at least {_COLDEST}", "Leave it out for the greedy answer."
+        )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise SettingError("top_p", options.top_p, "must be above 0 and at most 1", "Try 0.9.")
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.library import FILE, Library, count, find_folder, is_free
+from lightning_fot.library.changes import find_changes
+from lightning_fot.library.library import FILE, Library, count, find_folder, is_free, size_of
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_of, settings_with
-from lightning_fot.request.request import CONFIG, Request, make_request
-from lightning_fot.request.words import Given, Verb, read
+from lightning_fot.request.request import CONFIG, RETRIEVER, Request, make_request
+from lightning_fot.request.words import Given, Verb, assignments, read
 
 if TYPE_CHECKING:
-    from lightning_fot.data.text.parts import DocumentSource, Found
+    from lightning_fot.data.text.parts import Found
+    from lightning_fot.library.changes import Changes
 
 DEFAULT_CONFIG = "hnsw"
 VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
@@ -35,8 +35,11 @@ Reads documents into a memory on disk, to be asked with: {ask} MEMORY "question"
   --ckpt_path trained weights: a checkpoint, or last for checkpoints/last.ckpt beside the YAML
   --model.…   such as --model.backbone=FOLDER, --model.memory.capacity=1000000, --model.memory.retriever=faiss_ivf
 
-Stopped (Ctrl-C) or killed, the same command goes on where it was; documents that were read already are skipped. More
-documents may be added at any time; the settings stay those of the memory, which need not be given again."""
+Stopped (Ctrl-C) or killed, the same command goes on where it was; documents that were read already are skipped, and one
+that stands where it stood with another text replaces what was read there. More documents may be added at any time; the
+settings stay those of the memory, which need not be given again. See also: {memories}, {forget}"""
+# Names in one note.
+_NAMED = 5
 
 
 def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
@@ -55,7 +58,8 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     """
     given = read(words, replace(VERB, program=program))
     if given.help:
-        print(HELP.format(program=program, ask=program.replace("ingest", "ask"), default=DEFAULT_CONFIG))
+        others = {verb: program.replace("ingest", verb) for verb in ("ask", "memories", "forget")}
+        print(HELP.format(program=program, default=DEFAULT_CONFIG, **others))
         return 0
     name, *paths = given.plain
     folder = find_folder(name)
@@ -65,16 +69,17 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     command = shlex.join([*program.split(), *words])
     with library.locked():
         library.refresh()
-        sources, known = _unread(found, library)
-        if not sources and not known:
-            raise SettingError("PATH", paths, f"holds no text ({found.skipped_text(named=True)})", "Give text files in UTF-8.")
-        for note in (found.skipped_text(), known):
-            if note:
-                print(f"Left out: {note}.", file=sys.stderr)
-        if not sources:
-            print(f"Nothing to read: {folder} has all of it, {count(len(library.documents), 'document')}.")
+        changes = find_changes(found, library, paths)
+        left_out = found.skipped_text(named=True)
+        if not (changes.unread or changes.known or changes.gone or changes.outdated):
+            raise SettingError("PATH", paths, f"holds no text ({left_out})", "Give text files in UTF-8.")
+        for note in _notes(left_out, changes, library, program, name):
+            print(note, file=sys.stderr)
+        if not changes.unread and not changes.outdated:
+            library.write()
+            print(f"Nothing to read: {folder} has all of it, {count(len(library), 'document')}.")
             return 0
-        return _read(library, sources, found.skipped, command, program, name, debug)
+        return _read(library, changes, found, command, program, name, debug)
 
 
 def _library(folder: Path, given: Given, program: str) -> Library:
@@ -86,6 +91,8 @@ def _library(folder: Path, given: Given, program: str) -> Library:
             )
         return Library(folder, settings_of(_request(given, program, DEFAULT_CONFIG)))
     library = Library.read(folder)
+    named = any(name == RETRIEVER for name, _ in assignments(given.settings))
+    library.refuse_foreign(given=named or bool(given.options.config))
     request = _request(given, program, None)
     # Without a configuration only what is named counts; all else is the memory's own.
     asked = settings_of(request) if request.configs else settings_with(library.model, request)
@@ -116,43 +123,43 @@ def _request(given: Given, program: str, default: str | None) -> Request:
 def _find(paths: list[str]) -> Found:
     from lightning_fot.data.text.readers import find_documents
 
-    return find_documents(paths, setting="PATH")
+    return find_documents(paths, setting="PATH", lenient=True)
 
 
-def _unread(found: Found, library: Library) -> tuple[list[tuple[DocumentSource, str]], str]:
-    """Documents that are not in the library yet, with the digests of their texts; and what to say of the others.
+def _notes(left_out: str, changes: Changes, library: Library, program: str, word: str) -> Iterator[str]:
+    """What to say before anything is read."""
+    if left_out:
+        yield f"Left out: {left_out}."
+    known = [f"{changes.known:,} read already"] * bool(changes.known)
+    known += [f"{changes.twice:,} with the same text as another"] * bool(changes.twice)
+    if known:
+        yield f"Left out: {', '.join(known)}."
+    if changes.outdated:
+        outdated = _listed([entry.name for entry in changes.outdated])
+        yield f"Forgets {count(len(changes.outdated), 'former version')}: {outdated}."
+    forget = f"{program.replace('ingest', 'forget')} {shlex.quote(word)}"
+    if changes.gone:
+        names = [entry.name for entry in changes.gone]
+        yield (
+            f"No longer there, still in the memory: {_listed(names)}. To forget: "
+            f"{forget} {' '.join(map(shlex.quote, names[:_NAMED]))}"
+        )
+    leaving = {entry.name for entry in changes.outdated}
+    taken = [
+        one.source.name
+        for one in changes.unread
+        if library.named(one.source.name) and library.find(one.digest) is None and one.source.name not in leaving
+    ]
+    if taken:
+        yield f"Another document has this name, and both are kept: {_listed(taken)}. To forget one: {forget} NAME"
 
-    Whatever turns out to be no text is added to ``found.skipped``.
-    """
-    unread: dict[str, DocumentSource] = {}
-    read = twice = 0
-    for source in found.documents:
-        digest, empty = hashlib.sha256(), True
-        for piece in source.pieces(found.skipped):
-            digest.update(piece.encode("utf-8", "surrogatepass"))
-            empty = empty and not piece.strip()
-        if empty:
-            continue
-        entry = library.find(digest.hexdigest())
-        if entry is not None and entry.done:
-            read += 1
-        elif digest.hexdigest() in unread:
-            twice += 1
-        else:
-            unread[digest.hexdigest()] = source
-    notes = [f"{read:,} read already"] * bool(read) + [f"{twice:,} with the same text as another"] * bool(twice)
-    return [(source, digest) for digest, source in unread.items()], ", ".join(notes)
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
-def _read(
-    library: Library,
-    sources: list[tuple[DocumentSource, str]],
-    skipped: Counter[str],
-    command: str,
-    program: str,
-    word: str,
-    debug: bool,
-) -> int:
+def _read(library: Library, changes: Changes, found: Found, command: str, program: str, word: str, debug: bool) -> int:
     from lightning_fot.system.progress import JobProgress, format_seconds
     from lightning_fot.system.signals import StopGuard, Stopped
 
@@ -167,25 +174,24 @@ def _read(
         except Stopped as stopped:
             progress.message("Stopped before anything was read.")
             return stopped.exit_code
+        loading = progress.elapsed
         guard.deferred = True
         try:
-            reader.read(sources)
+            reader.read(changes.unread, changes.outdated)
         except Stopped as stopped:
             progress.close()
             progress.message(_how_to_go_on(library, reader.name, command, lm.config))
             return stopped.exit_code
-        seconds = progress.elapsed
+        seconds = reader.seconds
     speed = reader.tokens / max(seconds, 1e-9)
-    size = sum(file.stat().st_size for file in library.path.iterdir() if file.is_file()) / 2**20
-    gone = reader.skipped - skipped
+    gone = reader.skipped.text(named=True)
     if gone:
-        lost = ", ".join(f"{count:,} {reason}" for reason, count in gone.items())
-        print(f"Could not be read any more: {lost}.", file=sys.stderr)
+        print(f"Could not be read any more: {gone}.", file=sys.stderr)
     print(
-        f"Read {count(len(sources), 'document')}, {reader.tokens:,} tokens in {format_seconds(seconds)} "
-        f"({speed:,.0f} tokens/s).\n"
-        f"{library.path}: {count(len(library.documents), 'document')}, {len(reader.memory):,} tokens stored, "
-        f"{size:,.1f} MiB.\n"
+        f"Read {count(len(changes.unread), 'document')}, {reader.tokens:,} tokens in {format_seconds(seconds)} "
+        f"({speed:,.0f} tokens/s), after {format_seconds(loading)} of loading.\n"
+        f"{library.path}: {count(len(library), 'document')}, {len(reader.memory):,} tokens stored, "
+        f"{size_of(library.path)}.\n"
         f'Ask it: {program.replace("ingest", "ask")} {shlex.quote(word)} "…"'
     )
     return 0

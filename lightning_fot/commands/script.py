@@ -14,7 +14,9 @@ DISTRIBUTION = "lightning-fot"
 CONFIG_VERBS = frozenset({"run", "fit", "validate", "test", "predict", "sweep"})
 
 
-OTHER_VERBS = frozenset({"bench", "ingest", "ask", "export", "lm-eval", "report", "retrievers", "doctor"})
+OTHER_VERBS = frozenset(
+    {"bench", "ingest", "ask", "memories", "forget", "export", "lm-eval", "report", "retrievers", "doctor"}
+)
 
 
 def _normalised(name: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 from lightning_fot.errors import SettingError
 
 SETTING = "model.memory.retriever"
+# Entry points of this group are retrievers.
+GROUP = "lightning_fot.retrievers"
 
 # What stands for a retriever: a name, ``{"name": ..., **arguments}``, ``{"layers": {18: ..., 20: ...}}``, a class path,
 # a class or a factory.
@@ -197,3 +200,24 @@ def layer_spec(spec: RetrieverSpec, layer: int | None) -> Any:
             f"{SETTING}.layers", sorted(found), f"lacks layer {layer}", "Name every memory layer, counted from 0."
         )
     return found[layer]
+
+
+def check_named(spec: RetrieverSpec, where: str) -> None:
+    """Refuses, in settings that somebody else may have written, a retriever given by its class path.
+
+    To import it is to run its module. Names are those of built-in retrievers and of plug-ins that are installed.
+
+    Args:
+        spec: As ``MemoryConfig.retriever``.
+        where: The file that names it.
+
+    Raises:
+        SettingError: It is a class path.
+    """
+    for one in (layer_specs(spec) or {0: spec}).values():
+        name = one.get("name") if isinstance(one, Mapping) else one
+        if isinstance(name, str) and "." in name and not entry_points(group=GROUP, name=name):
+            raise SettingError(
+                SETTING, name, f"is a class that {where} names, and importing it runs its code",
+                f"If you trust it, name it yourself ({SETTING}={name}); else name another retriever.",
+            )  # fmt: skip

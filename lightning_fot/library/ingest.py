@@ -1,17 +1,23 @@
-"""Reads documents into a memory on disk so that it can be stopped, or killed, at any moment and goes on exactly."""
+"""Reads documents into a memory on disk so that it can be stopped, or killed, at any moment and goes on where it was.
+
+With exact search the memory is then that of a run which nothing stopped, number for number. What an index finds while
+documents are read depends on when it was built, so with one the pairs of two runs differ a little, stopped or not.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_fot.data.text.parts import DocumentSource
+from lightning_fot.data.text.parts import DocumentSource, Skipped
 from lightning_fot.data.text.tokens import TextEncoder
+from lightning_fot.library.changes import Unread
+from lightning_fot.library.forget import forget
 from lightning_fot.library.library import Entry, Library
 from lightning_fot.system.progress import JobProgress
 from lightning_fot.system.signals import StopGuard, Stopped
@@ -23,6 +29,8 @@ PHASE = "reading"
 # A document is saved in between after this time; at its end already after the shorter one.
 SAVE_EVERY_S = 60.0
 SAVE_AT_END_S = 5.0
+# A save writes what the memory knows of every document: it may take this share of the time at most.
+SAVE_SHARE = 0.1
 _TOKENS_AT_ONCE = 4096
 _BYTES_A_TOKEN = 4.0
 
@@ -49,7 +57,7 @@ class Reader:
         self.lm = lm
         self.library = library
         self.memory = library.load(lm)
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Skipped()
         self.tokens = 0
         """Tokens read so far by this reader."""
         self.name = ""
@@ -59,45 +67,64 @@ class Reader:
         self._guard = guard
         self._clock = time.monotonic if clock is None else clock
         self._saved_at = self._began = self._clock()
+        self._save_seconds = 0.0
         self._goes_on = not (lm.config.overlap or lm.config.sink_tokens)
         self._whole = self.memory.snapshot()
         self._place = ""
         self._bytes = self._finished_bytes = self._finished_tokens = 0
         self._orderly = False
 
-    def read(self, sources: Sequence[tuple[DocumentSource, str]]) -> None:
-        """Reads documents to their ends, one after the other; saves, whatever ends it.
+    @property
+    def seconds(self) -> float:
+        """Time since the model was loaded."""
+        return float(self._clock() - self._began)
+
+    def read(self, unread: Sequence[Unread], outdated: Sequence[Entry] = ()) -> None:
+        """Forgets documents, and reads others to their ends, one after the other; saves, whatever ends it.
 
         Args:
-            sources: Documents and the digests of their texts.
+            unread: Documents to read.
+            outdated: Documents to forget before.
 
         Raises:
             Stopped: A signal came; what was read is saved.
             SettingError: The folder cannot be written.
         """
-        self._bytes = sum(source.size for source, _ in sources)
+        self._bytes = sum(one.source.size for one in unread)
         self._progress.plan([(PHASE, self._bytes / _BYTES_A_TOKEN)])
         self._progress.start(PHASE)
         try:
-            for number, (source, digest) in enumerate(sources, start=1):
-                self._place = f"document {number}/{len(sources)}"
+            forget(self.library, self.memory, outdated)
+            self._whole = self.memory.snapshot()
+            for number, one in enumerate(unread, start=1):
+                self._place = f"document {number}/{len(unread)}"
                 self._check()
-                self._read_one(source, digest)
+                self._read_one(one)
         except Stopped:
             # A second signal may come in the middle of a window: what was saved last counts then.
             if self._orderly:
-                if not self._goes_on:
-                    self.memory = self._whole
-                self._save()
+                self._save_what_is_whole()
+            raise
+        except Exception:
+            # Whatever is wrong with this document, or with the machine, is no reason to lose the others.
+            with suppress(Exception):
+                if self.tokens:
+                    self._save_what_is_whole()
             raise
         self._save()
+        self.library.write_whole()
         self._progress.finish(PHASE)
 
-    def _read_one(self, source: DocumentSource, digest: str) -> None:
-        entry = self.library.find(digest)
+    def _save_what_is_whole(self) -> None:
+        if not self._goes_on:
+            self.memory = self._whole
+        self._save()
+
+    def _read_one(self, unread: Unread) -> None:
+        source = unread.source
+        entry = self.library.find(unread.digest)
         if entry is None:
-            self._drop_old(source)
-            entry = self.library.add(source.name, digest)
+            entry = self.library.add(source.name, unread.digest, unread.places)
         self.name = entry.name
         # Listed before any of it can be saved: a kill must not leave tokens in the memory that no document owns.
         self.library.write()
@@ -106,22 +133,17 @@ class Reader:
             self.lm.ingest(ids, self.memory, progress=self._window_read, document=entry.name)
             total += ids.shape[1]
         entry.tokens, entry.read_at = total, int(self.memory.tokens_seen.sum())
+        self.library.changed(entry)
         self._finished_bytes += source.size
         self._finished_tokens += total
         if not self._goes_on:
             self._whole = self.memory.snapshot()
-        if self._clock() - self._saved_at >= SAVE_AT_END_S:
+        if self._is_time(SAVE_AT_END_S):
             self._save()
 
-    def _drop_old(self, source: DocumentSource) -> None:
-        """Forgets what was read of a document that was cut and has changed since: its rest will never come."""
-        for old in [one for one in self.library.documents if one.source == source.name and not one.done]:
-            if self._tokens_of(old):
-                self.memory.forget(old.name)
-                # At once: after a kill, its tokens would pass for those of the new document, which gets its name.
-                self.memory.save(self.library.path)
-                self._whole = self.memory.snapshot()
-            self.library.documents.remove(old)
+    def _is_time(self, seconds: float) -> bool:
+        """Whether it is so long since the last save, and long enough to bear what a save costs."""
+        return bool(self._clock() - self._saved_at >= max(seconds, self._save_seconds / SAVE_SHARE))
 
     def _tokens_of(self, entry: Entry) -> int:
         return sum(document.tokens for document in self.memory.log.find(entry.name))
@@ -152,7 +174,7 @@ class Reader:
             # Texts differ in bytes a token: from the second document on, those read tell.
             self._progress.plan([(PHASE, self._bytes * self._finished_tokens / self._finished_bytes)])
         self._progress.advance(tokens, note)
-        if self._goes_on and self._clock() - self._saved_at >= SAVE_EVERY_S:
+        if self._goes_on and self._is_time(SAVE_EVERY_S):
             self._save()
         self._check()
 
@@ -164,6 +186,8 @@ class Reader:
 
     def _save(self) -> None:
         # The list first: what it says of documents that the memory does not hold yet is not believed (see library).
-        self.library.write()
+        began = self._clock()
+        self.library.write(durable=True)
         self.memory.save(self.library.path)
         self._saved_at = self._clock()
+        self._save_seconds = self._saved_at - began

@@ -1,38 +1,44 @@
 """A named memory on disk: what ``lightning ingest`` writes and ``lightning ask`` reads.
 
-The folder holds what ``Memory.save`` writes, and ``library.json``: the model that reads the memory, and its documents.
-The list is written before the memory, and says of each document how many tokens had been read in all when it was
-complete. So where the two differ after a kill, the memory counts: a document is read once the saved memory has come so
-far, even where ``capacity`` has dropped it since.
+The folder holds what ``Memory.save`` writes, and the list (see :mod:`lightning_fot.library.journal`): the model that
+reads the memory, and its documents. The list is written before the memory, and says of each document how many tokens
+had been read in all when it was complete. So where the two differ after a kill, the memory counts: a document is read
+once the saved memory has come so far, even where ``capacity`` has dropped it since. A document that is to be forgotten
+is marked so first, then the memory is saved without it, then it leaves the list: whoever writes next ends what a kill
+has cut short.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lightning_fot.config.attending.renamed import current
+from lightning_fot.config.retriever import check_named
 from lightning_fot.errors import SettingError
+from lightning_fot.library import journal
+from lightning_fot.library.journal import FILE as FILE
 from lightning_fot.request.model import ModelSettings
-from lightning_fot.system.digests import read_sealed, unsealed, write_sealed
-from lightning_fot.system.files import clean, is_unfinished
+from lightning_fot.system.digests import unsealed
+from lightning_fot.system.files import clean, is_unfinished, lock
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
     from lightning_fot.model.lm import MemoryLM
 
 ROOT = Path("memories")
-FILE = "library.json"
 MEMORY_FILE = "memory.json"
 LOCK_FILE = ".lock"
 # What kills left of files that versions before 0.2 were writing.
 _UNFINISHED = ("tmp????????.part", f".{FILE}.????????")
 _READS = 20
-FORMAT = 1
+FORMAT = 2
+# Format 1 had no places.
+_READABLE = (1, 2)
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Entry:
         digest: SHA-256 of its text.
         tokens: How many it has, once it was read to its end.
         read_at: Tokens that the memory had read in all by then, those of other documents included.
+        places: Where that text was found: see :class:`~lightning_fot.data.text.parts.DocumentSource`.
+        leaving: Whether it is being forgotten.
     """
 
     name: str
@@ -52,6 +60,13 @@ class Entry:
     digest: str
     tokens: int | None = None
     read_at: int | None = None
+    places: list[str] = field(default_factory=list)
+    leaving: bool = False
+
+    def __post_init__(self) -> None:
+        words = (self.name, self.source, self.digest, *self.places)
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError("a document's name, source, digest and places must be text")
 
     @property
     def done(self) -> bool:
@@ -99,7 +114,6 @@ class Saved:
         raise damaged(path, MEMORY_FILE, wrong) from wrong
 
 
-@dataclass
 class Library:
     """The folder of a named memory.
 
@@ -109,39 +123,74 @@ class Library:
         documents: What is in it, in the order of reading.
     """
 
-    path: Path
-    model: ModelSettings
-    documents: list[Entry] = field(default_factory=list)
+    def __init__(self, path: Path, model: ModelSettings, documents: Iterable[Entry] = ()) -> None:
+        self.path = path
+        self.model = model
+        self._set(documents)
+
+    def _set(self, documents: Iterable[Entry]) -> None:
+        self._entries = {entry.name: entry for entry in documents}
+        self._by_digest: dict[str, Entry] = {}
+        for entry in self._entries.values():
+            self._by_digest.setdefault(entry.digest, entry)
+        # The next number for a name that is taken.
+        self._numbers: dict[str, int] = {}
+        # What the disk does not have yet; without a digest of a list there, all of it.
+        self._changes: list[dict[str, object]] = []
+        self._digest: str | None = None
+        self._written_model: ModelSettings | None = None
+
+    @property
+    def documents(self) -> Sequence[Entry]:
+        """What is in it, in the order of reading."""
+        return list(self._entries.values())
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self._entries)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads ``library.json``, as far as the memory beside it bears it out.
+        """Reads the list, as far as the memory beside it bears it out.
 
         Raises:
             SettingError: There is none, or it or the memory cannot be read.
         """
-        file = path / FILE
-        if not file.is_file():
+        if not (path / FILE).is_file():
             raise SettingError("MEMORY", str(path), f"holds no {FILE}", _others())
         try:
-            content = read_sealed(file)
-            if content["format"] != FORMAT:
+            content, listed = journal.read_list(path)
+            written = content["format"]
+            if isinstance(written, bool) or written not in _READABLE:
                 raise SettingError(
-                    "MEMORY", str(path), f"has format {content['format']}", f"This version reads format {FORMAT}."
-                )
+                    "MEMORY", str(path), f"has format {written!r}",
+                    f"This version reads formats {' and '.join(map(str, _READABLE))}.",
+                )  # fmt: skip
             stored = content["model"]
             model = ModelSettings(**{**stored, "memory": {"attending": None, **current(stored["memory"])}})
-            documents = [Entry(**document) for document in content["documents"]]
+            documents = [Entry(**document) for document in listed.values()]
             model.config  # noqa: B018  (settings that cannot work are found here)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            seen = Saved.read(path).seen
+            for document in documents:
+                if document.read_at is None or document.read_at > seen:
+                    document.tokens = document.read_at = None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, SettingError) and error.setting == "MEMORY":
                 raise
             raise damaged(path, FILE, error) from error
-        seen = Saved.read(path).seen
-        for document in documents:
-            if document.read_at is None or document.read_at > seen:
-                document.tokens = document.read_at = None
         return cls(path, model, documents)
+
+    def refuse_foreign(self, given: bool = False) -> None:
+        """Refuses a retriever that the list names by its class: whoever wrote the list could have any code run.
+
+        Args:
+            given: Whether the user has named the retriever too.
+
+        Raises:
+            SettingError: It does.
+        """
+        if not given:
+            check_named(self.model.config.retriever, str(self.path / FILE))
 
     def refresh(self) -> None:
         """Takes the documents from the disk, where another process may have added some.
@@ -156,36 +205,76 @@ class Library:
             raise SettingError(
                 "MEMORY", str(self.path), "another process has just made it with other settings", "Try again."
             )
-        self.documents = now.documents
+        self._set(now.documents)
 
-    def write(self) -> None:
-        """Writes ``library.json`` as a whole.
+    def write(self, durable: bool = False) -> None:
+        """Brings to the disk what has changed since the last time: its cost is that of the changes.
+
+        Args:
+            durable: Whether it has to outlive a power cut that follows at once.
 
         Raises:
             SettingError: The folder cannot be written.
         """
-        content = {
-            "format": FORMAT,
-            "model": asdict(self.model),
-            "documents": [asdict(document) for document in self.documents],
-        }
+        if self._digest is None or self._written_model != self.model:
+            self.write_whole()
+            return
+        digest, self._digest = self._digest, None
         try:
-            write_sealed(self.path / FILE, content)
+            if self._changes or durable:
+                journal.append(self.path, digest, self._changes, durable)
+        except OSError as error:
+            # What of a line is there now, nobody knows: from here on the list is written whole.
+            raise cannot_write(self.path, error) from error
+        self._changes, self._digest = [], digest
+
+    def write_whole(self) -> None:
+        """Writes ``library.json`` as a whole, which ends its journal.
+
+        Raises:
+            SettingError: The folder cannot be written.
+        """
+        content = {"format": FORMAT, "model": asdict(self.model)}
+        self._digest = None
+        try:
+            self._digest = journal.write_list(self.path, content, map(asdict, self._entries.values()))
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self._changes, self._written_model = [], self.model
 
     def find(self, digest: str) -> Entry | None:
-        """The document with that text."""
-        return next((document for document in self.documents if document.digest == digest), None)
+        """The document with that text, unless it is being forgotten."""
+        entry = self._by_digest.get(digest)
+        return None if entry is None or entry.leaving else entry
 
-    def add(self, source: str, digest: str) -> Entry:
+    def named(self, name: str) -> Entry | None:
+        """The document of that name."""
+        return self._entries.get(name)
+
+    def add(self, source: str, digest: str, places: Iterable[str] = ()) -> Entry:
         """A new document; its name is that of its source, with a number where that is taken."""
-        taken = {document.name for document in self.documents}
-        name, number = source, 2
-        while name in taken:
+        name, number = source, self._numbers.get(source, 2)
+        while name in self._entries:
             name, number = f"{source} ({number})", number + 1
-        self.documents.append(Entry(name, source, digest))
-        return self.documents[-1]
+            self._numbers[source] = number
+        entry = Entry(name, source, digest, places=list(places))
+        self._entries[name] = entry
+        self._by_digest[digest] = entry
+        self.changed(entry)
+        return entry
+
+    def changed(self, entry: Entry) -> None:
+        """Notes that a document is to be written again."""
+        self._changes.append({"put": asdict(entry)})
+
+    def remove(self, entry: Entry) -> None:
+        """Takes a document from the list."""
+        del self._entries[entry.name]
+        if self._by_digest.get(entry.digest) is entry:
+            del self._by_digest[entry.digest]
+        # Its name is free again, and so are those with a number.
+        self._numbers.pop(entry.source, None)
+        self._changes.append({"drop": entry.name})
 
     def load(self, lm: MemoryLM) -> Memory:
         """The memory; an empty one where none was saved yet.
@@ -204,20 +293,12 @@ class Library:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / LOCK_FILE).open("w")
+            held = lock(self.path / LOCK_FILE)
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        with file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass  # not on this system: no protection
-            except BlockingIOError:
-                raise SettingError(
-                    "MEMORY", str(self.path), "another process is writing to it", "Wait until it is done."
-                ) from None
+        if held is None:
+            raise SettingError("MEMORY", str(self.path), "another process is writing to it", "Wait until it is done.")
+        with held:
             for left in [file for pattern in _UNFINISHED for file in self.path.glob(pattern)]:
                 left.unlink(missing_ok=True)
             clean(self.path)
@@ -270,6 +351,11 @@ def cannot_write(path: Path, error: OSError) -> SettingError:
 def count(number: int, noun: str) -> str:
     """Such as ``1 document`` and ``2,000 documents``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size_of(path: Path) -> str:
+    """What the files of a folder take, such as ``1.5 MiB``."""
+    return f"{sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 2**20:,.1f} MiB"
 
 
 def damaged(path: Path, file: str, error: Exception) -> SettingError:

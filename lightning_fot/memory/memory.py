@@ -290,6 +290,8 @@ class Memory:
                 layer.keep(masks)
             self.log.end()
             self.log.keep(masks)
+            # Too short to have stored anything, it is known to the log alone.
+            self.log.drop(document)
             self.saved = {}
         return sum(known.stored for known in found)
 

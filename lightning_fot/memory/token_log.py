@@ -155,9 +155,15 @@ class _Row:
             ids = text.ids if first == text.first else _numbers(text.ids.whole()[first - text.first :])
             self.texts[slot] = replace(text, first=first, ids=ids, stored=stored)
         for slot in [slot for slot, text in self.texts.items() if not text.stored and slot != self.current]:
-            name = self.texts.pop(slot).name
-            if name is not None:
-                del self.named[name]
+            self.drop(slot)
+
+    def drop(self, slot: int) -> None:
+        """Forgets a text without pairs."""
+        name = self.texts.pop(slot).name
+        if name is not None:
+            del self.named[name]
+        if self.current == slot:
+            self.current = None
 
 
 @dataclass(frozen=True)
@@ -317,6 +323,13 @@ class TokenLog:
         """
         for row, mask in zip(self._rows, keep, strict=True):
             row.keep(mask.cpu())
+
+    def drop(self, name: str) -> None:
+        """Forgets documents of a name that have no pairs; :meth:`keep` forgets pairs."""
+        for row in self._rows:
+            slot = row.named.get(name)
+            if slot is not None and not row.texts[slot].stored:
+                row.drop(slot)
 
     def mark(self) -> Callable[[], None]:
         """What takes back all that :meth:`extend` and :meth:`skip` log from now on: its cost is that of the rows."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_fot.config.attending.renamed import current
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.config.retriever import check_named
 from lightning_fot.errors import SettingError
 from lightning_fot.system.digests import read_sealed
 
@@ -119,7 +120,7 @@ def read_settings_file(file: Path, **given: Any) -> dict[str, Any]:
     """As :func:`memory_settings`, of a ``lightning_fot.json`` or of the settings of delta weights.
 
     Raises:
-        SettingError: It is damaged, or written by a version that knows more.
+        SettingError: It is damaged, written by a version that knows more, or names a class as its retriever.
     """
     content = _read_json(file, file.name, "Save the model again.")
     known = {field.name for field in dataclasses.fields(MemoryConfig)}
@@ -130,6 +131,8 @@ def read_settings_file(file: Path, **given: Any) -> dict[str, Any]:
     if set(memory) - known:
         unknown = ", ".join(sorted(set(memory) - known))
         raise SettingError(file.name, str(file), f"has settings unknown here: {unknown}", "Update lightning-fot.")
+    if "retriever" not in given:
+        check_named(memory.get("retriever", "exact"), str(file))
     found: dict[str, Any] = {**memory, **given}
     last_context, window = found.get("last_context_length"), found.get("window")
     if "last_context_length" not in given and isinstance(last_context, int) and isinstance(window, int):

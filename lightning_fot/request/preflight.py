@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.model import ModelConfig
 from lightning_fot.config.run import LIGHTNING, LINKS, TRAINER, RunConfig
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
-from lightning_fot.request.request import Request
+from lightning_fot.request.request import Request, flat_settings
 from lightning_fot.request.sections import build, check_names, unknown_setting
 
 # Verbs whose data are those of the section ``data``; others read the model's settings alone.
@@ -53,6 +54,7 @@ def check_settings(request: Request) -> None:
         if request.get(target) is not None:
             raise SettingError(target, request.get(target), f"always follows {leader}", f"Set {leader} instead.")
     _check_lists(request)
+    _check_numbers(request)
     _follow_backbone(request)
     memory = _build(request).model.memory
     check_retriever(memory.retriever)
@@ -84,6 +86,19 @@ def _check_trainer(given: object) -> None:
     for name, value in given.items():
         if name not in TRAINER and close_match(str(name), TRAINER) and not newer:
             raise unknown_setting("trainer", str(name), value, TRAINER)
+
+
+def _check_numbers(request: Request) -> None:
+    """Refuses what is no number, and counts of the trainer that it divides by."""
+    for key, value in flat_settings(request.settings).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise SettingError(key, value, "is not a number", "Correct it.")
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch", "log_every_n_steps"):
+        value = request.get(f"trainer.{name}")
+        # Lightning's own 0 of the last one means never.
+        least = 0 if name == "log_every_n_steps" else 1e-9
+        if isinstance(value, int | float) and value < least:
+            raise SettingError(f"trainer.{name}", value, "must be above 0", "Correct it, or leave it out.")
 
 
 def _follow_backbone(request: Request) -> None:

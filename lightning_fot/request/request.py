@@ -168,6 +168,8 @@ def _merge(request: Request) -> None:
     for path in request.configs:
         try:
             loaded = OmegaConf.load(path)
+        except RecursionError:
+            raise SettingError("config", str(path), "is nested too deeply", "Correct the file.") from None
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             problem = " ".join(str(error).split())
             raise SettingError("config", str(path), f"is not valid YAML ({problem})", "Correct the file.") from error
@@ -245,6 +247,8 @@ def _values(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             continue
         try:
             found.append((key, yaml.safe_load(text)))
+        except RecursionError:
+            raise SettingError(key, f"{text[:40]}…", "is nested too deeply", "Correct it.") from None
         except yaml.YAMLError:
             found.append((key, text))
     return found

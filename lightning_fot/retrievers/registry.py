@@ -10,14 +10,13 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.retriever import COMMON_ARGUMENTS, SETTING, RetrieverSpec, check_value, layer_specs
+from lightning_fot.config.retriever import COMMON_ARGUMENTS, GROUP, SETTING, RetrieverSpec, check_value, layer_specs
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.retrievers.plugins import LIMIT, ImportTimeoutError, constructor_arguments, describe, load, try_out
 
 if TYPE_CHECKING:
     from lightning_fot.retrievers.base import Retriever
 
-GROUP = "lightning_fot.retrievers"
 _MORE_TIME = f"Repair it, or give it more time by the variable {LIMIT}."
 
 

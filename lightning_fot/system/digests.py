@@ -35,7 +35,7 @@ class AlteredError(ValueError):
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON holds of ``content``, and its digest, which does not depend on spaces and the order of keys."""
     kept = {key: value for key, value in json.loads(json_text(dict(content))).items() if key != KEY}
-    return {**kept, KEY: _of_json(kept)}
+    return {**kept, KEY: json_digest(kept)}
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ def unsealed(path: Path, text: str) -> dict[str, Any]:
         if content and _is_digest(next(reversed(content.values()))):
             raise AlteredError(path)
         return content
-    if content.pop(KEY) != _of_json(content):
+    if content.pop(KEY) != json_digest(content):
         raise AlteredError(path)
     return content
 
@@ -79,7 +79,8 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _of_json(content: Mapping[str, Any]) -> str:
+def json_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON holds, whatever its spaces and the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_fot.errors import SettingError
 
@@ -67,6 +67,24 @@ def write_text(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8", newline="\n")
 
 
+def append_bytes(path: Path, data: bytes, durable: bool) -> None:
+    """Adds bytes to a file, which is made where it is missing. For what grows: a kill may leave a part of them.
+
+    Args:
+        path: The file.
+        data: What to add.
+        durable: Whether the file, with all that was added before, has to outlive a power cut that follows at once.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("ab") as file:
+        file.write(data)
+    if durable:
+        _sync(path)
+        _sync(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON as a whole or not at all; numbers that JSON does not have become null."""
     write_text(path, json_text(value))
@@ -85,6 +103,41 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+def lock(path: Path) -> IO[str] | None:
+    """Locks a file, which is made where it is missing, to say that its folder has a writer.
+
+    The lock is held until what is returned is closed, or the process ends, however it ends. Where the system, or its
+    file system, has no such locks, nobody is kept out.
+
+    Args:
+        path: In a folder that is there.
+
+    Returns:
+        None where another process, or another call, holds it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    while True:
+        file = path.open("w")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return file
+        # Whoever held it before may have removed it between the two calls.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 @contextmanager

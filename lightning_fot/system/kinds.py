@@ -24,6 +24,7 @@ class Then(Enum):
 
     REFUSED = "a SettingError names it"
     MADE_AGAIN = "it counts as missing, and is made again"
+    BEGINNING = "a SettingError names it; of a file that was cut short the whole lines count, as after a kill"
     BELIEVED = "nothing"
 
 
@@ -54,6 +55,7 @@ KINDS = (
     Kind("pairs of a memory", ("memory-*.safetensors",), _NAMED, _REFUSED),
     Kind("log of a memory", ("log-*.safetensors",), _NAMED, _REFUSED),
     Kind("library", ("library.json",), _INSIDE, _REFUSED),
+    Kind("journal of a library", ("library.journal",), _INSIDE, Then.BEGINNING),
     Kind("piece of ids", ("*.piece",), _INSIDE, _AGAIN),
     Kind("document of ids", ("*.document",), _INSIDE, _AGAIN),
     Kind("checkpoint", ("*.ckpt",), Digest.CRC, _REFUSED),

@@ -1,6 +1,9 @@
 """``FocusedTransformer``: the LightningModule that trains a backbone's memory layers on crossbatches."""
 
 import copy
+import json
+import math
+import warnings
 from dataclasses import asdict
 from typing import Any, Literal, Optional, Self
 
@@ -15,6 +18,7 @@ from lightning_fot.config.crossbatch import CrossbatchConfig
 from lightning_fot.config.data import IGNORED
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.model import ModelConfig
+from lightning_fot.config.retriever import check_named
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.memory import Memory
 from lightning_fot.model.lm import MemoryLM
@@ -26,6 +30,8 @@ from lightning_fot.training.plateau import advance_waiting, scheduler_settings
 from lightning_fot.training.sharding import shard
 
 Batch = dict[str, Tensor]
+# In a checkpoint: what load_from_checkpoint makes the module of.
+_SETTINGS = "lightning_fot_settings"
 # Documents that an error message names.
 _NAMED = 8
 
@@ -355,6 +361,10 @@ class FocusedTransformer(L.LightningModule):
         """
         # The type is that of jsonargparse's callable: parameters, or groups of them.
         optimizer = self.optimizer(parameter_groups(self, self.weight_decay_on))
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if isinstance(rate, float) and not math.isfinite(rate):
+                raise SettingError("model.optimizer.init_args.lr", rate, "is no finite number", "Try 5e-4.")
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": scheduler_settings(self.lr_scheduler(optimizer))}
@@ -364,6 +374,7 @@ class FocusedTransformer(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: part for name, part in checkpoint["state_dict"].items() if name in trained}
         checkpoint["lightning_fot"] = {"backbone": self.backbone_name, "memory_layers": list(self.lm.memory_layers)}
+        checkpoint[_SETTINGS] = self._settings()
         if self.lora is not None:
             checkpoint["lightning_fot"]["lora"] = asdict(self.lora)
         if self.rope is not None:
@@ -377,6 +388,65 @@ class FocusedTransformer(L.LightningModule):
                 "since": self._stage_since,
                 "metrics": metrics,
             }
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that say what the weights are of, as plain data: numbers, text, lists."""
+        memory = asdict(self.memory_config)
+        try:
+            json.dumps(memory["retriever"])
+        except (TypeError, ValueError):
+            # A Python object: no file can name it, and the weights do not depend on it.
+            del memory["retriever"]
+        return {"memory": memory, "trainable": self.trainable, "dtype": self.weights_dtype}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "FocusedTransformer":
+        """The module that a checkpoint was saved of, with its weights, from the checkpoint alone.
+
+        Checkpoints of versions before 0.2 do not say what they are of: give ``backbone`` and ``memory`` as in the
+        ``config.yaml`` of the run folder.
+
+        Args:
+            checkpoint_path: File of ``Trainer.save_checkpoint`` or of a run folder; nothing in it is executed.
+            *args: As Lightning's.
+            **kwargs: As Lightning's; arguments of this class win over what the checkpoint says.
+
+        Raises:
+            SettingError: It is of another model than ``kwargs`` say, or lacks weights.
+        """
+        kwargs.setdefault("weights_only", True)
+        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        if hasattr(checkpoint_path, "seek"):
+            checkpoint_path.seek(0)
+        settings, named = saved.get(_SETTINGS), saved.get("lightning_fot", {})
+        if settings is not None:
+            kwargs.setdefault("backbone", named["backbone"])
+            if "memory" not in kwargs:
+                memory = dict(settings["memory"])
+                check_named(memory.get("retriever", "exact"), str(checkpoint_path))
+                kwargs["memory"] = MemoryConfig(**memory)
+            for name in ("trainable", "dtype"):
+                kwargs.setdefault(name, settings[name])
+        with warnings.catch_warnings():
+            # Frozen weights are the backbone's; on_load_checkpoint refuses what lacks trained ones.
+            warnings.filterwarnings(
+                "ignore", message="Found keys that are in the model state dict but not in the check"
+            )
+            loaded: FocusedTransformer = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return loaded
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Says what to do instead.
+
+        Raises:
+            SettingError: Always.
+        """
+        raise SettingError(
+            "trainer.predict",
+            "batches",
+            "a language model has no prediction loop",
+            "Generate with module.lm.generate(ids, memory=memory), or use trainer.validate for its loss.",
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model, or one that lacks trained weights.

@@ -6,11 +6,12 @@ Imports nothing heavy: the folder is chosen, and checked, before torch loads.
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_fot.system.digests import read_sealed, write_sealed
-from lightning_fot.system.files import writing
+from lightning_fot.system.files import lock, writing
 
 ROOT = Path("runs")
 _CONTENTS = ("config.yaml", "results.json", "training.json", "checkpoints", "evaluation", "logs", "metrics.csv")
@@ -32,11 +33,31 @@ class RunFolder:
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.training = path / "training.json"
         self.partial = path / "evaluation" / "partial.json"
+        self._lock = path / ".lock"
 
     @property
     def used(self) -> bool:
         """Whether an earlier run left something here."""
         return any((self.path / name).exists() for name in _CONTENTS)
+
+    def claim(self) -> IO[str] | None:
+        """Takes the folder, which is made where it is missing, until :meth:`release`; None where another has it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                return lock(self._lock)
+            except FileNotFoundError:
+                continue  # Another process has released it, and left nothing, between the two calls.
+
+    def release(self, held: IO[str]) -> None:
+        """Gives the folder back, and removes it where nothing was written into it."""
+        with held, suppress(OSError):
+            self._lock.unlink()
+            self.path.rmdir()
 
     @property
     def resumable(self) -> bool:

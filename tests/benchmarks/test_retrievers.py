@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.benchmark_scripts import refused
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "retrievers.py"
@@ -25,7 +26,7 @@ def quick(tmp_path_factory):
     file.write_text(json.dumps({"schema": 1, "sections": {"earlier": {"rows": [{"kept": 1}]}}}), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(SCRIPT), "--quick", "--retrievers", ",".join(sorted(INDEXES)), "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(file.read_text(encoding="utf-8"))["sections"]
 

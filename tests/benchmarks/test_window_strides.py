@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -14,7 +16,7 @@ def test_quick_run_writes_figure_and_numbers(tmp_path):
     figure = tmp_path / "strides.png"
     command = [sys.executable, str(ROOT / "benchmarks" / "window_strides.py"), "--quick", "--figure", str(figure)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert figure.read_bytes().startswith(b"\x89PNG")
     kept = json.loads(figure.with_suffix(".json").read_text(encoding="utf-8"))

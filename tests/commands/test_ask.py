@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from lightning_fot.cli import main
 from lightning_fot.library.library import Library
 from tests.support.memories import SETTINGS, backbone, books
+from tests.support.patience import PATIENCE_S
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 
@@ -219,7 +219,7 @@ def test_mistakes_are_told_before_torch_is_loaded(repository: Path, shelf: Path)
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     said = done.stderr.split("# 2 False\n")
     assert len(said) == len(_REFUSED) + 1, done.stderr
@@ -262,11 +262,11 @@ def test_stopped_it_keeps_what_was_printed(repository: Path, shelf: Path) -> Non
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    first = os.read(process.stdout.fileno(), 1)
-    time.sleep(0.2)
+    # Words are written as they come: the answer is under way.
+    first = b"".join(os.read(process.stdout.fileno(), 1) for _ in range(20))
     process.send_signal(signal.SIGINT)
     rest, said = process.stdout.read(), process.stderr.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=PATIENCE_S) == 130
     assert first + rest
     assert b"Traceback" not in said
     assert said.decode().rstrip().endswith("Stopped.")

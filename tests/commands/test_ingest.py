@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_fot import MemoryConfig, attach_memory
+from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.cli import main
 from lightning_fot.library.library import Library
+from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone
 from tests.support.memories import SETTINGS, Contents, backbone, books, contents, text
+from tests.support.patience import PATIENCE_S
 
 OVERLAP = ("--model.memory.overlap=8", "--model.memory.sink_tokens=2")
 
@@ -83,7 +86,7 @@ def test_documents_already_read_are_skipped_and_new_ones_added(here: Path, capsy
     said = capsys.readouterr()
     assert "Nothing to read: memories/mine has all of it, 2 documents" in said.out
     assert (here / "memories" / "mine" / "memory.json").read_bytes() == before
-    # A document is its text: moved it is the same, changed it is another; twice the same text is one.
+    # A document is its text: moved it is the same, changed it replaces what it was; twice the same text is one.
     (here / "shelf" / "book0.txt").rename(here / "shelf" / "moved.txt")
     (here / "shelf" / "book1.txt").write_text(text(8), encoding="utf-8")
     (here / "shelf" / "copy.txt").write_text(text(8), encoding="utf-8")
@@ -92,24 +95,173 @@ def test_documents_already_read_are_skipped_and_new_ones_added(here: Path, capsy
     assert "Left out: 1 read already, 1 with the same text as another." in said.err
     assert "Read 1 document," in said.out
     names = [name for name, *_ in contents(here / "memories" / "mine").documents]
-    assert names == ["shelf/book0.txt", "shelf/book1.txt", "shelf/book1.txt (2)"]
+    assert names == ["shelf/book0.txt", "shelf/book1.txt"]
 
 
-def test_what_is_no_text_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_text_is_named_and_the_rest_is_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     books(here / "shelf", 1)
     (here / "shelf" / "empty.txt").write_text(" \n", encoding="utf-8")
     (here / "shelf" / "picture.png").write_bytes(bytes(range(256)))
     # Looks like text as far as the first look goes.
     (here / "shelf" / "late.txt").write_bytes(b"a" * 100_000 + b"\xff")
+    (here / "shelf" / "blank.txt").write_bytes(b"\n" * 70_000)
+    lines = [
+        '{"text": "cut \\ud83d"}',
+        '{"text": "deep", "tree": ' + "[" * 99_999 + "]" * 99_999 + "}",
+        "no json",
+        '{"a": 1}',
+    ]
+    (here / "shelf" / "lines.jsonl").write_text("\n".join([*lines, '{"text": "good"}']), encoding="utf-8")
+    for name in (b"caf\xe9.txt", b"caf\xe9.py", b"a [red]x[bold].txt", b"two\nlines.txt"):
+        Path(os.fsdecode(bytes(here / "shelf") + b"/" + name)).write_text(os.fsdecode(name[:3]), encoding="utf-8")
     assert ingest("mine", "shelf", *SETTINGS) == 0
     said = capsys.readouterr()
-    assert "2 binary or not UTF-8" in said.err
-    assert "1 empty" in said.err
-    assert "Read 1 document," in said.out
+    for part in ("2 binary or not UTF-8", "shelf/late.txt", "shelf/picture.png", "2 empty", "shelf/blank.txt",
+                 *(f"shelf/lines.jsonl:{number}" for number in range(1, 5))):  # fmt: skip
+        assert part in said.err
+    assert "Read 6 documents," in said.out
+    names = [entry.name for entry in Library.read(here / "memories" / "mine").documents]
+    assert {"shelf/caf\\xe9.txt", "shelf", "shelf/lines.jsonl:5", "shelf/two\nlines.txt"} < set(names)
+    # Nothing of it is in the way of the next time.
+    assert ingest("mine", "shelf") == 0
+    assert "Nothing to read" in capsys.readouterr().out
     assert ingest("other", "shelf/late.txt", *SETTINGS) == 2
     assert "holds no text (1 binary or not UTF-8 (shelf/late.txt))" in capsys.readouterr().err
     assert ingest("other", "shelf/empty.txt", *SETTINGS) == 2
     assert "holds no text (1 empty (shelf/empty.txt))" in capsys.readouterr().err
+
+
+def test_an_error_loses_nothing_that_was_read(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books(here / "shelf", 3)
+    ordinary = MemoryLM.ingest
+
+    def fails(lm: MemoryLM, ids: torch.Tensor, memory: Memory, **kw: Any) -> Memory:
+        if kw["document"] == "shelf/book2.txt":
+            raise RuntimeError("no more memory")
+        return ordinary(lm, ids, memory, **kw)
+
+    monkeypatch.setattr(MemoryLM, "ingest", fails)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        ingest("mine", "shelf", *SETTINGS)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert [name for name, *_ in contents(here / "memories" / "mine").documents] == [
+        "shelf/book0.txt",
+        "shelf/book1.txt",
+    ]
+    capsys.readouterr()
+    assert ingest("mine", "shelf") == 0
+    said = capsys.readouterr()
+    assert "2 read already" in said.err
+    assert "Read 1 document" in said.out
+
+
+def _held(here: Path) -> dict[str, str]:
+    """What a memory holds, by name."""
+    return {
+        name: bytes(one - 3 for one in ids).decode()
+        for name, _, _, ids in contents(here / "memories" / "mine").documents
+    }
+
+
+def test_a_changed_document_replaces_what_it_was(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes, lines = here / "shelf" / "notes.txt", here / "shelf" / "log.jsonl"
+    books(here / "shelf", 1)
+    notes.write_text("The harbour opens at eight. " * 5, encoding="utf-8")
+    lines.write_text("".join(json.dumps({"text": f"record {n}"}) + "\n" for n in range(3)), encoding="utf-8")
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    # Edited twice; a log whose first line goes, whose second is edited, and which grows.
+    for hour in ("nine", "ten"):
+        notes.write_text(f"The harbour opens at {hour}. " * 5, encoding="utf-8")
+        records = ["record 1", f"edited {hour}", "record 3"]
+        lines.write_text("".join(json.dumps({"text": one}) + "\n" for one in records), encoding="utf-8")
+        capsys.readouterr()
+        assert ingest("mine", "shelf") == 0
+        assert "shelf/notes.txt" in next(line for line in capsys.readouterr().err.splitlines() if "Forgets" in line)
+        held = _held(here)
+        assert held["shelf/notes.txt"] == f"The harbour opens at {hour}. " * 5
+        assert sorted(text for name, text in held.items() if "jsonl" in name) == sorted(records)
+        assert len(held) == 5
+    # Copied before it is edited, its old text stands somewhere still.
+    copy = here / "shelf" / "copy.txt"
+    shutil.copy(notes, copy)
+    notes.write_text("The harbour is closed.", encoding="utf-8")
+    assert ingest("mine", "shelf/notes.txt") == 0
+    assert ingest("mine", "shelf") == 0
+    assert sorted(text for text in _held(here).values() if "harbour" in text) == [
+        "The harbour is closed.",
+        "The harbour opens at ten. " * 5,
+    ]
+    # Moved and edited, it leaves nothing behind.
+    copy.rename(here / "shelf" / "moved.txt")
+    assert ingest("mine", "shelf") == 0
+    (here / "shelf" / "moved.txt").write_text("The harbour opens again.", encoding="utf-8")
+    assert ingest("mine", "shelf") == 0
+    assert sorted(text for text in _held(here).values() if "harbour" in text) == [
+        "The harbour is closed.",
+        "The harbour opens again.",
+    ]
+
+
+def test_other_documents_of_the_same_name_are_kept_and_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a", "b"):
+        (here / folder / "docs").mkdir(parents=True)
+        (here / folder / "docs" / "n.txt").write_text(f"of {folder}", encoding="utf-8")
+    assert ingest("mine", "a/docs", *SETTINGS) == 0
+    capsys.readouterr()
+    assert ingest("mine", "b/docs") == 0
+    assert "Another document has this name, and both are kept: docs/n.txt" in capsys.readouterr().err
+    assert _held(here) == {"docs/n.txt": "of a", "docs/n.txt (2)": "of b"}
+    # Each follows its own file from then on.
+    (here / "b" / "docs" / "n.txt").write_text("of b, later", encoding="utf-8")
+    assert ingest("mine", "b/docs") == 0
+    assert sorted(_held(here).values()) == ["of a", "of b, later"]
+
+
+def test_a_deleted_document_is_told_and_can_be_forgotten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 3)
+    # Too short to store anything beyond what skip_window_start leaves out.
+    (here / "shelf" / "short.txt").write_text("a", encoding="utf-8")
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    assert main(["memories"]) == 0
+    assert re.search(r"mine +4 +\S+ +\S+ MiB +tiny-random-llama", capsys.readouterr().out)
+    (here / "shelf" / "book1.txt").unlink()
+    assert ingest("mine", "shelf") == 0
+    said = capsys.readouterr()
+    command = re.search(r"No longer there, still in the memory: shelf/book1.txt. To forget: (.*)", said.err)
+    assert command is not None
+    words = shlex.split(command[1])
+    assert main([*words[words.index("forget") :], "shelf/short.txt"]) == 0
+    said = capsys.readouterr()
+    assert "2 documents" in said.out
+    assert list(_held(here)) == ["shelf/book0.txt", "shelf/book2.txt"]
+    assert main(["memories", "mine"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()[1:3]] == ["shelf/book0.txt", "shelf/book2.txt"]
+    assert main(["forget", "mine", "shelf/book9.txt"]) == 2
+    assert "Did you mean shelf/book" in capsys.readouterr().err
+    assert main(["forget", "mine"]) == 2
+    # What is left is what was read, and answers are given beside it.
+    assert ingest("mine", "shelf") == 0
+    assert _held(here)["shelf/short.txt"] == "a"
+    assert main(["ask", "mine", "What?", "--max_new_tokens=2"]) == 0
+
+
+def test_a_list_of_the_first_format_opens_and_is_kept_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books(here / "shelf", 2)
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    file = here / "memories" / "mine" / "library.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    old = [{key: one[key] for key in ("name", "source", "digest", "tokens", "read_at")} for one in content["documents"]]
+    file.write_text(json.dumps({"format": 1, "model": content["model"], "documents": old}, indent=2), encoding="utf-8")
+    assert ingest("mine", "shelf") == 0
+    assert "Nothing to read" in capsys.readouterr().out
+    # From now on its places are known.
+    (here / "shelf" / "book1.txt").write_text("later", encoding="utf-8")
+    assert ingest("mine", "shelf") == 0
+    assert _held(here) == {"shelf/book0.txt": text(0), "shelf/book1.txt": "later"}
 
 
 def test_settings_are_the_memorys_and_others_are_refused_by_name(
@@ -237,6 +389,7 @@ import lightning_fot.library.ingest, lightning_fot.model.attach, transformers
 from lightning_fot.cli import main
 
 lightning_fot.library.ingest.SAVE_EVERY_S = lightning_fot.library.ingest.SAVE_AT_END_S = 0.0
+lightning_fot.library.ingest.SAVE_SHARE = float("inf")
 number, moments, words = json.loads(sys.argv[1])
 codes = []
 for moment in moments:
@@ -272,7 +425,7 @@ def _struck(repository: Path, here: Path, number: int, moments: list[int], *word
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     match = re.search(r"codes \[(.*)\]", done.stdout)
     assert match is not None, done.stdout

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import lightning_fot
 from lightning_fot.cli import main
+from tests.support.patience import PATIENCE_S
 
 _PROBE = """
 import sys
@@ -24,7 +24,7 @@ sys.exit(code)
 
 def _probe(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _PROBE.format(words=words)], capture_output=True, text=True, cwd=cwd, timeout=60
+        [sys.executable, "-c", _PROBE.format(words=words)], capture_output=True, text=True, cwd=cwd, timeout=PATIENCE_S
     )
 
 
@@ -32,18 +32,17 @@ def _probe(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     ("words", "expected"), [(["--help"], "retrievers"), (["--version"], "."), (["retrievers"], "hnsw")]
 )
 def test_answers_without_torch(repository: Path, words: list[str], expected: str) -> None:
-    began = time.monotonic()
+    # What takes time is importing: see the probe.
     done = _probe(words, repository)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
-    # 0.2 s on an idle machine; the promise is 2 s.
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
         (["run"], ["config"]),
+        (["run", "--config", "smoke", "--run_dir=/dev/null/x"], ["run_dir"]),
         (["run", "--config", "smokee"], ["config='smokee'", "Did you mean smoke?"]),
         (["run", "--config", "smoke", "--model.memory.topk=3"], ["model.memory.topk=3", "model.memory.top_k?"]),
         (["run", "--config", "smoke", "--trainer.max_step=3"], ["trainer.max_step=3", "trainer.max_steps?"]),
@@ -89,7 +88,11 @@ def test_debug_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_three_names_are_one_program(repository: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_fot", "--version"], capture_output=True, text=True, cwd=repository, timeout=60
+        [sys.executable, "-m", "lightning_fot", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        timeout=PATIENCE_S,
     )
     assert done.stdout.strip() == f"lightning-fot {lightning_fot.__version__}"
     text = (repository / "pyproject.toml").read_text(encoding="utf-8")

@@ -80,6 +80,10 @@ def _library(folder: Path) -> None:
     for name in ("first.txt", "second.txt"):
         library.add(name, name * 3)
     library.write()
+    # From here on in the journal.
+    library.add("third.txt", "third" * 3)
+    library.remove(library.documents[0])
+    library.write()
 
 
 def _read_library(folder: Path) -> Any:
@@ -313,7 +317,12 @@ def test_files_cut_short_are_told(name: str, length: float, written: Callable[[s
         if kind.digest is Digest.NONE:
             continue
         whole = file.read_bytes()
-        file.write_bytes(whole[: int(length if length != 0.5 else len(whole) / 2)])
+        cut = whole[: int(length if length != 0.5 else len(whole) / 2)]
+        right = [expected]
+        if kind.then is Then.BEGINNING:
+            file.write_bytes(cut[: cut.rfind(b"\n") + 1])
+            right = [case.read(folder)]
+        file.write_bytes(cut)
         try:
             found = case.read(folder)
         except SettingError:
@@ -321,7 +330,7 @@ def test_files_cut_short_are_told(name: str, length: float, written: Callable[[s
         except Exception as error:
             wrong.append(f"{file.name}: {error!r}")
         else:
-            if not (isinstance(found, str) and found == AGAIN) and not _same(found, expected):
+            if not (isinstance(found, str) and found == AGAIN) and not any(_same(found, one) for one in right):
                 wrong.append(f"{file.name}: another value")
         file.write_bytes(whole)
     assert wrong == []

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning_fot.sweep.grid import Build
 from lightning_fot.sweep.search import Search, index_measures
 from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import Domain, SearchConfig, check_optuna
+from tests.support.patience import PATIENCE_S, wait_until
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="the extra optuna is not installed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -221,11 +221,7 @@ def test_killed_and_started_again_the_trial_under_way_is_done_too(tmp_path, keys
     process = subprocess.Popen(
         _command(config, folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while len(list((folder / "cells").glob("*.json"))) < 4:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: len(list((folder / "cells").glob("*.json"))) >= 4, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = _cells(folder)
@@ -247,7 +243,7 @@ def test_two_processes_share_the_trials_of_one_folder(tmp_path, keys):
     both = [
         subprocess.Popen(_command(config, folder), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    words = [process.communicate(timeout=180)[1] for process in both]
+    words = [process.communicate(timeout=PATIENCE_S)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], words
     told = [line.split(" (")[0] for text in words for line in text.splitlines() if line.startswith("Trial ")]
     assert sorted(told) == sorted(f"Trial {number}" for number in range(16))

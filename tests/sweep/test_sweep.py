@@ -29,6 +29,7 @@ from lightning_fot.sweep.grid import combinations
 from lightning_fot.sweep.runs import run_cells
 from lightning_fot.sweep.settings import SweepConfig
 from lightning_fot.sweep.space import SearchConfig
+from tests.support.patience import PATIENCE_S, wait_until
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -124,11 +125,7 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(tmp_path, keys):
     config, folder = _config(tmp_path, keys, HNSW, "  memory_tokens: [200, 400, 600]\n"), tmp_path / "out"
     command = [sys.executable, "-m", "lightning_fot", "sweep", "--config", str(config), f"--run_dir={folder}"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(_times(folder) if folder.exists() else {}) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: folder.exists() and len(_times(folder)) >= 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = {
@@ -149,7 +146,7 @@ def test_two_processes_share_one_folder(tmp_path, keys):
     config, folder = _config(tmp_path, keys, HNSW, "  memory_tokens: [200, 300, 400, 500, 600]\n"), tmp_path / "out"
     command = [sys.executable, "-m", "lightning_fot", "sweep", "--config", str(config), f"--run_dir={folder}"]
     both = [subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    words = [process.communicate(timeout=180)[1] for process in both]
+    words = [process.communicate(timeout=PATIENCE_S)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], words
     lines = [line for text in words for line in text.splitlines() if ": done in" in line]
     labels = [line.partition("] ")[2].partition(": done")[0] for line in lines]

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.patience import PATIENCE_S
+
 STEPS_A_KILL = 16
 _SETTINGS = [
     "--trainer.accumulate_grad_batches=1",
@@ -107,7 +109,7 @@ def _kill(process: BaseProcess) -> bool:
 
 def _finish(server: Any, home: Path, steps: int) -> dict[str, Any]:
     process = _start(server, home, steps)
-    process.join(240)
+    process.join(PATIENCE_S)
     assert process.exitcode == 0, (home / "log.txt").read_text()[-3000:]
     found: dict[str, Any] = torch.load(home / "out" / "checkpoints" / "last.ckpt", weights_only=True)
     return found
@@ -154,7 +156,7 @@ def _kill_and_compare(server: Any, folder: Path, kills: int) -> None:
         if number % 4 == 0:
             moment = ("begun", "complete")[number // 4 % 2]
             process = _start(server, home, steps, moment, write=draw.randrange(3))
-            process.join(240)
+            process.join(PATIENCE_S)
             writing += any(checkpoints.glob(".last.ckpt.*.part/last.ckpt"))
         elif number % 4 == 1:
             # While it starts.
@@ -179,6 +181,5 @@ def test_three_kills(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_twenty_kills(server, tmp_path):
     _kill_and_compare(server, tmp_path, kills=20)

@@ -127,3 +127,36 @@ def test_the_attention_of_memory_layers_alone_is_trained():
 def test_the_model_is_not_there_before_it_is_configured():
     with pytest.raises(RuntimeError, match="configure_model"):
         _ = FocusedTransformer("tiny-random-llama", MEMORY).lm
+
+
+def test_a_checkpoint_alone_gives_the_module_back(tmp_path):
+    made = FocusedTransformer("tiny-random-llama", MEMORY, trainable="memory_attention")
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(made, loader(1), loader(1))
+    path = tmp_path / "a.ckpt"
+    run.save_checkpoint(path)
+    again = FocusedTransformer.load_from_checkpoint(path)
+    assert (again.backbone_name, again.memory_config) == ("tiny-random-llama", MEMORY)
+    assert again.trainable == "memory_attention"
+    trained = {name: part for name, part in made.named_parameters() if part.requires_grad}
+    found = dict(again.named_parameters())
+    assert trained
+    assert all(torch.equal(part, found[name]) for name, part in trained.items())
+    # What is given wins; a stranger's checkpoint names no class to import.
+    given = FocusedTransformer.load_from_checkpoint(path, memory=MemoryConfig(memory_layers=[1, 3], window=32))
+    assert given.memory_config.window == 32
+    saved = torch.load(path, weights_only=True)
+    saved["lightning_fot_settings"]["memory"]["retriever"] = "evil.Index"
+    torch.save(saved, path)
+    with pytest.raises(SettingError, match=r"evil\.Index.*name it yourself"):
+        FocusedTransformer.load_from_checkpoint(path)
+    with pytest.raises(SettingError, match=r"no prediction loop.*lm\.generate"):
+        run.predict(made, loader(1))
+
+
+def test_a_rate_that_is_no_number_is_refused(tmp_path):
+    made = FocusedTransformer(
+        "tiny-random-llama", MEMORY, optimizer=lambda params: torch.optim.SGD(params, lr=float("nan"))
+    )
+    with pytest.raises(SettingError, match="lr=nan"):
+        trainer(tmp_path, max_steps=1).fit(made, loader(1), loader(1))

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lightning_fot.commands.job.choice import choose
+from lightning_fot.commands.job.choice import choose, claimed
 from lightning_fot.errors import SettingError
 from lightning_fot.request.preflight import check_folder
 from lightning_fot.request.request import Request, read_request
@@ -65,6 +67,64 @@ def test_last_takes_the_newest_that_has_a_checkpoint() -> None:
     assert folder.path == Path("runs/hnsw-2")
     assert checkpoint == Path("runs/hnsw-2/checkpoints/last.ckpt")
     assert "runs/hnsw-2" in request.notes[0]
+
+
+_CLAIM = """
+import sys
+from pathlib import Path
+from lightning_fot.commands.job.choice import choose, claimed
+from lightning_fot.request.request import Request
+
+request = Request("run", [Path("configs/hnsw.yaml")], [], {})
+folder, _ = choose(request)
+print("chosen", flush=True)
+sys.stdin.readline()
+with claimed(request, folder) as folder:
+    folder.config.write_text("a run")
+    print(folder.path, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_runs_at_once_have_a_folder_each(repository: Path) -> None:
+    """All choose before one of them has written anything."""
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", _CLAIM]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    runs = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    try:
+        for step in ("chosen", "runs/"):
+            if step == "runs/":
+                for run in runs:
+                    run.stdin.write("go on\n")
+                    run.stdin.flush()
+            said = [run.stdout.readline().strip() for run in runs]
+            assert all(one.startswith(step) for one in said)
+        assert sorted(said) == ["runs/hnsw", "runs/hnsw-2", "runs/hnsw-3"]
+        # Killed, a run keeps nobody out; ended, it leaves no lock.
+        runs[0].kill()
+        runs[0].wait()
+        with claimed(_request(ckpt_path="last"), RunFolder(Path(said[0]))) as folder:
+            assert str(folder.path) == said[0]
+        with (
+            pytest.raises(SettingError, match="another process is writing to it"),
+            claimed(_request(ckpt_path="last"), RunFolder(Path(said[1]))),
+        ):
+            pytest.fail("two have it")
+    finally:
+        for run in runs:
+            run.communicate("end\n" if run.poll() is None else None)
+    assert not list(Path("runs").rglob(".lock"))
+
+
+def test_a_claim_leaves_nothing_where_nothing_was_written() -> None:
+    request = _request()
+    with claimed(request, choose(request)[0]) as folder:
+        assert folder.path.is_dir()
+    assert not folder.path.exists()
+    _touch("file")
+    with pytest.raises(SettingError, match="cannot be written"), claimed(request, RunFolder(Path("file/run"))):
+        pytest.fail("there is no such folder")
 
 
 @pytest.mark.parametrize("settings", [{}, {"run_dir": "out"}])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
         # Rank 0 has made it already: this rank neither takes another nor finds it used.
         folder = RunFolder(shared)
         return folder, _last(folder) if word == "last" else named
-    base = ROOT / request.name if run_dir is None else Path(str(run_dir)).expanduser()
+    base = _base(request)
     if word == "last":
         newest = _newest(_attempts(base) if run_dir is None else [RunFolder(base)])
         if newest is None:
@@ -51,6 +53,51 @@ def choose(request: Request) -> tuple[RunFolder, Path | None]:
     return folder, named
 
 
+@contextmanager
+def claimed(request: Request, folder: RunFolder) -> Iterator[RunFolder]:
+    """The run folder, for as long as the block takes this process's alone.
+
+    Where another process has taken it since it was chosen, a run from the start gets the next number.
+
+    Args:
+        request: The command line; its notes say where the number is another.
+        folder: As :func:`choose` gave it.
+
+    Raises:
+        SettingError: Another process works in the folder of the run that is to go on, or it cannot be written.
+    """
+    if rank() != 0:
+        # Rank 0 has it, for all of them.
+        yield folder
+        return
+    goes_on = request.get("ckpt_path") == "last"
+    chosen, taken = folder.path, set[Path]()
+    try:
+        while (held := folder.claim()) is None or (folder.used and not goes_on):
+            if held is not None:
+                # Since it was chosen, another run has begun there and ended.
+                folder.release(held)
+            elif goes_on:
+                raise SettingError("run_dir", str(chosen), "another process is writing to it", "Wait until it is done.")
+            taken.add(folder.path)
+            folder = _unused(_base(request), taken)
+        if taken:
+            request.notes.append(f"Another process has just taken {chosen}: writing to {folder.path}.")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise SettingError("run_dir", str(folder.path), problem, "Choose another folder.") from error
+    try:
+        yield folder
+    finally:
+        folder.release(held)
+
+
+def _base(request: Request) -> Path:
+    """Where the first attempt goes."""
+    run_dir = request.get("run_dir")
+    return ROOT / request.name if run_dir is None else Path(str(run_dir)).expanduser()
+
+
 def _last(folder: RunFolder) -> Path | None:
     """The folder's last checkpoint; None where the model was not trained."""
     return folder.last_checkpoint if folder.last_checkpoint.is_file() else None
@@ -63,9 +110,10 @@ def _numbered(base: Path, number: int) -> Path:
     return base.with_name(f"{base.name}-{number}") if base.name else base / f"run-{number}"
 
 
-def _unused(base: Path) -> RunFolder:
-    """The first attempt's folder that no run has been in."""
-    return next(folder for number in count(1) if not (folder := RunFolder(_numbered(base, number))).used)
+def _unused(base: Path, taken: Collection[Path] = ()) -> RunFolder:
+    """The first attempt's folder that no run has been in, and that no other process has ``taken``."""
+    folders = (RunFolder(_numbered(base, number)) for number in count(1))
+    return next(folder for folder in folders if folder.path not in taken and not folder.used)
 
 
 def _attempts(base: Path) -> list[RunFolder]:

@@ -325,7 +325,7 @@ def run(
     progress = JobProgress(console)
     with progress, StopGuard(progress.message) as guard:
         job: Job | None = None
-        fresh = not folder.path.exists()
+        fresh = not folder.used
         try:
             job = Job(request, arguments, folder, checkpoint, progress, guard, debug)
             job.start(evaluation)

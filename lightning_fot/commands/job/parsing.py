@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_fot.commands.job.classes import check_classes
 from lightning_fot.config.evaluation import EvaluationConfig
 from lightning_fot.config.run import LINKS
 from lightning_fot.data.datamodule import CrossbatchDataModule
@@ -80,6 +81,10 @@ class JobCLI(LightningCLI):
         )
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses classes that a configuration may not name."""
+        check_classes(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the job's callbacks and loggers to those of the configuration."""

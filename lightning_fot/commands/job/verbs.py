@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lightning_fot.commands.job.choice import choose
+from lightning_fot.commands.job.choice import choose, claimed
 from lightning_fot.errors import SettingError
 from lightning_fot.request.preflight import check_folder, check_settings, required_bytes
 from lightning_fot.request.request import CONFIG, Request, make_request
@@ -65,13 +65,14 @@ def _job(verb: str, words: Sequence[str], program: str, debug: bool) -> int:
     if request is None:
         return 0
     folder, checkpoint = choose(request)
-    if rank() == 0:
-        share_folder(folder.path)
     check_folder(folder.path, required_bytes(request))
-    _say(request)
-    from lightning_fot.commands.job.job import run as run_job
+    with claimed(request, folder) as folder:
+        if rank() == 0:
+            share_folder(folder.path)
+        _say(request)
+        from lightning_fot.commands.job.job import run as run_job
 
-    return run_job(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
+        return run_job(request, _arguments(request), folder, checkpoint, evaluation=verb == "run", debug=debug)
 
 
 def _check(verb: str, words: Sequence[str], program: str, debug: bool) -> int:

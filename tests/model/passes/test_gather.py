@@ -7,15 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.support import gather_rank
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.timeout(90)
 def test_two_ranks_attend_as_one_process_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "tests" / "support" / "gather_rank.py")
@@ -29,7 +28,7 @@ def test_two_ranks_attend_as_one_process_does(tmp_path):
     try:
         # A rank whose rows see nothing must not keep the other waiting.
         for process in ranks:
-            said = process.communicate(timeout=30)[1]
+            said = process.communicate(timeout=PATIENCE_S)[1]
             assert process.returncode == 0, said
     finally:
         for process in ranks:

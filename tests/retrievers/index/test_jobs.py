@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.retrievers import KeyStore, PerBankRetriever, create_retriever
+from tests.support.patience import PATIENCE_S
 
 DIM = 8
 
@@ -319,7 +320,7 @@ assert other.search(query, 5).tolist() == want
 
 @pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt"])
 def test_the_process_ends_while_an_index_is_built(end: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _SCRIPT + end], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", _SCRIPT + end], capture_output=True, text=True, timeout=PATIENCE_S)
     assert bool(done.returncode) == bool(end), done.stderr
     assert "Fatal" not in done.stderr
 
@@ -339,5 +340,5 @@ _, status = os.waitpid(child, 0)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
