@@ -9,8 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from lightning_fot.library.library import Library
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone
 from tests.support.memories import SETTINGS, Contents, backbone, books, contents, text
-from tests.support.patience import PATIENCE_S
+from tests.support.strikes import struck
 
 OVERLAP = ("--model.memory.overlap=8", "--model.memory.sink_tokens=2")
 
@@ -381,55 +379,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MEMORY PATH" in capsys.readouterr().out
 
 
-# Runs the command again and again in forks of one process, each of which gets a signal before its n-th access to the
-# disk (0: never), until one comes to its end. Everything is saved as often as possible.
-_DRIVER = """
-import json, os, signal, sys
-import lightning_fot.library.ingest, lightning_fot.model.attach, transformers
-from lightning_fot.cli import main
-
-lightning_fot.library.ingest.SAVE_EVERY_S = lightning_fot.library.ingest.SAVE_AT_END_S = 0.0
-lightning_fot.library.ingest.SAVE_SHARE = float("inf")
-number, moments, words = json.loads(sys.argv[1])
-codes = []
-for moment in moments:
-    child = os.fork()
-    if not child:
-        left = [moment]
-
-        def strike(event, arguments):
-            here = event in ("os.rename", "os.remove", "open") and "memories/mine" in str(arguments[0])
-            if here and not (event == "open" and str(arguments[1]).startswith("r")):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), number)
-
-        sys.addaudithook(strike)
-        code = main(["ingest", *words])
-        sys.stdout.flush()
-        os._exit(code)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    if codes[-1] == 0:
-        break
-print("codes", codes)
-"""
-
-
 def _struck(repository: Path, here: Path, number: int, moments: list[int], *words: str) -> tuple[list[int], str]:
-    """Exit codes of one attempt after the other, and all that they said."""
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, json.dumps([number, moments, words])],
-        cwd=here,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    match = re.search(r"codes \[(.*)\]", done.stdout)
-    assert match is not None, done.stdout
-    return [int(code) for code in match[1].split(", ")], done.stdout
+    """Exit codes of one attempt to ingest after the other, and all that they said."""
+    return struck(repository, here, number, moments, "ingest", *words)
 
 
 def _undisturbed(repository: Path, here: Path, *words: str) -> Contents:

@@ -373,3 +373,25 @@ class TestCommandLine:
         assert main(["run", "--config", str(config)]) == 2
         assert "mem_layers=[]: names no layer" in capsys.readouterr().err
         check_settings(read_request("run", ["--config", str(config), "--model.memory.memory_layers=[1]"]))
+
+
+@pytest.mark.parametrize(
+    "spec", ["evil.Index", {"name": "evil.Index", "M": 3}, {"layers": {"1": "exact", "3": "evil.Index"}}]
+)
+def test_a_model_from_elsewhere_names_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: object) -> None:
+    """To import the class is to run its module: whoever made the folder could have any code run."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil.py").write_text("open('ran', 'w').close()\nclass Index: pass\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    memory = {"memory_layers": [1, 3], "window": WINDOW, "retriever": spec}
+    with attach_memory(load_backbone("tiny-random-llama"), MemoryConfig(**{**memory, "retriever": "exact"})) as lm:
+        lm.save_pretrained(tmp_path / "model", load_tokenizer("tiny-random-llama"))
+    file = tmp_path / "model" / "lightning_fot.json"
+    file.write_text(json.dumps({"format": 1, "memory": memory}), encoding="utf-8")
+    with pytest.raises(SettingError, match=r"evil\.Index.*If you trust it, name it yourself"):
+        attach_pretrained(str(tmp_path / "model"))
+    with pytest.raises(SettingError, match=r"evil\.Index"):
+        check_settings(read_request("run", ["--config", "smoke", f"--model.backbone={tmp_path / 'model'}"]))
+    with attach_pretrained(str(tmp_path / "model"), retriever="exact") as lm:
+        assert lm.config.retriever == "exact"
+    assert not (tmp_path / "ran").exists()

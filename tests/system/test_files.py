@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_fot.config import CrossbatchConfig
 from lightning_fot.config.backbone import LoraSettings
 from lightning_fot.pretrained import load_backbone
 from lightning_fot.retrievers import create_retriever
-from lightning_fot.system.files import replacing, writing
+from lightning_fot.system.files import lock, replacing, writing
 from lightning_fot.training.module import FocusedTransformer
 from lightning_fot.training.parameters import save_adapter
 
@@ -67,3 +68,37 @@ def test_a_file_and_a_folder(tmp_path: Path, umask: int) -> None:
     with writing(tmp_path / "folder" / "file") as file:
         file.touch(mode=0o600)
     _check(tmp_path / "folder", umask)
+
+
+def test_a_lock_keeps_others_out_until_it_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    held = lock(path)
+    assert held is not None
+    assert lock(path) is None
+    # Removed by whoever holds it, the name is free: who waited gets the new file, not the old one.
+    path.unlink()
+    other = lock(path)
+    assert other is not None
+    held.close()
+    assert lock(path) is None
+    other.close()
+    again = lock(path)
+    assert again is not None
+    again.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    first, second = lock(tmp_path / ".lock"), lock(tmp_path / ".lock")
+    assert first is not None
+    assert second is not None
+    first.close()
+    second.close()

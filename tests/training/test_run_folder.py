@@ -117,6 +117,20 @@ def test_runs_at_once_have_a_folder_each(repository: Path) -> None:
     assert not list(Path("runs").rglob(".lock"))
 
 
+def test_a_folder_that_was_used_since_it_was_chosen_is_left_alone() -> None:
+    _touch("runs/hnsw/config.yaml")
+    request = _request()
+    folder, _ = choose(request)
+    assert folder.path == Path("runs/hnsw-2")
+    # Others have begun and ended meanwhile, here and in the next one.
+    _touch("runs/hnsw-2/config.yaml")
+    _touch("runs/hnsw-3/config.yaml")
+    with claimed(request, folder) as ours:
+        assert ours.path == Path("runs/hnsw-4")
+        assert request.notes[-1] == "Another process has just taken runs/hnsw-2: writing to runs/hnsw-4."
+    assert sorted(path.name for path in Path("runs/hnsw-2").iterdir()) == ["config.yaml"]
+
+
 def test_a_claim_leaves_nothing_where_nothing_was_written() -> None:
     request = _request()
     with claimed(request, choose(request)[0]) as folder:
