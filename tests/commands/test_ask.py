@@ -188,7 +188,7 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["mine", "What?", "--tempratur=1"], "--tempratur='1': is not an option of ask. Did you mean --temperature?"),
     (["mine", "What?", "--max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
     (["mine", "What?", "--max_new_tokens=x"], "max_new_tokens='x': must be a whole number"),
-    (["mine", "What?", "--temperature=0"], "temperature=0.0: must be above 0"),
+    (["mine", "What?", "--temperature=0"], "temperature=0.0: must be at least 0.001"),
     (["mine", "What?", "--temperature=nan"], "temperature=nan"),
     (["mine", "What?", "--top_p=1.5"], "top_p=1.5"),
     (["mine", "What?", "--top_k_tokens=0"], "top_k_tokens=0"),

@@ -390,8 +390,10 @@ def test_a_model_from_elsewhere_names_no_class(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps({"format": 1, "memory": memory}), encoding="utf-8")
     with pytest.raises(SettingError, match=r"evil\.Index.*If you trust it, name it yourself"):
         attach_pretrained(str(tmp_path / "model"))
+    (tmp_path / "mine.yaml").write_text(f"model: {{backbone: {tmp_path / 'model'}}}", encoding="utf-8")
     with pytest.raises(SettingError, match=r"evil\.Index"):
-        check_settings(read_request("run", ["--config", "smoke", f"--model.backbone={tmp_path / 'model'}"]))
+        check_settings(read_request("run", ["--config", "mine.yaml"]))
+    check_settings(read_request("run", ["--config", "mine.yaml", "--model.memory.retriever=exact"]))
     with attach_pretrained(str(tmp_path / "model"), retriever="exact") as lm:
         assert lm.config.retriever == "exact"
     assert not (tmp_path / "ran").exists()
