@@ -113,6 +113,7 @@ def desk(tmp_path, monkeypatch):
     """A folder with what the pages speak of: documents, a model, a run."""
     monkeypatch.chdir(tmp_path)
     books(tmp_path / "books", 2, words=120)
+    (tmp_path / "books" / "old.txt").write_text(text(5, 120), encoding="utf-8")
     for folder in ("notes", "more"):
         books(tmp_path / folder, 1, words=50)
     (tmp_path / "book.txt").write_text(text(3, 90), encoding="utf-8")
@@ -136,7 +137,7 @@ def _page(name):
 def _follow(words):
     """Does what a command line says, where that takes no more than a second; checks it as far as that goes, else."""
     verb, rest = words[0], words[1:]
-    if verb in ("ingest", "ask"):
+    if verb in ("ingest", "ask", "memories", "forget"):
         if verb == "ingest" and not os.path.exists("memories/shelf"):
             # The same on a model that loads at once.
             rest = [word for word in rest if word not in ("--config", "configs/hnsw.yaml")] + list(SETTINGS)
