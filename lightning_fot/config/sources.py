@@ -296,9 +296,118 @@ class DictionarySettings(SourceSettings):
             raise self.error("similar", "cannot be had together with key_symbols", fix)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MadeOfTextSettings(SourceSettings):
+    """What sources have that make documents from real text; the loss counts what earlier windows tell.
+
+    Args:
+        tokens: Tokens of a document: w + 1 windows in layout ``paper``, a pack in layout ``packed``.
+        ask_tokens: Tokens at its end in which is asked: a window.
+        paths: Files and folders of the text; None takes the standard library's sources.
+        seed: Of the draw, beside the data module's.
+    """
+
+    tokens: int = 768
+    ask_tokens: int = 256
+    paths: list[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(128, "tokens")
+        self._check_whole(32, "ask_tokens")
+        self._check_whole(0, "seed")
+        self._check_list("paths")
+        if self.tokens - self.ask_tokens < 64:
+            fix = f"Lower it, or raise {self.setting}.tokens."
+            raise self.error("ask_tokens", f"leaves fewer than 64 of {self.tokens} tokens to tell in", fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsSettings(MadeOfTextSettings):
+    """``kind: facts``: names and values told between stretches of text and asked for at the end, without end.
+
+    Args:
+        facts: Facts of a document, as far as they find room; a list of two goes in a straight line from one to the
+            other.
+        grow_documents: Documents from the first number of ``facts`` to the last.
+        relations: Sentences that the facts of a document share, drawn from one number to the other: with one, only
+            the names tell facts apart.
+        other_words: Share of the questions that are asked in other words than the fact was told in.
+        together: Documents in a row that share relations and have no name in common: those of a batch.
+    """
+
+    kind = "facts"
+    facts: int | list[int] = 16
+    grow_documents: int = 1
+    relations: list[int] = dataclasses.field(default_factory=lambda: [1, 4])
+    other_words: float = 0.5
+    together: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "grow_documents", "together")
+        self._check_numbers(0.0, "other_words")
+        if self.other_words > 1:
+            raise self.error("other_words", "must be a share from 0 to 1", "Try 0.5.")
+        self._check_pair("facts", [self.facts, self.facts] if isinstance(self.facts, int) else self.facts)
+        self._check_pair("relations", self.relations)
+        if self.relations[0] > self.relations[1]:
+            raise self.error("relations", "must go from a number to one that is no smaller", "Write [1, 4].")
+
+    def _check_pair(self, name: str, value: object) -> None:
+        whole = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+        if not whole or not isinstance(value, list) or len(value) != 2 or min(value) < 1:
+            raise self.error(name, "must be two whole numbers of at least 1", "Write [1, 4].")
+
+    @property
+    def facts_range(self) -> tuple[int, int]:
+        """Facts of the first and of later documents."""
+        first, last = [self.facts, self.facts] if isinstance(self.facts, int) else self.facts
+        return first, last
+
+    @property
+    def relations_range(self) -> tuple[int, int]:
+        """Relations of a document, at least and at most."""
+        return self.relations[0], self.relations[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallSettings(MadeOfTextSettings):
+    """``kind: recall``: real text whose earlier passages are quoted again at its end, without end.
+
+    Args:
+        quote_tokens: Tokens of a quotation; the first eight say which it is, and the loss counts the others.
+        whole: Share of the documents whose earlier windows count too: what a model says beside an empty memory must
+            not suffer. Each costs a batch of its own in layout ``paper``.
+    """
+
+    kind = "recall"
+    quote_tokens: int = 32
+    whole: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(16, "quote_tokens")
+        self._check_numbers(0.0, "whole")
+        if self.whole > 1:
+            raise self.error("whole", "must be a share from 0 to 1", "Try 0.3.")
+        if self.quote_tokens > min(self.ask_tokens // 2, self.tokens - self.ask_tokens - 8):
+            fix = f"Lower it, or raise {self.setting}.ask_tokens and {self.setting}.tokens."
+            raise self.error("quote_tokens", "is more than half of ask_tokens, or than what is told", fix)
+
+
 KINDS: dict[str, type[SourceSettings]] = {
     one.kind: one
-    for one in (TextSettings, HuggingFaceSettings, DictionarySettings, PasskeySettings, InstructionsSettings)
+    for one in (
+        TextSettings,
+        HuggingFaceSettings,
+        DictionarySettings,
+        PasskeySettings,
+        InstructionsSettings,
+        FactsSettings,
+        RecallSettings,
+    )
 }
 
 

@@ -193,6 +193,9 @@ class MixtureFeed(Feed):
         check_enough(self._sources, plan.streams, total)
         batch = plan.rows * plan.window
         epoch, said = Epoch(Mixture(self._sources, plan.step), plan), time.monotonic()
+        if all(source.made and source.passes is None for source in self._sources):
+            # They never end, and what is made is not kept: made now, it would be made twice.
+            ahead = batch
         for number in range(-(-ahead // batch)):
             if not epoch.skip(1):
                 if number == 0 or total is not None:

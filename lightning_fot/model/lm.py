@@ -36,7 +36,7 @@ from lightning_fot.model.reading.inputs import (
     checked_labels,
     tokens_first,
 )
-from lightning_fot.model.reading.logits import LogitsCollector
+from lightning_fot.model.reading.logits import LogitsCollector, head_of
 from lightning_fot.model.reading.windows import read_windows
 from lightning_fot.model.saving import save_attached
 
@@ -353,6 +353,7 @@ class MemoryLM:
         previous_valid: Tensor | None = None,
         differentiable: bool = True,
         gather: RowGather | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Logits of a crossbatch (FoT paper section 3.2), with gradients.
 
@@ -363,9 +364,10 @@ class MemoryLM:
             previous_valid: (B, w) bool; False where a row has no such window yet.
             differentiable: Let gradients reach shown keys and values.
             gather: Shows the rows of all ranks: the table then numbers those. Every rank must make the same call.
+            wanted: (B, T) bool; logits of these N tokens alone: a vocabulary is most of what a small model computes.
 
         Returns:
-            (B, T, vocabulary).
+            (B, T, vocabulary), or (1, N, vocabulary) of what is wanted, row by row.
 
         Raises:
             SettingError: The table does not fit the batch, or there are no such tokens.
@@ -390,8 +392,14 @@ class MemoryLM:
             # Not the pass's own mapping: a layer run again in the backward pass would fill it anew.
             current = CrossbatchPass(shown, dict(collected.pairs), differentiable, gather)
             collected.pairs.clear()
-        with self.attachment.during(self.attachment.window_pass(input_ids.shape[1]) or current):
+        with (
+            self.attachment.during(self.attachment.window_pass(input_ids.shape[1]) or current),
+            head_of(self.model, wanted),
+        ):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        if wanted is not None and logits.shape[:2] == wanted.shape:
+            # A model without an output layer of its own gave all of them.
+            return logits[wanted][None]
         return logits
 
     @contextmanager

@@ -21,6 +21,7 @@ def batch_logits(
     config: CrossbatchConfig,
     count: int | None = None,
     gather: RowGather | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Logits with gradients.
 
@@ -31,9 +32,10 @@ def batch_logits(
         config: What rows see of each other.
         count: What a schedule says in place of ``d`` or ``range``; None takes those.
         gather: Shows the rows of all ranks; None those of this one.
+        wanted: (B, T) bool: logits of these N tokens alone; None is all.
 
     Returns:
-        (B, T, vocabulary).
+        (B, T, vocabulary), or (1, N, vocabulary).
 
     Raises:
         SettingError: The batch does not fit the settings.
@@ -42,8 +44,9 @@ def batch_logits(
     way = lm.attachment.way
     if way.trains_texts:
         check_ids("input_ids", ids, lm.vocabulary)
-        return way.batch_logits(lm.attachment, ids, config)
+        logits = way.batch_logits(lm.attachment, ids, config)
+        return logits if wanted is None else logits[wanted][None]
     ranks, rank = (1, 0) if gather is None else (gather.world_size, gather.rank)
     table = row_table(config, ranks * len(ids), count)[rank * len(ids) : (rank + 1) * len(ids)]
     previous = batch.get("previous_ids"), batch.get("previous_valid")
-    return lm.crossbatch(ids, table, *previous, config.differentiable, gather)
+    return lm.crossbatch(ids, table, *previous, config.differentiable, gather, wanted)

@@ -190,12 +190,15 @@ class FocusedTransformer(L.LightningModule):
         """
         targets = batch["targets"]
         self._check_packs(batch)
-        count = (targets != IGNORED).sum()
+        wanted = targets != IGNORED
+        count = wanted.sum()
         if self.trainer.world_size == 1 and not count:
             # As where a task's documents tell in one window and ask in the next: there is no gradient to compute.
             return self._no_loss()
         gather = self._gather()
-        loss = _mean_loss(batch_logits(self.lm, batch, self.crossbatch_config, self._shown_contexts(), gather), targets)
+        shown = self._shown_contexts()
+        logits = batch_logits(self.lm, batch, self.crossbatch_config, shown, gather, wanted)
+        loss = _mean_loss(logits, targets[wanted][None])
         finite = bool(torch.isfinite(loss))
         # A rank that stopped alone would leave the others waiting for it.
         if not (finite if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(finite)):

@@ -9,15 +9,18 @@ from typing import Any
 from lightning_fot.config.sources import (
     FOR_TEXT,
     DictionarySettings,
+    FactsSettings,
     FiniteSettings,
     HuggingFaceSettings,
     InstructionsSettings,
     PasskeySettings,
+    RecallSettings,
     SourceSettings,
     TextSettings,
 )
 from lightning_fot.data.mixture.base import MixtureSource
 from lightning_fot.data.mixture.dictionary import DictionarySource
+from lightning_fot.data.mixture.facts import FactsSource, RecallSource
 from lightning_fot.data.mixture.hub import HuggingFaceSource
 from lightning_fot.data.mixture.passkey import PasskeySource
 from lightning_fot.data.mixture.texts import InstructionsSource, TextSource
@@ -126,5 +129,9 @@ def _open(settings: SourceSettings, encoder: TextEncoder, seed: int, say: Callab
         return InstructionsSource(settings, encoder, seed, say)
     if isinstance(settings, DictionarySettings):
         return DictionarySource(settings, encoder.tokenizer, seed)
+    if isinstance(settings, FactsSettings):
+        return FactsSource(settings, encoder, seed)
+    if isinstance(settings, RecallSettings):
+        return RecallSource(settings, encoder, seed)
     assert isinstance(settings, PasskeySettings)  # the last of the kinds
     return PasskeySource(settings, encoder.tokenizer, seed)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from lightning_fot.config.sources import (
     HuggingFaceSettings,
     InstructionsSettings,
+    MadeOfTextSettings,
     TextSettings,
     missing_datasets,
     read_sources,
@@ -35,5 +36,7 @@ def check_sources(sources: object, text_field: str = "text", setting: str = "dat
                 )
         elif isinstance(source, InstructionsSettings):
             find_conversations(source)
+        elif isinstance(source, MadeOfTextSettings):
+            check_paths(source.paths, text_field=text_field, setting=f"{source.setting}.paths")
         elif isinstance(source, HuggingFaceSettings) and find_spec("datasets") is None:
             raise missing_datasets(source)

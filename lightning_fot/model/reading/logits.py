@@ -5,12 +5,42 @@ Only what is asked for is held: the logits of a text of 256k tokens and a vocabu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_fot.config.data import IGNORED
 from lightning_fot.model.reading.inputs import beyond
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def head_of(model: PreTrainedModel, wanted: Tensor | None) -> Iterator[None]:
+    """Inside the block the model's output layer is given the wanted tokens alone.
+
+    Args:
+        model: Its output layer takes hidden states (B, T, width), and what follows it treats each token alone.
+        wanted: (B, T) bool; the logits then are (1, N, vocabulary), row by row. None changes nothing.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if wanted is None or head is None:
+        yield
+        return
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][wanted.to(args[0].device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class LogitsCollector:

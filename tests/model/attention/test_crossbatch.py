@@ -125,3 +125,15 @@ def test_no_row_sees_the_future_through_two_memory_layers():
     assert float(difference[:2].max()) == 0.0
     assert float(difference[2, :3].max()) < 1e-5
     assert float(difference[3].min()) > 0.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_logits_of_wanted_tokens_are_those_of_all(share):
+    ids, previous = tokens(3, WINDOW), tokens(3, WINDOW, seed=1)[:, None]
+    wanted = torch.rand(3, WINDOW, generator=torch.Generator().manual_seed(2)) < share
+    with attach_memory(tiny_llama(), settings()) as lm:
+        every = lm.crossbatch(ids, paper_rows(3, 2), previous)
+        some = lm.crossbatch(ids, paper_rows(3, 2), previous, wanted=wanted)
+        # The output layer is whole again afterwards.
+        torch.testing.assert_close(lm.crossbatch(ids, paper_rows(3, 2), previous), every)
+    torch.testing.assert_close(some, every[wanted][None])

@@ -1,0 +1,356 @@
+"""Facts told once each in the text of a book, asked for in the words they were told in and in other words.
+
+    python benchmarks/lookup.py BOOK.txt            # the shipped weights, 24 facts in 4,096 tokens
+    python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --layers 18,20  # untrained
+    python benchmarks/lookup.py BOOK.txt --plain    # everything in the backbone's own context
+    python benchmarks/lookup.py BOOK.txt --heads    # found, weighed: where the memory layers looked
+
+Neighbouring facts share their sentence and differ in the name alone, so that a model which cannot tell them apart gives
+one answer to all: distinct wrong answers are counted. Right is an answer all of whose tokens are the most likely ones.
+Names, templates and attributes are not those of the training source ``facts``.
+"""
+
+from __future__ import annotations
+
+import support.openmp  # isort: skip # noqa: F401
+
+import argparse
+import copy
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
+from lightning_fot.model.passes.recorder import Recorder
+from lightning_fot.pretrained import load_backbone, load_tokenizer
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+CITIES = _words("Paris Rome Oslo Lima Cairo Delhi Quito Minsk Perth Bergen Turin Lyon Izmir Kyoto Accra Leeds")
+PEOPLE = _words("Morwenna Tobias Ingrid Casimir Philippa Anselm Beatrix Leopold Rosalind Gideon Ottoline Barnaby")
+ISLANDS = _words("Skarva Tolmin Brenn Osmore Lundey Cavra Ferrow Halsa Norrick Quill Vardo Amble")
+VILLAGES = _words("Hartwell Dunmere Ashby Colwick Penrose Thornby Elmstead Wexcombe Rushford Marlow Kelby Stanway")
+PLACES = [
+    "blue teapot",
+    "church tower",
+    "old barn",
+    "piano stool",
+    "wine cellar",
+    "garden shed",
+    "linen chest",
+    "grandfather clock",
+    "flour bin",
+    "rabbit hutch",
+    "boat house",
+    "coal scuttle",
+]
+SURNAMES = _words(
+    "Pettigrew Lindqvist Okafor Marchetti Dubrovsky Hanley Castellano Whitlock Novak Ferreira Abbott Singh"
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: how it is told, the two ways in which it is asked, and what must follow both."""
+
+    group: str
+    told: str
+    other: str
+    answer: str
+    end: str = "."
+
+    @property
+    def statement(self) -> str:
+        """The sentence that stands in the text; asking in told words gives its beginning again."""
+        return f"{self.told}{self.answer}{self.end}"
+
+
+def make_facts(count: int, seed: int) -> list[Fact]:
+    """``count`` facts of four groups; within a group they differ in their names."""
+    draw = random.Random(seed)
+
+    def names(pool: Sequence[str]) -> list[str]:
+        return draw.sample(list(pool), len(pool))
+
+    def code() -> str:
+        return str(draw.randint(10_000, 99_999))
+
+    groups = [
+        [
+            Fact(
+                "code",
+                f"The secret code of {name} is",
+                f"Question: Which number unlocks the door in {name}?\nAnswer:",
+                f" {code()}",
+            )
+            for name in names(CITIES)
+        ],
+        [
+            Fact(
+                "key",
+                f"{name} hides the silver key in the",
+                f"Question: Where does {name} keep the silver key?\nAnswer: In the",
+                f" {place}",
+            )
+            for name, place in zip(names(PEOPLE), names(PLACES), strict=True)
+        ],
+        [
+            Fact(
+                "ferry",
+                f"The ferry to {name} leaves at",
+                f"Question: When does the boat for {name} depart?\nAnswer: At",
+                f" {draw.randint(1, 12)}:{draw.randint(10, 59)}",
+            )
+            for name in names(ISLANDS)
+        ],
+        [
+            Fact(
+                "baker",
+                f"In the village of {name}, the baker is called",
+                f"Question: Who bakes the bread in {name}?\nAnswer:",
+                f" {surname}",
+            )
+            for name, surname in zip(names(VILLAGES), names(SURNAMES), strict=True)
+        ],
+    ]
+    if count > sum(map(len, groups)):
+        raise SystemExit(f"--facts: at most {sum(map(len, groups))}")
+    picked = [group[number] for number in range(max(map(len, groups))) for group in groups if number < len(group)]
+    return picked[:count]
+
+
+def text_with(facts: Sequence[Fact], book: str, tokenizer: Any, tokens: int, seed: int) -> str:
+    """The book's sentences with one fact after each stretch of equal length, ``tokens`` tokens or a little less."""
+    draw = random.Random(seed)
+    order = draw.sample(list(facts), len(facts))
+    room = tokens - sum(len(ids_of(tokenizer, " " + fact.statement)) for fact in facts)
+    # The front matter of a book is left out.
+    sentences = re.split(r"(?<=[.!?]) +", re.sub(r"\s+", " ", book[len(book) // 10 :]))
+    pieces: list[str] = []
+    used = told = 0
+    for sentence in sentences:
+        size = len(ids_of(tokenizer, " " + sentence))
+        if used + size > room:
+            break
+        pieces.append(sentence)
+        used += size
+        while told < len(order) and used >= (told + 0.5) * room / len(order):
+            pieces.append(order[told].statement)
+            told += 1
+    pieces += [fact.statement for fact in order[told:]]
+    return " ".join(pieces)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Ids without special tokens."""
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+class Weights:
+    """Notes where queries of memory layers looked: duck-typed as the trace of a :class:`Recorder`."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, layer: int, weights: Tensor, rows: Tensor | None = None, **_: Any) -> None:
+        """Weights (1, G, R·T, K) and the pairs' numbers."""
+        assert rows is not None
+        self.seen[layer] = weights[0], rows[0]
+
+
+def places_of(fact: Fact, text: str, tokenizer: Any, window: int, skip: int) -> list[int]:
+    """Numbers in memory of the pairs of the answer's tokens, -1 for those that are not stored."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    start = text.index(fact.statement) + len(fact.told)
+    stop = start + len(fact.answer)
+    tokens = [number for number, (low, high) in enumerate(offsets) if low < stop and high > start]
+    return [token - skip * (token // window + 1) if token % window >= skip else -1 for token in tokens]
+
+
+class Subject:
+    """What is asked: logits of the answer's tokens after a question."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.tokenizer = load_tokenizer(args.backbone)
+        self.plain = args.plain
+        layers = [int(layer) for layer in args.layers.split(",")] if args.layers else None
+        if self.plain:
+            self.model = load_backbone(args.backbone)
+        elif layers is not None:
+            config = MemoryConfig(
+                memory_layers=layers,
+                window=args.window,
+                top_k=args.top_k or 32,
+                skip_window_start=1,
+                score_factor=args.score_factor,
+            )
+            self.lm = attach_memory(load_backbone(args.backbone), config)
+        else:
+            changes = {"top_k": args.top_k} if args.top_k else {}
+            self.lm = attach_pretrained(
+                args.backbone, retriever="exact", score_factor=args.score_factor, window=args.window, **changes
+            )
+        self.begin = "\n" if args.newline else ""
+
+    @torch.no_grad()
+    def read(self, text: str) -> None:
+        """Reads the text into the context, or into a memory."""
+        ids = torch.tensor([ids_of(self.tokenizer, text)])
+        if not self.plain:
+            self.memory = self.lm.ingest(ids, self.lm.new_memory())
+            return
+        from transformers import DynamicCache
+
+        self.cache: Any = DynamicCache()
+        for start in range(0, ids.shape[1], 512):
+            self.model(ids[:, start : start + 512], past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> Tensor:
+        """(T, vocabulary) of ids that follow the text; what was read stays as it was."""
+        if not self.plain:
+            # (1, T, V)
+            found = self.lm(torch.tensor([ids]), memory=self.memory).logits
+        else:
+            found = self.model(torch.tensor([ids]), past_key_values=copy.deepcopy(self.cache)).logits
+        assert found is not None
+        return found[0].float()
+
+    def ask(self, question: str, answer: str) -> tuple[bool, float, list[int], list[int]]:
+        """Whether each token of the answer is the most likely; its loss in nats a token; both, and what was likely."""
+        asked = ids_of(self.tokenizer, self.begin + question)
+        wanted = ids_of(self.tokenizer, answer)
+        scores = self.logits(asked + wanted)[len(asked) - 1 : -1].log_softmax(-1)
+        likely = scores.argmax(-1).tolist()
+        loss = -float(scores[torch.arange(len(wanted)), wanted].mean())
+        return likely == wanted, loss, wanted, likely
+
+    def say(self, question: str, tokens: int) -> str:
+        """The likeliest continuation, until a sentence or a line ends."""
+        ids = ids_of(self.tokenizer, self.begin + question)
+        said: list[int] = []
+        for _ in range(tokens):
+            said.append(int(self.logits(ids + said)[-1].argmax()))
+            if re.search(r"[.\n]", self.tokenizer.decode(said)):
+                break
+        return str(self.tokenizer.decode(said)).strip(" .\n")
+
+
+def look(subject: Subject, fact: Fact, others: Sequence[Fact], question: str, text: str) -> dict[int, list[float]]:
+    """By layer, means over the answer: found by any head, its weight, other facts' answers', the rest's, local."""
+    config = subject.lm.config
+    right = places_of(fact, text, subject.tokenizer, config.window, config.skip_window_start)
+    wrong = [
+        place
+        for other in others
+        if other is not fact
+        for place in places_of(other, text, subject.tokenizer, config.window, config.skip_window_start)
+    ]
+    asked = ids_of(subject.tokenizer, subject.begin + question)
+    wanted = ids_of(subject.tokenizer, fact.answer)
+    trace = Weights()
+    subject.lm.recorder = Recorder(attention=trace)  # type: ignore[arg-type]
+    try:
+        subject.logits(asked + wanted)
+    finally:
+        subject.lm.recorder = None
+    length = len(asked) + len(wanted)
+    result = {}
+    for layer, (weights, rows) in trace.seen.items():
+        groups = weights.shape[0]
+        # (G, R, T, K): the best head counts.
+        weights, rows = (part.reshape(groups, -1, length, part.shape[-1]) for part in (weights, rows))
+        found, heavy, outweighed, rest, local = [], [], [], [], []
+        for step in range(len(wanted)):
+            if right[step] < 0:
+                continue
+            here, there = weights[:, :, len(asked) - 1 + step], rows[:, :, len(asked) - 1 + step]
+            mine = (here * (there == right[step])).sum(-1)
+            best = int(mine.argmax())
+            flat_here, flat_there = here.flatten(0, 1)[best], there.flatten(0, 1)[best]
+            theirs = float((flat_here * torch.isin(flat_there, torch.tensor(wrong))).sum())
+            found.append(float(bool((there == right[step]).any())))
+            heavy.append(float(mine.max()))
+            outweighed.append(theirs)
+            rest.append(float(flat_here.sum()) - theirs - float(mine.max()))
+            local.append(1 - float(flat_here.sum()))
+        if found:
+            result[layer] = [sum(part) / len(part) for part in (found, heavy, outweighed, rest, local)]
+    return result
+
+
+def measure(subject: Subject, book: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One text, read once and asked of in all ways."""
+    facts = make_facts(args.facts, seed)
+    text = text_with(facts, book, subject.tokenizer, args.tokens, seed)
+    subject.read(text)
+    outcome: dict[str, Any] = {"tokens": len(ids_of(subject.tokenizer, text))}
+    for way in ("told", "other"):
+        right: dict[str, list[bool]] = defaultdict(list)
+        losses, wrong = [], []
+        heads: dict[int, list[list[float]]] = defaultdict(list)
+        for fact in facts:
+            question = fact.told if way == "told" else fact.other
+            good, loss, wanted, _ = subject.ask(question, fact.answer)
+            right[fact.group].append(good)
+            losses.append(loss)
+            if not good and args.say:
+                wrong.append(f"{fact.group}: {subject.say(question, len(wanted) + 1)}")
+            if args.heads and not args.plain:
+                for layer, numbers in look(subject, fact, facts, question, text).items():
+                    heads[layer].append(numbers)
+        outcome[way] = sum(map(sum, right.values()))
+        outcome[f"{way}_by_group"] = {group: f"{sum(good)}/{len(good)}" for group, good in right.items()}
+        outcome[f"{way}_loss"] = round(sum(losses) / len(losses), 3)
+        if args.say:
+            outcome[f"{way}_wrong"], outcome[f"{way}_distinct_wrong"] = wrong, len(set(wrong))
+        for layer, rows in sorted(heads.items()):
+            means = [round(sum(column) / len(column), 3) for column in zip(*rows, strict=True)]
+            names = ("found", "weight", "other facts", "text", "window")
+            outcome.setdefault(f"{way}_layers", {})[layer] = dict(zip(names, means, strict=True))
+    return outcome
+
+
+def main() -> None:
+    """Prints one JSON line a seed, and the sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("book", type=Path)
+    parser.add_argument("--backbone", default="smollm2-135m-fot")
+    parser.add_argument("--layers", default="", help="memory layers of an untrained backbone")
+    parser.add_argument("--plain", action="store_true", help="read everything in the backbone's own context")
+    parser.add_argument("--facts", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--score-factor", type=float, default=1.0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--newline", action="store_true", help="a line break before each question")
+    parser.add_argument("--say", action="store_true", help="say what is answered in place of what is right")
+    parser.add_argument("--heads", action="store_true", help="tell found and weighed pairs by layer")
+    args = parser.parse_args()
+    book = args.book.read_text(encoding="utf-8", errors="replace")
+    subject = Subject(args)
+    outcomes = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        outcomes.append(measure(subject, book, args, seed))
+        print(json.dumps(outcomes[-1]), flush=True)
+    count = args.facts * len(outcomes)
+    told, other = (sum(one[way] for one in outcomes) for way in ("told", "other"))
+    print(f"{told} of {count} in told words, {other} of {count} in other words", flush=True)
+
+
+if __name__ == "__main__":
+    main()
