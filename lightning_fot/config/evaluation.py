@@ -8,6 +8,9 @@ from lightning_fot.config.attending import registry
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError, check_at_least, check_factor
 
+# The reading of a text into one window of the backbone.
+FULL_CONTEXT = "full_context"
+
 
 @dataclass
 class EvaluationConfig:
@@ -43,6 +46,7 @@ class EvaluationConfig:
         common_words: Which word of a long list is the most common.
         many_shot: Classification by the examples of a file.
         story: Losses of a story's continuation by distance.
+        lookup: Facts told once each in text of the user's own, asked for in told words and in others.
 
     Raises:
         SettingError: A value is out of its range.
@@ -68,6 +72,7 @@ class EvaluationConfig:
     common_words: task_settings.CommonWordsTask | None = None
     many_shot: task_settings.ManyShotTask | None = None
     story: task_settings.StoryTask | None = None
+    lookup: task_settings.LookupTask | None = None
 
     def __post_init__(self) -> None:
         prefix = "evaluation"
@@ -124,7 +129,7 @@ class EvaluationConfig:
             SettingError: It cannot read so.
         """
         name = "evaluation.readings"
-        if "full_context" in self.readings and memory.memory_layers and memory.positions == "none":
+        if FULL_CONTEXT in self.readings and memory.memory_layers and memory.positions == "none":
             raise SettingError(
                 name,
                 self.readings,
@@ -139,4 +144,4 @@ class EvaluationConfig:
 
 def whole_readings() -> dict[str, str]:
     """Readings that leave no memory behind, in words."""
-    return {"full_context": "full context", **registry.readings()}
+    return {FULL_CONTEXT: "full context", **registry.readings()}

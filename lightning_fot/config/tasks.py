@@ -13,6 +13,8 @@ from lightning_fot.errors import SettingError
 # A record is ten tokens, <k> k1..k4 <v> v1..v4; beside the symbols there are three markers.
 RECORD_TOKENS = 10
 MARKERS = 3
+# Facts that the task lookup has names for: twelve of each of four kinds.
+MOST_FACTS = 48
 
 SettingsT = TypeVar("SettingsT", bound="TaskSettings")
 
@@ -51,6 +53,20 @@ class TaskSettings:
     def texts(self, window: int) -> tuple[int, int]:
         """How many held-out documents of the user's text it takes, and of how many tokens at least."""
         return 0, 0
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that documents of running text must have together; 0 where none is taken."""
+        return 0
+
+    @property
+    def text_paths(self) -> list[str] | None:
+        """Files and folders of that text; None for held-out documents."""
+        return None
+
+    def reads_whole(self, length: int) -> bool:
+        """Whether it is also measured with a text of this length in the backbone's own context."""
+        return False
 
     def check(self, window: int) -> None:
         """Finds what cannot work with the model's window.
@@ -299,6 +315,63 @@ class KeyValueTask(TaskSettings):
 
 
 @dataclass
+class LookupTask(TaskSettings):
+    """Facts told once each in real text, asked for in the words they were told in and in other words.
+
+    Args:
+        tokens: Tokens of each text, all in memory.
+        seed: Of names, values, and their order.
+        facts: Told at even depths, six of the same sentence in 24; each is asked for in both ways.
+        paths: Files and folders of the text; None takes held-out documents.
+        full_context_tokens: Texts of up to so many tokens are also read into the backbone's own context, as far as its
+            positions reach.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    name = "lookup"
+
+    tokens: list[int] = field(default_factory=lambda: [4096, 16384])
+    facts: int = 24
+    paths: list[str] | None = None
+    full_context_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_whole(1, "facts")
+        self._check_whole(0, "full_context_tokens")
+        if self.facts > MOST_FACTS:
+            raise self.error("facts", f"are told apart by {MOST_FACTS} names", f"Use {MOST_FACTS} or fewer.")
+        if isinstance(self.paths, str):
+            self.paths = [self.paths]
+        if self.paths is not None and not (self.paths and all(isinstance(one, str) for one in self.paths)):
+            raise self.error("paths", "must be a list of files and folders", "Write [folder, file.txt].")
+
+    @property
+    def text_tokens(self) -> int:
+        """Somewhat more than the longest text: blanks and line ends are joined in it."""
+        return 2 * max(self.tokens)
+
+    @property
+    def text_paths(self) -> list[str] | None:
+        """As set."""
+        return self.paths
+
+    def reads_whole(self, length: int) -> bool:
+        """Up to ``full_context_tokens``."""
+        return length <= self.full_context_tokens
+
+    def tokens_to_read(self, length: int) -> int:
+        """Each text is another."""
+        return length
+
+    def tokens_to_ask(self, length: int) -> int:
+        """About 25 tokens a question, read some four times where the answer is wrong."""
+        return 25 * 2 * 5 * self.facts
+
+
+@dataclass
 class CommonWordsTask(SampledTask):
     """Aggregation: which word of a long list occurs most often. Top-k memory is known to be weak at it.
 
@@ -376,6 +449,7 @@ TASKS: tuple[type[TaskSettings], ...] = (
     CommonWordsTask,
     ManyShotTask,
     StoryTask,
+    LookupTask,
 )
 
 

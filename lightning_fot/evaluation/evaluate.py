@@ -114,8 +114,8 @@ def evaluate(
             that was killed goes on with them. None keeps none.
 
     Returns:
-        ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``distraction``, ``retrieval``, ``exact`` and
-        ``retrieval_in_run``: lists of rows for ``results.json``.
+        ``perplexity``, ``multi_doc``, ``tasks``, ``passkey_depths``, ``distraction``, ``story``, ``lookup``,
+        ``retrieval``, ``exact`` and ``retrieval_in_run``: lists of rows for ``results.json``.
 
     Raises:
         SettingError: No document is long enough, or a task's settings do not fit the model or its tokenizer.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lightning_fot.config.evaluation import whole_readings
+from lightning_fot.config.evaluation import FULL_CONTEXT, whole_readings
 from lightning_fot.config.retriever import EXACT, NONE, RetrieverSpec, index_size, retriever_label
 from lightning_fot.errors import SettingError
 
@@ -139,6 +139,10 @@ def phases(
                 shown = "no memory" if kind == NONE else kind
                 name = f"{task.name}: {shown}, {length} tokens"
                 listed.append(Phase(name, task.name, kind, length, 0.0 if known else cost))
+        for length in filter(task.reads_whole, task.lengths):
+            cost = whole_cost(FULL_CONTEXT, length) + task.tokens_to_ask(length) * LOCAL_COST
+            name = f"{task.name}: {whole_readings()[FULL_CONTEXT]}, {length} tokens"
+            listed.append(Phase(name, task.name, FULL_CONTEXT, length, cost))
     return listed
 
 
@@ -161,7 +165,7 @@ def _passkey_cost(config: EvaluationConfig, lengths: Sequence[int], window: int,
 
 def whole_cost(reading: str, tokens: int) -> float:
     """Token passes that a text of so many tokens takes, read without a memory."""
-    return tokens * (LOCAL_COST + (tokens / 2 / ATTENTION_TOKENS if reading == "full_context" else 0.0))
+    return tokens * (LOCAL_COST + (tokens / 2 / ATTENTION_TOKENS if reading == FULL_CONTEXT else 0.0))
 
 
 def plan(

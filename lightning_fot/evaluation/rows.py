@@ -47,6 +47,10 @@ def summarise(records: Mapping[str, Rows], config: EvaluationConfig, retriever: 
     ``own_share`` (r_d, where ``chance`` is 1/d), ``own_share_found`` and ``memory_mass``; see
     :func:`~lightning_fot.evaluation.tasks.distraction.shares`.
 
+    Look-up rows: of one text and one way of asking, ``asked`` (``told`` or ``other`` words), what task rows have, and
+    ``distinct_wrong``, ``commonest`` and ``commonest_answer``; see
+    :func:`~lightning_fot.evaluation.tasks.lookup.same_answers`.
+
     Multi-document rows: ``context_tokens`` of the document itself and ``distractor_tokens`` of others, ``value`` and
     the like as for perplexity, ``own_share``, and over the same tokens without other documents ``rise_nats`` with
     ``rise_standard_error``.
@@ -69,6 +73,7 @@ def summarise(records: Mapping[str, Rows], config: EvaluationConfig, retriever: 
         "passkey_depths": [],
         "distraction": [],
         "story": [],
+        "lookup": [],
         "tasks": [],
         "retrieval": [],
         "exact": [],

@@ -31,7 +31,7 @@ from lightning_fot.request.sections import build, check_names, unknown_setting
 _JOBS = ("run", "fit", "validate", "test")
 # What the weights of a model with its own memory settings were made for.
 _TRAINED_FOR = ("memory_layers", "window", "positions", "attending")
-_PATHS = ("data.paths", "data.heldout", "evaluation.distractor_paths")
+_PATHS = ("data.paths", "data.heldout", "evaluation.distractor_paths", "evaluation.lookup.paths")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20
 

@@ -144,7 +144,9 @@ class Job:
         if evaluation:
             self.documents = self._heldout()
             memory = self.cli.model.memory_config
-            self.texts = select_texts(self.evaluation.tasks, memory.window, data.heldout_documents)
+            self.texts = select_texts(
+                self.evaluation.tasks, memory.window, data.heldout_documents, data.other_documents
+            )
             # Made to be refused now, not after hours of training.
             passkey_examples(self.evaluation, data.tokenizer_object)
             make_tasks(self.evaluation, memory, data.tokenizer_object, self.texts)

@@ -10,6 +10,7 @@ from lightning_fot.evaluation.tasks.common_words import CommonWords
 from lightning_fot.evaluation.tasks.dictionary import DictionaryLookup
 from lightning_fot.evaluation.tasks.distraction import Distraction
 from lightning_fot.evaluation.tasks.key_value import KeyValue
+from lightning_fot.evaluation.tasks.lookup import Lookup
 from lightning_fot.evaluation.tasks.many_shot import ManyShot
 from lightning_fot.evaluation.tasks.needles import Needles
 from lightning_fot.evaluation.tasks.parts.episode import Measure, Task
@@ -61,6 +62,7 @@ def make_task(
         known.DistractionTask: lambda given: Distraction(given, texts),
         known.NeedlesTask: lambda given: Needles(given, tokenizer),
         known.KeyValueTask: lambda given: KeyValue(given, tokenizer),
+        known.LookupTask: lambda given: Lookup(given, tokenizer, texts),
         known.CommonWordsTask: lambda given: CommonWords(given, tokenizer),
         known.ManyShotTask: lambda given: ManyShot(given, tokenizer, local),
         known.StoryTask: lambda given: Story(given, tokenizer, texts),

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_fot.config.tasks import DistractionTask, StoryTask
+from lightning_fot.config.tasks import DistractionTask, LookupTask, StoryTask
 from lightning_fot.evaluation.measures.passkey import wilson
+from lightning_fot.evaluation.tasks.lookup import same_answers
 
 Row = dict[str, Any]
 
@@ -29,7 +30,19 @@ def summarised(
         return task, [(row, record) for row in rows]
     if task == DistractionTask.name:
         return task, [(_distraction_row(length, memory, part), [part]) for part in record]
+    if task == LookupTask.name:
+        return task, [(_lookup_row(length, memory, part), [part]) for part in record]
     return "tasks", [(task_row(task, length, memory, record), record)]
+
+
+def _lookup_row(length: int, memory: str, part: Row) -> Row:
+    """One text asked in one way."""
+    row = task_row(LookupTask.name, length, memory, [part])
+    # The text was read once, for both ways of asking.
+    for field in ("task", "read_tokens_per_s"):
+        row.pop(field, None)
+    right = [ours == all_of_it for ours, all_of_it in zip(part["right"], part["tokens"], strict=True)]
+    return {"asked": part["asked"], **row, **same_answers(part["said"], right)}
 
 
 def _distraction_row(length: int, memory: str, part: Row) -> Row:

@@ -1,4 +1,4 @@
-"""Tables of what was measured in long context besides perplexity: tasks, depths, distraction, stories."""
+"""Tables of what was measured in long context besides perplexity: tasks, look-up, depths, distraction, stories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_fot.report.content.cells import Cell, Table, by_context
 
 def found(results: read.Row) -> list[Table]:
     """All of these tables that there is something for."""
-    others = [depths(results), distraction(results), story(results)]
+    others = [lookup(results), depths(results), distraction(results), story(results)]
     return [*tasks(results), *(table for table in others if table is not None)]
 
 
@@ -55,6 +55,41 @@ def _costs(table: dict[str, dict[int, read.Row]], contexts: list[int]) -> tuple[
             cells = (Cell(shown(value), value) for value in values)
             body.append((Cell(f"{curves.memory_name(kind)}, {words}", f"{kind} {field}"), *cells))
     return tuple(body)
+
+
+def lookup(results: read.Row) -> Table | None:
+    """Facts found, by memory kind and way of asking, and how far they were told apart; a column a length."""
+    measured = read.rows(results, "lookup")
+    lengths = sorted({int(n) for row in measured if (n := read.number(row, "context_tokens")) is not None})
+    if not lengths:
+        return None
+    body = []
+    for kind in read.memory_kinds(measured):
+        for asked in dict.fromkeys(str(row.get("asked")) for row in measured):
+            found = {row["context_tokens"]: row for row in measured
+                     if (row.get("memory"), row.get("asked")) == (kind, asked)}  # fmt: skip
+            cells = [found.get(length, {}) for length in lengths]
+            counts = [read.number(row, "n") for row in cells]
+            for field, words in (
+                ("correct", "right"),
+                ("distinct_wrong", "different wrong answers"),
+                ("commonest", "commonest answer"),
+            ):
+                values = [read.number(row, field) for row in cells]
+                shown = [
+                    formats.MISSING
+                    if value is None
+                    else f"{value:.0f}" + (f"/{n:.0f}" if field != "distinct_wrong" else "")
+                    for value, n in zip(values, counts, strict=True)
+                ]
+                head = (Cell(curves.memory_name(kind), kind), Cell(asked, asked), Cell(words, field))
+                body.append((*head, *(Cell(text, value) for text, value in zip(shown, values, strict=True))))
+    note = (
+        "Each fact is told once, and asked for in the words it was told in and in other words. Commonest answer: how "
+        "many questions got the same one; a model that tells its facts apart gives each answer once."
+    )
+    columns = ("memory", "words", "answers", *(formats.tokens(length) for length in lengths))
+    return Table("Facts told apart by tokens of text", columns, tuple(body), words=3, note=note)
 
 
 def depths(results: read.Row) -> Table | None:

@@ -117,7 +117,7 @@ def test_too_few_documents_are_named() -> None:
     assert task.texts(WINDOW) == (6, 64 + WINDOW)
     asked = []
     with pytest.raises(SettingError, match=r"distraction\.tokens=\[64\]: takes 6 held-out documents of 80 tokens, and"):
-        select_texts([task], WINDOW, lambda tokens, limit: asked.append((tokens, limit)) or documents(5, 80))
+        select_texts([task], WINDOW, lambda tokens, limit: asked.append((tokens, limit)) or documents(5, 80), list)
     assert asked == [(80, 6)]
     with pytest.raises(SettingError, match=r"distraction\.documents=\[0\]: 0 is not a whole number"):
         EvaluationConfig(distraction={"documents": [0]})

@@ -26,11 +26,13 @@ class Probe:
         answers: Where each answer begins and ends; each token of it is predicted from all before.
         choices: Where answers are chosen among some: ids of each, the right one too, none the beginning of another. A
             token then counts as right when it is the most likely among those that go on in a choice.
+        say: Of a wrong answer, how many tokens of what is said instead are noted.
     """
 
     ids: Ids
     answers: tuple[tuple[int, int], ...]
     choices: tuple[tuple[int, ...], ...] = ()
+    say: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Episode:
     Args:
         context: int32 (c,), goes into the memory.
         probes: Read one by one beside that memory, which they leave as it is.
+        asked: In which words is asked, where one text is asked in several.
     """
 
     context: Ids
     probes: tuple[Probe, ...]
+    asked: str = ""
 
 
 @runtime_checkable

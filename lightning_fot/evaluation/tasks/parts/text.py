@@ -29,7 +29,9 @@ class Pieces:
         """Ids of a text as they come after another."""
         return tuple(continuation(self._tokenizer, before, text))
 
-    def question(self, prompt: str, answer: str, choices: Sequence[str] = (), more: Sequence[int] = ()) -> Probe:
+    def question(
+        self, prompt: str, answer: str, choices: Sequence[str] = (), more: Sequence[int] = (), say: int = 0
+    ) -> Probe:
         """A prompt with its answer.
 
         Args:
@@ -37,11 +39,12 @@ class Pieces:
             answer: What goes on from there.
             choices: Answers among which it is chosen.
             more: Ids before the prompt.
+            say: Of a wrong answer, how many tokens of what is said instead are noted.
         """
         asked = [*more, *self.encode(prompt)]
         ids = self.encode(answer, prompt.strip())
         chosen = tuple(dict.fromkeys(self.encode(choice, prompt.strip()) for choice in choices))
-        return Probe(as_ids([*asked, *ids]), ((len(asked), len(asked) + len(ids)),), chosen)
+        return Probe(as_ids([*asked, *ids]), ((len(asked), len(asked) + len(ids)),), chosen, say)
 
 
 def as_ids(tokens: Sequence[int]) -> Ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_fot.config.tasks import TaskSettings
@@ -29,7 +29,10 @@ Texts = Mapping[str, Sequence[HeldOut]]
 
 
 def select_texts(
-    tasks: Sequence[TaskSettings], window: int, documents: Callable[[int, int], Sequence[HeldOut]]
+    tasks: Sequence[TaskSettings],
+    window: int,
+    documents: Callable[[int, int], Sequence[HeldOut]],
+    others: Callable[[Sequence[str] | None, str], Iterable[HeldOut]],
 ) -> dict[str, Sequence[HeldOut]]:
     """The documents of each task that takes some.
 
@@ -37,9 +40,10 @@ def select_texts(
         tasks: The tasks.
         window: The model's.
         documents: Gives held-out documents of so many tokens at least, so many at most.
+        others: Gives documents of paths, or where these are None held-out ones; takes the name of the setting too.
 
     Raises:
-        SettingError: There are too few.
+        SettingError: There are too few, or a path holds no text.
     """
     found: dict[str, Sequence[HeldOut]] = {}
     for task in tasks:
@@ -47,6 +51,20 @@ def select_texts(
         if count:
             found[task.name] = documents(tokens, count)
             check_texts(task, window, found[task.name])
+        if task.text_tokens:
+            paths = others(task.text_paths, f"evaluation.{task.name}.paths")
+            found[task.name] = _enough(paths, task.text_tokens)
+    return found
+
+
+def _enough(documents: Iterable[HeldOut], tokens: int) -> list[HeldOut]:
+    """Documents of so many tokens together, or all there are."""
+    found: list[HeldOut] = []
+    for document in documents:
+        found.append(document)
+        tokens -= len(document.ids)
+        if tokens <= 0:
+            break
     return found
 
 
