@@ -7,7 +7,8 @@
 
 Neighbouring facts share their sentence and differ in the name alone, so that a model which cannot tell them apart gives
 one answer to all: distinct wrong answers are counted. Right is an answer all of whose tokens are the most likely ones.
-Names, templates and attributes are not those of the training source ``facts``.
+Facts and texts are those of the task ``evaluation.lookup``, which measures the same in a run; here the layers can be
+looked into as well.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ import support.openmp  # isort: skip # noqa: F401
 import argparse
 import copy
 import json
-import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,127 +28,10 @@ import torch
 from torch import Tensor
 
 from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
+from lightning_fot.config.tasks import MOST_FACTS
+from lightning_fot.evaluation.tasks.parts.facts import Fact, make_facts, sentences_of, text_with
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-CITIES = _words("Paris Rome Oslo Lima Cairo Delhi Quito Minsk Perth Bergen Turin Lyon Izmir Kyoto Accra Leeds")
-PEOPLE = _words("Morwenna Tobias Ingrid Casimir Philippa Anselm Beatrix Leopold Rosalind Gideon Ottoline Barnaby")
-ISLANDS = _words("Skarva Tolmin Brenn Osmore Lundey Cavra Ferrow Halsa Norrick Quill Vardo Amble")
-VILLAGES = _words("Hartwell Dunmere Ashby Colwick Penrose Thornby Elmstead Wexcombe Rushford Marlow Kelby Stanway")
-PLACES = [
-    "blue teapot",
-    "church tower",
-    "old barn",
-    "piano stool",
-    "wine cellar",
-    "garden shed",
-    "linen chest",
-    "grandfather clock",
-    "flour bin",
-    "rabbit hutch",
-    "boat house",
-    "coal scuttle",
-]
-SURNAMES = _words(
-    "Pettigrew Lindqvist Okafor Marchetti Dubrovsky Hanley Castellano Whitlock Novak Ferreira Abbott Singh"
-)
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact: how it is told, the two ways in which it is asked, and what must follow both."""
-
-    group: str
-    told: str
-    other: str
-    answer: str
-    end: str = "."
-
-    @property
-    def statement(self) -> str:
-        """The sentence that stands in the text; asking in told words gives its beginning again."""
-        return f"{self.told}{self.answer}{self.end}"
-
-
-def make_facts(count: int, seed: int) -> list[Fact]:
-    """``count`` facts of four groups; within a group they differ in their names."""
-    draw = random.Random(seed)
-
-    def names(pool: Sequence[str]) -> list[str]:
-        return draw.sample(list(pool), len(pool))
-
-    def code() -> str:
-        return str(draw.randint(10_000, 99_999))
-
-    groups = [
-        [
-            Fact(
-                "code",
-                f"The secret code of {name} is",
-                f"Question: Which number unlocks the door in {name}?\nAnswer:",
-                f" {code()}",
-            )
-            for name in names(CITIES)
-        ],
-        [
-            Fact(
-                "key",
-                f"{name} hides the silver key in the",
-                f"Question: Where does {name} keep the silver key?\nAnswer: In the",
-                f" {place}",
-            )
-            for name, place in zip(names(PEOPLE), names(PLACES), strict=True)
-        ],
-        [
-            Fact(
-                "ferry",
-                f"The ferry to {name} leaves at",
-                f"Question: When does the boat for {name} depart?\nAnswer: At",
-                f" {draw.randint(1, 12)}:{draw.randint(10, 59)}",
-            )
-            for name in names(ISLANDS)
-        ],
-        [
-            Fact(
-                "baker",
-                f"In the village of {name}, the baker is called",
-                f"Question: Who bakes the bread in {name}?\nAnswer:",
-                f" {surname}",
-            )
-            for name, surname in zip(names(VILLAGES), names(SURNAMES), strict=True)
-        ],
-    ]
-    if count > sum(map(len, groups)):
-        raise SystemExit(f"--facts: at most {sum(map(len, groups))}")
-    picked = [group[number] for number in range(max(map(len, groups))) for group in groups if number < len(group)]
-    return picked[:count]
-
-
-def text_with(facts: Sequence[Fact], book: str, tokenizer: Any, tokens: int, seed: int) -> str:
-    """The book's sentences with one fact after each stretch of equal length, ``tokens`` tokens or a little less."""
-    draw = random.Random(seed)
-    order = draw.sample(list(facts), len(facts))
-    room = tokens - sum(len(ids_of(tokenizer, " " + fact.statement)) for fact in facts)
-    # The front matter of a book is left out.
-    sentences = re.split(r"(?<=[.!?]) +", re.sub(r"\s+", " ", book[len(book) // 10 :]))
-    pieces: list[str] = []
-    used = told = 0
-    for sentence in sentences:
-        size = len(ids_of(tokenizer, " " + sentence))
-        if used + size > room:
-            break
-        pieces.append(sentence)
-        used += size
-        while told < len(order) and used >= (told + 0.5) * room / len(order):
-            pieces.append(order[told].statement)
-            told += 1
-    pieces += [fact.statement for fact in order[told:]]
-    return " ".join(pieces)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -294,7 +176,9 @@ def look(subject: Subject, fact: Fact, others: Sequence[Fact], question: str, te
 def measure(subject: Subject, book: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One text, read once and asked of in all ways."""
     facts = make_facts(args.facts, seed)
-    text = text_with(facts, book, subject.tokenizer, args.tokens, seed)
+    # The front matter of a book is left out.
+    sentences = sentences_of(book[len(book) // 10 :])
+    text, _ = text_with(facts, sentences, lambda one: len(ids_of(subject.tokenizer, one)), args.tokens, seed)
     subject.read(text)
     outcome: dict[str, Any] = {"tokens": len(ids_of(subject.tokenizer, text))}
     for way in ("told", "other"):
@@ -341,6 +225,8 @@ def main() -> None:
     parser.add_argument("--say", action="store_true", help="say what is answered in place of what is right")
     parser.add_argument("--heads", action="store_true", help="tell found and weighed pairs by layer")
     args = parser.parse_args()
+    if args.facts > MOST_FACTS:
+        parser.error(f"--facts: at most {MOST_FACTS}")
     book = args.book.read_text(encoding="utf-8", errors="replace")
     subject = Subject(args)
     outcomes = []

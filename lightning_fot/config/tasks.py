@@ -343,9 +343,8 @@ class LookupTask(TaskSettings):
         self._check_whole(0, "full_context_tokens")
         if self.facts > MOST_FACTS:
             raise self.error("facts", f"are told apart by {MOST_FACTS} names", f"Use {MOST_FACTS} or fewer.")
-        if isinstance(self.paths, str):
-            self.paths = [self.paths]
-        if self.paths is not None and not (self.paths and all(isinstance(one, str) for one in self.paths)):
+        paths: Any = self.paths
+        if paths is not None and not (isinstance(paths, list) and paths and all(isinstance(one, str) for one in paths)):
             raise self.error("paths", "must be a list of files and folders", "Write [folder, file.txt].")
 
     @property

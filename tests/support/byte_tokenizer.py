@@ -22,7 +22,8 @@ class ByteTokenizer:
         return {"input_ids": [BOS, *ids] if add_special_tokens else ids}
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        return bytes(token - FIRST for token in ids if token >= FIRST).decode(errors="replace")
+        # A model may have more tokens than there are bytes.
+        return bytes(token - FIRST for token in ids if FIRST <= token < FIRST + 256).decode(errors="replace")
 
     def get_vocab(self) -> dict[str, int]:
         return {f"{self.prefix}{number}": number for number in range(256 + FIRST)}

@@ -38,7 +38,6 @@ class Lookup:
         self._tokenizer = tokenizer
         self._pieces = Pieces(tokenizer)
         self._facts = make_facts(settings.facts, settings.seed)
-        self._sizes: dict[str, int] = {}
         self._contexts: dict[int, Ids] = {}
         self._sentences = [sentence for text in texts for sentence in sentences_of(_words(tokenizer, text))]
         asked = {
@@ -80,7 +79,7 @@ class Lookup:
                 have = sum(map(self._size, (f" {sentence}" for sentence in self._sentences)))
                 fix = "Use fewer, name more text in evaluation.lookup.paths, or raise data.heldout_fraction."
                 raise self._settings.error("tokens", f"{length} is more than the text has, {have:,} tokens", fix)
-            ids = self._ids(text)
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             over = len(ids) + len(self._pieces.start) - length
             if over <= 0:
                 return [*self._pieces.start, *ids]
@@ -88,13 +87,7 @@ class Lookup:
             room -= over
 
     def _size(self, text: str) -> int:
-        if text not in self._sizes:
-            self._sizes[text] = len(self._ids(text))
-        return self._sizes[text]
-
-    def _ids(self, text: str) -> list[int]:
-        found: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        return len(self._pieces.encode(text))
 
 
 def _words(tokenizer: Any, text: HeldOut) -> str:

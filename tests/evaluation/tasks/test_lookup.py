@@ -221,6 +221,7 @@ def test_what_cannot_work_is_named(lm) -> None:
         ({"facts": 49}, r"evaluation\.lookup\.facts=49: are told apart by 48 names"),
         ({"facts": 0}, r"lookup\.facts=0: must be a whole number of at least 1"),
         ({"paths": []}, r"lookup\.paths=\[\]: must be a list of files"),
+        ({"paths": "books"}, r"lookup\.paths='books': must be a list of files"),
         ({"full_context_tokens": -1}, r"lookup\.full_context_tokens=-1: must be a whole number"),
         ({"tokens": [300]}, r"lookup\.tokens=\[300\]: 300 is less than twice what 24 facts take, \d+ tokens"),
         ({"tokens": [4000, 99_000]}, r"lookup\.tokens=.*: 99000 is more than the text has, [\d,]+ tokens.*Use fewer"),
