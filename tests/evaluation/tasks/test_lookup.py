@@ -134,17 +134,17 @@ def _said(logits_of: Any, question: list[int], tokens: int) -> list[int]:
 @torch.no_grad()
 def test_rows_are_those_of_plain_forwards(lm) -> None:
     tokenizer = ByteTokenizer()
-    config = EvaluationConfig(**NOTHING_ELSE, lookup={"tokens": [700, 1500], "facts": 4, "full_context_tokens": 1000})
+    config = EvaluationConfig(**NOTHING_ELSE, lookup={"tokens": [500, 900], "facts": 3, "full_context_tokens": 600})
     texts = {"lookup": [document(tokenizer)]}
     records: dict[str, Any] = {}
     results = evaluate(lm, tokenizer, [], config, texts=texts, on_result=records.__setitem__)
     assert [name for name in records if not name.endswith(SO_FAR)] == [name for name, _ in plan(config, "exact", 64)]
     # The text is read once for both ways of asking, but for the end that filled no window.
-    first, second = records["lookup: exact, 1500 tokens"]
-    assert first["read_tokens"] > 1400
+    first, second = records["lookup: exact, 900 tokens"]
+    assert first["read_tokens"] > 800
     assert second["read_tokens"] < 64
     rows = {(row["memory"], row["context_tokens"], row["asked"]): row for row in results["lookup"]}
-    lengths = {"none": [700, 1500], "exact": [700, 1500], "full_context": [700]}
+    lengths = {"none": [500, 900], "exact": [500, 900], "full_context": [500]}
     assert set(rows) == {(kind, n, asked) for kind in lengths for n in lengths[kind] for asked in ("told", "other")}
     make = Lookup(config.lookup, tokenizer, texts["lookup"])
     plain = load_backbone("tiny-random-llama")
@@ -152,12 +152,13 @@ def test_rows_are_those_of_plain_forwards(lm) -> None:
         (episode,) = [one for one in make.episodes(length) if one.asked == way]
         context = episode.context.tolist()
 
-        def logits_of(ids: list[int], kind: str = kind, context: list[int] = context) -> torch.Tensor:
+        held = lm.new_memory()
+        if kind == "exact":
+            lm.ingest(torch.tensor([context]), held)
+
+        def logits_of(ids: list[int], kind: str = kind, context: list[int] = context, held: Any = held) -> torch.Tensor:
             if kind == "full_context":
                 return plain(torch.tensor([context + ids])).logits[0, len(context) :]
-            held = lm.new_memory()
-            if kind == "exact":
-                lm.ingest(torch.tensor([context]), held)
             return lm(torch.tensor([ids]), memory=held).logits[0]
 
         nats, said, right = [], [], []
@@ -169,18 +170,18 @@ def test_rows_are_those_of_plain_forwards(lm) -> None:
             decoded = _said(logits_of, ids[:start], probe.say)
             right.append(decoded[: stop - start] == ids[start:stop])
             said.append(as_answer(tokenizer.decode(ids[start:] if right[-1] else decoded)))
-        assert row["n"] == 4
+        assert row["n"] == 3
         assert row["correct"] == sum(right)
         assert row["nll"] == pytest.approx(np.mean(nats), abs=1e-4), (kind, length, way)
         wrong = {one for one, good in zip(said, right, strict=True) if not good}
         assert row["distinct_wrong"] == len(wrong)
         assert row["commonest"] == max(map(said.count, said))
     (table,) = [one for one in found(results) if one.title.startswith("Facts told apart")]
-    assert table.columns == ("memory", "words", "answers", "700", "1.5k")
+    assert table.columns == ("memory", "words", "answers", "500", "900")
     shown = {(row[0].text, row[1].text, row[2].text): row[3:] for row in table.rows}
     assert len(shown) == 3 * 2 * 3
     assert shown["full context", "told", "right"][1].raw is None
-    assert shown["exact search", "other", "commonest answer"][0].raw == rows["exact", 700, "other"]["commonest"]
+    assert shown["exact search", "other", "commonest answer"][0].raw == rows["exact", 500, "other"]["commonest"]
 
 
 @torch.no_grad()
