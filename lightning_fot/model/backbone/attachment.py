@@ -52,6 +52,7 @@ class Attachment:
         self._compiled = getattr(model, "_compiled_call_impl", None)
         self_test.refuse_offloaded(model)
         self_test.refuse_virtual_tokens(model)
+        self_test.refuse_lost_softcap(model)
         self.attentions = attention_layers(model)
         self.memory_layers = config.resolve_layers(len(self.attentions))
         self.way = way_of(config)

@@ -63,6 +63,21 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
         )
 
 
+def refuse_lost_softcap(model: PreTrainedModel) -> None:
+    """Raises: SettingError: The backbone's scores have a soft cap, which its attention function leaves out (Gemma 2).
+
+    Transformers up to 5.18 does so without a word; later ones refuse the first forward.
+    """
+    config = text_config(model)
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            "has a soft cap on its attention scores, which the attention implementation sdpa leaves out",
+            "Load it with attn_implementation='eager', or call model.set_attn_implementation('eager') before.",
+        )
+
+
 def plain_passes(way: WayOfAttending, device: torch.device) -> list[Pass]:
     """Passes under which the fixed tokens must get the plain backbone's logits.
 
