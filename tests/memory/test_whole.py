@@ -75,7 +75,14 @@ CHANGES: dict[str, Callable[[Memory], Any]] = {
 }
 
 
-@pytest.mark.parametrize("spec", ["exact", HNSW, OwnKeys], ids=["exact", "hnsw", "own keys"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param("exact", id="exact"),
+        pytest.param(HNSW, id="hnsw", marks=pytest.mark.slow),
+        pytest.param(OwnKeys, id="own keys"),
+    ],
+)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("error", [pytest.param(RuntimeError, marks=pytest.mark.slow), KeyboardInterrupt])
 def test_a_change_that_fails_leaves_no_trace(

@@ -142,7 +142,11 @@ MODES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", MODES, ids=["plain", "int8", "capacity", "overlap", "hnsw"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(each, marks=[pytest.mark.slow] * bool(each)) for each in MODES],
+    ids=["plain", "int8", "capacity", "overlap", "hnsw"],
+)
 def test_what_is_made_in_inference_mode_is_used_outside(changes: dict[str, Any], tmp_path: Any) -> None:
     model = tiny_llama()
     with torch.inference_mode():

@@ -15,6 +15,7 @@ from tests.support import gather_rank
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_two_ranks_attend_as_one_process_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
