@@ -56,7 +56,7 @@ def steps(tiny: bool) -> list[Step]:
     """What is done, most wanted first."""
     device = "cpu" if tiny else "gpu"
     run = ["-m", "lightning_fot", "run", f"--trainer.accelerator={device}", "--trainer.devices=1"]
-    quick = ["--quick"] if tiny else ["--device", "cuda"]
+    quick = ["--quick", "--sections", "a"] if tiny else ["--device", "cuda"]
     small = {
         "dictionary": """--data.batch_size=4 --model.crossbatch.schedule=null --trainer.max_steps=4
             --evaluation.dictionary.tokens=[4096] --evaluation.dictionary.questions=32 --evaluation.distraction=null""",

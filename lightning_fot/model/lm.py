@@ -108,6 +108,7 @@ class MemoryLM:
     def detach(self) -> None:
         """Takes the memory layers away: the model computes what it computed before, bit for bit."""
         self.attachment.detach()
+        self._identity.rest()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The backbone's own."""

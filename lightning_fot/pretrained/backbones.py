@@ -230,6 +230,9 @@ def _ready(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    # Up to 5.18 transformers gives Gemma 2 an attention that leaves its soft cap out.
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
     model.train(False)
     return model
 

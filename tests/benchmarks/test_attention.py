@@ -39,6 +39,7 @@ def numbers(rows, field):
     return found
 
 
+@pytest.mark.slow
 def test_head_says_where_it_was_measured(quick):
     printed, _ = quick
     head = "\n".join(printed.splitlines()[:3])
@@ -46,6 +47,7 @@ def test_head_says_where_it_was_measured(quick):
         assert word in head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "fields"),
     [
@@ -64,6 +66,7 @@ def test_every_section_prints_finite_ratios(quick, section, fields):
             assert SENSIBLE[0] < value < SENSIBLE[1]
 
 
+@pytest.mark.slow
 def test_speed_comes_with_recall(quick):
     _, kept = quick
     rows = [row for row in kept["sections"]["b"]["rows"] if "search_ms" in row]
@@ -75,6 +78,7 @@ def test_speed_comes_with_recall(quick):
         assert row["indexed"] == (0 if row["method"] == "exact" else 1)
 
 
+@pytest.mark.slow
 def test_bytes_a_token_are_those_of_the_stored_pairs(quick):
     _, kept = quick
     rows = [row for row in kept["sections"]["d"]["rows"] if "key" in row]
@@ -84,6 +88,7 @@ def test_bytes_a_token_are_those_of_the_stored_pairs(quick):
         assert row["key"] == row["value"] == 2 * 2 * 16 * 4
 
 
+@pytest.mark.slow
 def test_sections_of_an_earlier_run_stay_in_the_file(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"schema": 1, "sections": {"d": {"rows": [{"kept": 1}]}}}), encoding="utf-8")

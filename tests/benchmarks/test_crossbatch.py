@@ -9,20 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.benchmark_scripts import refused
 from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "crossbatch.py"
 
 
-def run(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "crossbatch.py"), "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)
-
-
+@pytest.mark.slow
 def test_quick_run_measures_every_section(tmp_path):
     file = tmp_path / "rows.json"
-    done = run("--json", str(file))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = json.loads(file.read_text(encoding="utf-8"))["sections"]
     for section, fields in {
@@ -42,7 +41,5 @@ def test_quick_run_measures_every_section(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "named"), [(["--sections", "e"], "--sections"), (["--heads", "4"], "--heads")])
-def test_wrong_arguments_are_refused(arguments, named):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert named in done.stderr
+def test_wrong_arguments_are_refused(arguments, named, monkeypatch, capsys):
+    assert named in refused(SCRIPT, arguments, monkeypatch, capsys)

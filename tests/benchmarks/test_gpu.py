@@ -14,6 +14,7 @@ def said(out, *words):
     return subprocess.run([sys.executable, SCRIPT, out, "--tiny", *words], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_brought_back_and_not_done_again(tmp_path):
     first = said(tmp_path, "--only", "passkey,crossbatch")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -37,6 +38,7 @@ def test_a_step_without_time_is_stopped_and_named(tmp_path):
     assert not (tmp_path / "passkey" / "done").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_the_next_step_done(tmp_path):
     (tmp_path / "passkey").mkdir()
     (tmp_path / "passkey" / "run").write_text("in the way")

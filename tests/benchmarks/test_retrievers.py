@@ -31,6 +31,7 @@ def quick(tmp_path_factory):
     return done.stdout, json.loads(file.read_text(encoding="utf-8"))["sections"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "fields"),
     [
@@ -53,6 +54,7 @@ def test_every_section_prints_finite_numbers(quick, section, fields):
             assert row[field] > 0
 
 
+@pytest.mark.slow
 def test_head_says_where_it_was_measured(quick):
     printed, kept = quick
     for word in ("cores", "threads", "torch", "hnswlib", "faiss-cpu", "scann", "load"):
@@ -61,6 +63,7 @@ def test_head_says_where_it_was_measured(quick):
     assert kept["earlier"]["rows"] == [{"kept": 1}]
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_ratio_are_given(quick):
     _, kept = quick
     rows = kept["a"]["rows"]
@@ -72,6 +75,7 @@ def test_both_sides_of_a_ratio_are_given(quick):
         assert row["fallbacks"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["c", "e"])
 def test_speed_comes_with_recall(quick, section):
     _, kept = quick
@@ -87,11 +91,13 @@ def test_speed_comes_with_recall(quick, section):
         assert row["fallbacks"] == 0
 
 
+@pytest.mark.slow
 def test_exact_search_is_exact_at_either_batch(quick):
     _, kept = quick
     assert [row["recall"] for row in kept["b"]["rows"]] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_stretched_keys_are_said_to_be(quick):
     printed, kept = quick
     assert {(row["tokens"], row["recorded"]) for row in kept["c"]["rows"]} == {(4096, 4096)}

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_quick_run_writes_figure_and_numbers(tmp_path):
     figure = tmp_path / "strides.png"
     command = [sys.executable, str(ROOT / "benchmarks" / "window_strides.py"), "--quick", "--figure", str(figure)]

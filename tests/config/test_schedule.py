@@ -192,6 +192,7 @@ class TestTraining:
         run(tmp_path, schedule, 6, second, ckpt=tmp_path / "half.ckpt")
         assert first.shown + second.shown == straight.shown
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("half", [3, 4, 5, 6, 7])
     def test_a_held_value_lasts_as_long_when_a_training_is_resumed_within(self, tmp_path, half):
         """The metric that a mark waits with is kept: the next validation may come after its time."""

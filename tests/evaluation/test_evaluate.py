@@ -146,6 +146,7 @@ def test_all_rows_are_there_and_say_how_many(
             assert progress.units[name] == pytest.approx(cost, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_killed(
     lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:

@@ -48,7 +48,21 @@ def buffer(model: Any) -> None:
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
-CHANGES = [one_number, by_way_of_data, new_parameter, embeddings, buffer]
+def data_exchanged(model: Any) -> None:
+    weight = model.model.layers[2].self_attn.q_proj.weight
+    weight.data = weight.data * 1.01
+
+
+def new_bias(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(64))
+
+
+def new_layer(model: Any) -> None:
+    layer = model.model.layers[0]
+    layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.LayerNorm(64))
+
+
+CHANGES = [one_number, by_way_of_data, data_exchanged, new_parameter, new_bias, new_layer, embeddings, buffer]
 
 
 def keys_of(lm: MemoryLM) -> torch.Tensor:

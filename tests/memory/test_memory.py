@@ -248,6 +248,7 @@ with attach_memory(tiny_llama(), settings(top_k=8)) as lm, torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.01, 0.05])
 def test_a_kill_at_any_moment_leaves_a_whole_memory(lm, tmp_path, delay):
     with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:

@@ -71,6 +71,7 @@ def saved(tmp_path_factory):
     return root, ids, expected
 
 
+@pytest.mark.slow
 def test_anyone_opens_the_folder_without_this_package(tmp_path, saved):
     root, ids, expected = saved
     torch.save(ids, tmp_path / "ids.pt")

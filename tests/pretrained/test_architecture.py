@@ -51,6 +51,16 @@ def test_it_reads_bytes_and_takes_a_memory(file):
     assert len(read.memory) > 0
 
 
+def test_attention_with_a_soft_cap_is_one_that_knows_it(tmp_path):
+    gemma = {**SMALL, "model_type": "gemma2", "num_attention_heads": 2, "query_pre_attn_scalar": 16}
+    (tmp_path / "gemma.json").write_text(json.dumps(gemma))
+    model = load_backbone(str(tmp_path / "gemma.json"))
+    assert model.config._attn_implementation == "eager"
+    model.config.layer_types = ["full_attention"] * 2
+    with attach_memory(model, MemoryConfig(memory_layers=[1], window=4)) as lm:
+        lm(torch.arange(3, 12)[None])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

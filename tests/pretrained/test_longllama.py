@@ -135,6 +135,7 @@ def test_rotary_frequencies_keep_their_precision(folder):
         assert torch.equal(load_backbone(str(folder), "bfloat16")(ids).logits, expected(ids).logits)
 
 
+@pytest.mark.slow
 def test_its_code_is_never_run_and_the_hub_is_read_as_a_folder(tmp_path, folder):
     snapshots = tmp_path / "hub" / "models--owner--long"
     write_folder(snapshots / "snapshots" / ("0" * 40), llama())

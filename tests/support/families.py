@@ -30,7 +30,8 @@ FAMILIES = {
     "Qwen2": {},
     "Qwen3": {},
     "Gemma": {},
-    "Gemma2": {**FULL, "query_pre_attn_scalar": 16},
+    # Up to transformers 5.18 its sdpa leaves the soft cap out.
+    "Gemma2": {**FULL, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
     "Gemma3": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "sliding_window": 8,

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_fot.commands.job.classes import check_classes
+from lightning_fot.config.attending.renamed import current
 from lightning_fot.config.evaluation import EvaluationConfig
 from lightning_fot.config.run import LINKS
 from lightning_fot.data.datamodule import CrossbatchDataModule
@@ -112,6 +113,9 @@ class JobCLI(LightningCLI):
         config.pop("config", None)
         for key, value in settings.items():
             config[key] = value
+        if (memory := config.get("model.memory")) is not None:
+            # Old words are arguments still; here `attending` says what they say.
+            config["model.memory"] = jsonargparse.Namespace(**current(vars(memory)))  # type: ignore[no-untyped-call]
         text: str = self.parser.dump(config, skip_none=False)
         return text
 

@@ -49,10 +49,12 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, config: MemoryConfig) -> None:
         self.model = model
         self.config = config
-        self._compiled = getattr(model, "_compiled_call_impl", None)
         self_test.refuse_offloaded(model)
         self_test.refuse_virtual_tokens(model)
+        self_test.refuse_lost_softcap(model)
         self.attentions = attention_layers(model)
+        self._calling = self_test.calling(model, self.attentions)
+        self_test.refuse_compiled(self._calling)
         self.memory_layers = config.resolve_layers(len(self.attentions))
         self.way = way_of(config)
         self.calls = Calls()
@@ -154,13 +156,7 @@ class Attachment:
                 "Detach the memory, set it, and attach the memory again.",
             )
         self_test.refuse_virtual_tokens(self.model)
-        if getattr(self.model, "_compiled_call_impl", None) is not self._compiled:
-            raise SettingError(
-                "model",
-                type(self.model).__name__,
-                "was compiled after the memory was attached: a graph cannot follow what each call does beside it",
-                "Leave model.compile() out.",
-            )
+        self_test.refuse_compiled(self._calling)
 
     @contextmanager
     def during(self, current: Pass) -> Iterator[None]:

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import is_
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import decoder_of
+from lightning_fot.model.backbone.watch import Watch, few_numbers, numbers_of, own_part
 
 if TYPE_CHECKING:
     from lightning_fot.model.backbone.attachment import Attachment
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # How ``weights`` was digested. Memories of version 0.1 do not say, and have a sample of the weights: see `sampled`.
 WEIGHTS_FORMAT = 2
 _CHUNK = 1 << 24  # bytes digested in one thread at a time
-_NOTED = 8  # numbers of each tensor that are looked at again
+_WORKING = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of a layer of peft
 _SAMPLED = 1024  # of version 0.1
 
 Fingerprint = dict[str, Any]
@@ -113,19 +114,29 @@ class Identity:
         self._lock = RLock()
         self._known: dict[str, tuple[tuple[Any, ...], Tensor, bytes]] = {}
         self._newest: tuple[_Marks, Fingerprint, Maker] | None = None
+        self._watch: Watch | None = None
 
     def now(self) -> Maker:
         """Who makes pairs now: the same as before unless something tells that weights or settings have changed."""
-        marks, settings = self._look()[1], self._settings()
+        settings = self._settings()
         with self._lock:
+            marks = None if self._newest is None else self._newest[0]
+            if marks is None or self._watch is None or not self._watch.same():
+                # Before the look: what changes in between is told next time.
+                self._watch = _watch(self.attached)
+                marks = self._look()[1]
             if self._newest is None or not (self._newest[0].same(marks) and self._newest[1] == settings):
                 self._newest = marks, settings, Maker(self, marks, settings)
             return self._newest[2]
 
+    def rest(self) -> None:
+        """Keeps no weights in memory that the model has let go."""
+        self._watch = None
+
     def _look(self) -> tuple[dict[str, Tensor], _Marks]:
         tensors = dict(_tensors(self.attached))
         marks = {name: _mark(tensor) for name, tensor in tensors.items()}
-        return tensors, _Marks(marks, tuple(_notes(self.attached)), _numbers(list(tensors.values())))
+        return tensors, _Marks(marks, tuple(_notes(self.attached)), numbers_of(list(tensors.values())))
 
     def digest(self, wanted: _Marks) -> str:
         """Digest of all weights, which bear these marks; that of a tensor which nothing has written to is known.
@@ -142,7 +153,7 @@ class Identity:
                     "the model's weights or adapters have changed since they were made",
                     "Read the text again; ingest keeps what it reads whatever changes later.",
                 )
-            sizes = [_few(tensor).numel() for tensor in tensors.values()]
+            sizes = [few_numbers(tensor).numel() for tensor in tensors.values()]
             numbers = dict(zip(tensors, torch.split(marks.numbers, sizes), strict=True))
             new = [
                 name
@@ -164,7 +175,7 @@ class Identity:
         All is digested again: what is read from a disk is trusted with nothing less.
         """
         with self._lock:
-            self._known, self._newest = {}, None
+            self._known, self._newest, self._watch = {}, None, None
         made = self.now()()
         if isinstance(written, dict) and "weights_format" not in written:
             del made["weights_format"]
@@ -195,10 +206,8 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in decoder.named_modules():
         if prefix and (prefix in above or any(prefix.startswith(f"{layer}.") for layer in above)):
             continue
-        following = getattr(module, "rope_type", None) in ("dynamic", "longrope")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # Frequencies that follow the length of a text are no weights; their formula is among the settings.
-            if tensor is None or (following and name.endswith("inv_freq")):
+            if tensor is None or _follows(module, name):
                 continue
             full = f"{prefix}.{name}" if prefix else name
             if not any(full == adapter or full.startswith(f"{adapter}.") for adapter in inactive):
@@ -208,6 +217,30 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
     if not any(module is embeddings for module in decoder.modules()):
         yield from ((f"input.{name}", tensor) for name, tensor in embeddings.named_parameters())
     yield from ((f"gate.{index}", gate) for index, gate in attached.gates.items() if index < attached.memory_layers[-1])
+
+
+def _follows(module: nn.Module, name: str) -> bool:
+    """Frequencies that follow the length of a text are no weights; their formula is among the settings."""
+    return name.endswith("inv_freq") and getattr(module, "rope_type", None) in ("dynamic", "longrope")
+
+
+def _watch(attached: Attachment) -> Watch:
+    """What tells in little time whether `_tensors` and `_notes` would give the same again."""
+    decoder, embeddings = decoder_of(attached.model), attached.model.get_input_embeddings()
+    known = list(decoder.modules())
+    if embeddings not in known:
+        known += embeddings.modules()
+    working = [module for _, module in (*_adapted(decoder), *_wrapped(decoder))]
+    gates = list(attached.gates.values())
+
+    def more() -> Any:
+        return (
+            decoder_of(attached.model) is decoder and attached.model.get_input_embeddings() is embeddings,
+            len(gates) == len(attached.gates) and all(map(is_, gates, attached.gates.values())),
+            [str([getattr(layer, name, None) for name in _WORKING]) for layer in working],
+        )
+
+    return Watch(known, (tensor for _, tensor in _tensors(attached)), _follows, more)
 
 
 def _above(attached: Attachment, decoder: nn.Module) -> list[str]:
@@ -223,6 +256,13 @@ def _above(attached: Attachment, decoder: nn.Module) -> list[str]:
 def _adapted(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
     """Layers with adapters of peft, by name."""
     kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if kind is not None:
+        yield from ((name, module) for name, module in decoder.named_modules() if isinstance(module, kind))
+
+
+def _wrapped(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers of which peft trains a copy, by name."""
+    kind = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", None)
     if kind is not None:
         yield from ((name, module) for name, module in decoder.named_modules() if isinstance(module, kind))
 
@@ -252,11 +292,8 @@ def _notes(attached: Attachment) -> Iterator[str]:
         for name in _at_work(layer):
             if any(name in getattr(layer, kind, {}) for kind in layer.adapter_layer_names):
                 yield f"{prefix} {name} {scaling.get(name) if isinstance(scaling, dict) else scaling}"
-    wrapper = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", None)
-    if wrapper is not None:
-        for prefix, module in decoder.named_modules():
-            if isinstance(module, wrapper):
-                yield f"{prefix} {module.disable_adapters} {module.active_adapters}"
+    for prefix, module in _wrapped(decoder):
+        yield f"{prefix} {module.disable_adapters} {module.active_adapters}"
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
@@ -265,34 +302,11 @@ def _mark(tensor: Tensor) -> tuple[Any, ...]:
     return id(tensor), tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype
 
 
-def _numbers(tensors: list[Tensor]) -> Tensor:
-    """A few numbers of each tensor, evenly spread, (n,) float32 on the CPU."""
-    with torch.no_grad():
-        few = [_few(tensor) for tensor in tensors]
-        if not few:
-            return torch.empty(0, dtype=torch.float32)
-        # One copy from each device: every copy waits for it.
-        devices = {part.device for part in few}
-        if len(devices) == 1:
-            return torch.cat(few).cpu()
-        return torch.cat([part.cpu() for part in few])
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor that is shared out over processes."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _few(tensor: Tensor) -> Tensor:
-    flat = _own(tensor.detach()).reshape(-1)
-    return flat[:: max(1, -(-flat.numel() // _NOTED))].to(torch.float32)
-
-
 def _digests(tensors: list[Tensor]) -> list[bytes]:
     """SHA-256 of each tensor's bytes, in pieces that several threads take."""
 
     def pieces(tensor: Tensor) -> list[Any]:
-        flat = _own(tensor.detach()).reshape(-1).cpu().contiguous().view(torch.uint8).numpy()
+        flat = own_part(tensor.detach()).reshape(-1).cpu().contiguous().view(torch.uint8).numpy()
         return [flat[start : start + _CHUNK] for start in range(0, max(1, len(flat)), _CHUNK)]
 
     def digest(piece: Any) -> bytes:

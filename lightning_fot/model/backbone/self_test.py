@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
@@ -60,6 +60,40 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
             f"{len(away)} of its weights, such as {away[0]}, are offloaded to main memory or a disk (device_map), or "
             "not loaded",
             "Load all of it on one device, in bfloat16 if need be.",
+        )
+
+
+def calling(model: nn.Module, attentions: Mapping[int, nn.Module]) -> list[nn.Module]:
+    """The attention layers and all modules that they are in, the model among them."""
+    wanted = {id(layer) for layer in attentions.values()}
+    return [module for module in model.modules() if any(id(part) in wanted for part in module.modules())]
+
+
+def refuse_compiled(modules: Iterable[nn.Module]) -> None:
+    """Raises: SettingError: One of the modules that call attention layers is compiled, whenever that was done."""
+    for module in modules:
+        # What `torch.compile` gives has the module inside.
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise SettingError(
+                "model",
+                type(module._modules.get("_orig_mod", module)).__name__,
+                "is compiled: a graph cannot follow what each call does beside it",
+                "Leave compile out for the model and its layers; parts without attention may be compiled.",
+            )
+
+
+def refuse_lost_softcap(model: PreTrainedModel) -> None:
+    """Raises: SettingError: The backbone's scores have a soft cap, which its attention function leaves out (Gemma 2).
+
+    Transformers up to 5.18 does so without a word; later ones refuse the first forward.
+    """
+    config = text_config(model)
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        raise SettingError(
+            "model.backbone",
+            type(model).__name__,
+            "has a soft cap on its attention scores, which the attention implementation sdpa leaves out",
+            "Load it with attn_implementation='eager', or call model.set_attn_implementation('eager') before.",
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 
 from lightning_fot import CrossbatchConfig, FocusedTransformer, MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.commands.job.parsing import parse
@@ -101,6 +102,7 @@ def test_yaml_with_old_keys_runs_with_a_note_and_its_resolved_configuration_runs
     assert f"model.memory.max_distance=7: now written {written}." in request.notes
     again = tmp_path / "config.yaml"
     again.write_text(job.config_text())
+    assert not set(NEUTRAL) & set(yaml.safe_load(again.read_text())["model"]["memory"])
     assert _job(again)[1].model.memory_config == job.model.memory_config
     assert _job(path, "--model.memory.max_distance=9")[1].model.memory_config.attending["max_distance"] == 9
     with pytest.raises(SettingError, match=r"max_distance=0"):

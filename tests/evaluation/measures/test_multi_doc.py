@@ -109,6 +109,7 @@ class Killed(Exception):
     """What ends an evaluation in the middle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", range(1, 6))
 @pytest.mark.parametrize("with_folder", [True, False])
 def test_killed_after_any_document_it_goes_on_behind_it(lm, tmp_path, after, with_folder):

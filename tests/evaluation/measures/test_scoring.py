@@ -29,7 +29,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-@pytest.mark.parametrize("length", [1, WINDOW + 1, 60])
+@pytest.mark.parametrize("length", [1, WINDOW + 1, pytest.param(60, marks=pytest.mark.slow)])
 def test_what_generate_writes_is_greedy_and_as_likely_as_it_says(changes, length):
     with attach_memory(tiny_llama(), settings(**changes)) as lm:
         ids = tokens(1, length)

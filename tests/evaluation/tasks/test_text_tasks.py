@@ -200,6 +200,7 @@ def _stories() -> list[SimpleNamespace]:
     return [SimpleNamespace(name=f"s{n}", ids=draw.integers(3, 250, 300)) for n in range(2)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rows_are_those_of_reading_each_question_alone(lm, labels: Path) -> None:
     tokenizer = ByteTokenizer()

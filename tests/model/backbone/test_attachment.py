@@ -6,7 +6,7 @@ import transformers
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from tests.support.families import CASES, FULL, LATENT, SIZES, family
+from tests.support.families import CASES, FULL, LATENT, family
 from tests.support.models import settings, tiny_llama, tokens
 
 
@@ -70,13 +70,20 @@ def test_bfloat16_models_are_served():
 
 def test_sliding_layers_cannot_be_memory_layers():
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = transformers.Gemma2Config(**SIZES, layer_types=kinds, sliding_window=8, query_pre_attn_scalar=16)
-    model = transformers.Gemma2ForCausalLM(config).eval()
+    model = family("Gemma2", {**CASES["Gemma2"][1], "layer_types": kinds, "sliding_window": 8})
     with pytest.raises(SettingError, match=r"layer 0 .* sliding attention.*\[1, 3\]"):
         attach_memory(model, settings(memory_layers=[0]))
     with attach_memory(model, settings(memory_layers=[1, 3], overlap=4)) as lm, torch.no_grad():
         ids = tokens(1, 12)
         torch.testing.assert_close(lm(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_soft_cap_that_the_backbone_leaves_out_is_named():
+    model = family(*CASES["Gemma2"])
+    # As transformers up to 5.18 does by itself; later ones give such a model eager attention.
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(SettingError, match=r"soft cap.*attn_implementation=.eager."):
+        attach_memory(model, settings())
 
 
 def test_models_that_cannot_be_served_are_refused_and_left_as_they_were():

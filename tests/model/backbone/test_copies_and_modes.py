@@ -105,12 +105,35 @@ def test_memories_are_copied_as_values() -> None:
             lm(QUESTION, memory=other)
 
 
-def test_compiling_after_attaching_is_refused() -> None:
+COMPILED: list[Callable[[Any], Any]] = [
+    lambda model: model.compile(backend="eager"),
+    lambda model: model.model.layers[0].compile(backend="eager"),
+    lambda model: model.model.layers[2].self_attn.compile(backend="eager"),
+]
+
+
+@pytest.mark.parametrize("compiles", COMPILED, ids=["model", "layer", "attention"])
+def test_compiling_is_refused_before_attaching_and_after(compiles: Callable[[Any], Any]) -> None:
     model = tiny_llama()
     with attach_memory(model, settings()) as lm:
-        model.compile(backend="eager")
+        compiles(model)
         with pytest.raises(SettingError, match="compile"):
             lm(QUESTION)
+        with pytest.raises(SettingError, match="compile"):
+            lm.generate(QUESTION, max_new_tokens=2)
+    with pytest.raises(SettingError, match="compile"):
+        attach_memory(model, settings())
+
+
+def test_a_wrapper_that_compiles_is_refused_and_parts_without_attention_may_be_compiled() -> None:
+    with pytest.raises(SettingError, match=r"LlamaForCausalLM.*is compiled"):
+        attach_memory(torch.compile(tiny_llama(), backend="eager"), settings())
+    model = tiny_llama()
+    with attach_memory(model, settings()) as lm, torch.no_grad():
+        want = lm(IDS).logits
+        for layer in model.model.layers:
+            layer.mlp.compile(backend="eager")
+        assert torch.equal(lm(IDS).logits, want)
 
 
 MODES: list[dict[str, Any]] = [
@@ -119,7 +142,11 @@ MODES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", MODES, ids=["plain", "int8", "capacity", "overlap", "hnsw"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(each, marks=[pytest.mark.slow] * bool(each)) for each in MODES],
+    ids=["plain", "int8", "capacity", "overlap", "hnsw"],
+)
 def test_what_is_made_in_inference_mode_is_used_outside(changes: dict[str, Any], tmp_path: Any) -> None:
     model = tiny_llama()
     with torch.inference_mode():

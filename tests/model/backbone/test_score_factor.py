@@ -24,7 +24,7 @@ def with_larger_queries(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+@pytest.mark.parametrize("make", [tiny_llama, pytest.param(tiny_qwen3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"attending": "gate"}],

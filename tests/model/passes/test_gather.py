@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support import gather_rank
@@ -15,6 +16,7 @@ from tests.support.patience import PATIENCE_S
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_two_ranks_attend_as_one_process_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "tests" / "support" / "gather_rank.py")

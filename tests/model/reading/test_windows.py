@@ -216,6 +216,7 @@ def ingest(lm, ids, mask):
     lm.ingest(ids, lm.new_memory(2), attention_mask=mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "overlap"),
     [(read_last, 0), (read_loss, 0), (read_loss, 4), (read_padded_loss, 0), (ingest, 0), (read_all, 0)],

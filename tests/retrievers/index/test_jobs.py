@@ -318,6 +318,7 @@ assert other.search(query, 5).tolist() == want
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt"])
 def test_the_process_ends_while_an_index_is_built(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", _SCRIPT + end], capture_output=True, text=True, timeout=PATIENCE_S)
@@ -325,6 +326,7 @@ def test_the_process_ends_while_an_index_is_built(end: str) -> None:
     assert "Fatal" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_does_not_wait_for_the_thread_it_lacks() -> None:
     script = (
