@@ -67,7 +67,9 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
         library.refresh()
         sources, known = _unread(found, library)
         if not sources and not known:
-            raise SettingError("PATH", paths, f"holds no text ({found.skipped_text(named=True)})", "Give text files in UTF-8.")
+            raise SettingError(
+                "PATH", paths, f"holds no text ({found.skipped_text(named=True)})", "Give text files in UTF-8."
+            )
         for note in (found.skipped_text(), known):
             if note:
                 print(f"Left out: {note}.", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,16 @@ Embeddings = tuple[Tensor, Tensor]
 
 
 def find_rotary(attention: nn.Module) -> RotaryFn | None:
-    """The ``apply_rotary_pos_emb`` of the module file that defines an attention class; None where there is none."""
-    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    return function if callable(function) else None
+    """The ``apply_rotary_pos_emb`` of the module file that defines an attention class.
+
+    None where there is none, or the layer is never given what to rotate by: some files have a function that their
+    attention does not use (Jamba's).
+    """
+    function: RotaryFn | None = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    given = "position_embeddings" in signature(attention.forward).parameters
+    if not callable(function) or not (given or any("Rotary" in type(part).__name__ for part in attention.modules())):
+        return None
+    return function
 
 
 def identity_rotary(position_embeddings: Embeddings) -> Embeddings:
