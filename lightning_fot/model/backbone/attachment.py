@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone import self_test
+from lightning_fot.model.backbone import deep_test, self_test
 from lightning_fot.model.backbone.calls import Calls
 from lightning_fot.model.backbone.hooks import Hooks
 from lightning_fot.model.backbone.layers import (
@@ -79,6 +79,8 @@ class Attachment:
         self.way = way_of(config)
         self.calls = Calls()
         self_test.refuse_sliding_layers(model, self.memory_layers)
+        self_test.refuse_shared_layers(model, self.memory_layers)
+        self_test.refuse_latent_layers(model, self.attentions, self.memory_layers)
         self._original = self._implementation
         backends = {index: attention_function(self._original, layer) for index, layer in self.attentions.items()}
         self.hooks = Hooks(
@@ -228,6 +230,9 @@ class Attachment:
             with self.during(current):
                 logits = self_test.logits_of(self.model)
             self_test.refuse_other_logits(self.model, reference, logits)
+        if self._original in ("eager", "sdpa"):
+            # Other functions take no mask of ours.
+            deep_test.refuse_other_readings(self)
 
     def _select_interface(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface

@@ -10,11 +10,11 @@ from threading import Lock, RLock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
-from lightning_fot.model.attention.rotary import Embeddings, find_rotary, identity_rotary
+from lightning_fot.model.attention.rotary import Embeddings, RotaryFn, find_rotary, fitted, identity_rotary
 from lightning_fot.model.backbone.calls import Calls
 from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of, following_length, forget_length
 from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
@@ -204,6 +204,8 @@ class Hooks:
     def _before_attention(self, index: int, layer: nn.Module) -> Any:
         rotary = find_rotary(layer)
         is_memory_layer = index in self.memory_layers
+        # In the form of Llama's, once the size of a head is known.
+        fitting: list[RotaryFn] = []
 
         def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             state = self.calls.state
@@ -245,7 +247,9 @@ class Hooks:
             facts = self.facts[index]
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self.positions == "first" or not is_memory_layer):
-                call.position_embeddings, call.rotary = embeddings, rotary
+                if not fitting and rotary is not None:
+                    fitting.append(fitted(rotary, facts.head_dim, embeddings[0].shape[-1]))
+                call.position_embeddings, call.rotary = embeddings, fitting[0] if fitting else None
                 call.plain_at_zero = facts.plain_at_zero
             if is_memory_layer or current.unrotated:
                 kwargs["position_embeddings"] = self._identity(embeddings, length)
@@ -282,7 +286,10 @@ class Hooks:
             if cache is not None:
                 self._kept.begin()
             if not isinstance(cache, MemoryCache):
-                return None
+                current = self.calls.state.current
+                if current is None or current.places is None or not takes_positions:
+                    return None
+                return args, {**kwargs, "position_ids": current.places}
             self._check_attached()
             inputs = args[0] if args else kwargs.get("input_ids")
             if inputs is None:
@@ -292,17 +299,16 @@ class Hooks:
                     inputs = named
                 else:
                     inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
-            mask = kwargs.get("attention_mask")
-            if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-                # Some models make masks by kind of layer before: the cache has its own.
-                mask = None
+            given = kwargs.get("attention_mask")
+            # Some models make masks by kind of layer before: the cache has its own.
+            mask: Tensor | None = given if isinstance(given, Tensor) and given.ndim == 2 else None
             # Before anything of the cache is changed.
             functions = checkpointing(self.model)
             if functions:
                 check_replay(cache, functions)
             cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
             self.enter(cache)
-            if takes_positions:
+            if takes_positions and cache.positions is not None:
                 # Learned and absolute positions count from the start of the window as well.
                 places = cache.positions[:, -inputs.shape[1] :].to(inputs.device)
                 return args, {**kwargs, "position_ids": places.expand(inputs.shape)}

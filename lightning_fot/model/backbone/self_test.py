@@ -26,7 +26,7 @@ _TOKENS = 8
 _SEES_ALL = ("full_attention", "attention", "hybrid", None)
 
 
-def _ids(model: PreTrainedModel, count: int = _TOKENS) -> Tensor:
+def fixed_ids(model: PreTrainedModel, count: int = _TOKENS) -> Tensor:
     """(1, count) fixed tokens."""
     ids: Tensor = (torch.arange(count) * 7 + 3) % text_config(model).vocab_size
     return ids[None].to(model.device)
@@ -40,7 +40,7 @@ def difference_of(logits: Tensor, reference: Tensor) -> float:
 
 def logits_of(model: PreTrainedModel) -> Tensor:
     """Logits (1, T, vocabulary) of a few fixed tokens."""
-    logits: Tensor = model(input_ids=_ids(model), use_cache=False).logits
+    logits: Tensor = model(input_ids=fixed_ids(model), use_cache=False).logits
     if logits.shape[1] != _TOKENS:
         raise SettingError(
             "model.backbone",
@@ -56,7 +56,7 @@ def goes_on_in_parts(model: PreTrainedModel, reference: Tensor) -> bool:
     """Whether the plain backbone reads on with several tokens at once as it reads them in one forward."""
     from transformers.cache_utils import DynamicCache
 
-    ids = _ids(model)
+    ids = fixed_ids(model)
     cache = DynamicCache(config=text_config(model))
     half = _TOKENS // 2
     model(input_ids=ids[:, :half], past_key_values=cache, use_cache=True)
@@ -142,6 +142,33 @@ def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]
                 list(memory_layers),
                 f"layer {index} of this backbone has {types[index].replace('_', ' ')}, which sees no memory",
                 f"Choose among its layers of full attention: {full}.",
+            )
+
+
+def refuse_shared_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer gives its keys to other layers, or has those of another (Gemma 3n and 4)."""
+    modes = getattr(text_config(model), "kv_sharing_modes", None) or []
+    for index in memory_layers:
+        if index < len(modes) and modes[index] in ("reuse", "store"):
+            own = [number for number, mode in enumerate(modes) if mode not in ("reuse", "store")]
+            raise SettingError(
+                "model.memory.memory_layers",
+                list(memory_layers),
+                f"layer {index} of this backbone shares its keys and values with other layers, which have no memory",
+                f"Choose among layers that keep theirs: {own}.",
+            )
+
+
+def refuse_latent_layers(model: PreTrainedModel, attentions: Mapping[int, nn.Module], layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer has multi-head latent attention (DeepSeek V2 and V3)."""
+    for index in layers:
+        if isinstance(getattr(attentions[index], "kv_lora_rank", None), int):
+            raise SettingError(
+                "model.backbone",
+                type(model).__name__,
+                f"layer {index} has multi-head latent attention, which rotates a part of the key that all heads share "
+                "before it is joined to the rest",
+                "Use a backbone whose keys are rotated as a whole after their projection.",
             )
 
 

@@ -245,6 +245,7 @@ class MemoryCache(Cache, Pass):
             softcap=softcap,
             gate=call.gate,
             dropout=call.dropout,
+            sinks=call.sinks,
             on_weights=on_weights,
         )
 

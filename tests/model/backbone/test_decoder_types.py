@@ -1,11 +1,16 @@
 """Model classes beyond Llama's kind: what is accepted is right, what is refused has its reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from lightning_fot import MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
+from lightning_fot.model.passes.local_layer import LocalLayer
+from lightning_fot.model.passes.local_window import MemoryCache
+from lightning_fot.model.passes.window import WindowPass
 from tests.support.decoder_types import tiny
 from tests.support.deep import deep_faults
 from tests.support.models import settings, tokens
@@ -15,6 +20,13 @@ HYBRIDS = ["lfm2", "granitemoehybrid", "qwen3_next", "jamba", "bamba", "nemotron
 ONE_BY_ONE = {"jamba", "bamba"}
 # The head of the first calls itself a decoder; the others have learned positions, or sinusoidal ones.
 OTHERS = ["modernbert-decoder", "gpt2", "opt", "gpt_bigcode", "biogpt"]
+# A sink in each softmax; a part of each head rotated; one tensor rotated at a time; eager attention in other rounding.
+FORMS = ["gpt_oss", "phi", "stablelm", "persimmon", "gemma4_text", "nanochat", "vaultgemma"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_of_attention_are_read_as_by_the_oracle(name):
+    assert deep_faults(tiny(name), 3) == {}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -82,3 +94,54 @@ def test_models_with_masks_of_their_own_making_generate():
         memory = lm.new_memory()
         text = lm.generate(ids, memory, max_new_tokens=20, do_sample=False, eos_token_id=None, update_memory=True)
         assert memory.log.tokens(0, 0, text.shape[1]).tolist() == text[0].tolist()
+
+
+def test_layers_that_share_their_keys_are_refused():
+    model = tiny("gemma4_text", num_kv_shared_layers=2)
+    with pytest.raises(SettingError, match=r"layer 3 .* shares its keys"):
+        attach_memory(model, settings(memory_layers=[3]))
+
+
+def test_sinks_and_partial_rotation_are_trained_as_they_are_read():
+    for name in ("gpt_oss", "phi"):
+        ids = tokens(1, 48)
+        with attach_memory(tiny(name), settings(memory_layers=[3])) as lm, torch.no_grad():
+            shown = lm.crossbatch(ids.view(3, 16), [[], [0], [0, 1]])
+            torch.testing.assert_close(shown.view(1, 48, -1), lm(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "doge"])
+def test_what_goes_wrong_beside_a_memory_alone_is_refused(name):
+    model, ids = tiny(name), tokens(1, 8)
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        with pytest.raises(SettingError, match="going on token by token beside a memory fails"):
+            attach_memory(model, settings(memory_layers=[3]))
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "message"),
+    [
+        (WindowPass, "attend", "reading two windows .* in window 1"),
+        (MemoryCache, "_stride", "going on token by token"),
+        (LocalLayer, "before_rotation", "going on token by token .* in row 0"),
+    ],
+)
+def test_the_self_test_tells_what_differs(place, name, message, monkeypatch):
+    """A part of reading that is taken away is found: nothing of it shows without a memory."""
+    whole = getattr(place, name)
+
+    def without(self, *given, **named):
+        if place is WindowPass:
+            self = replace(self, memory=self.memory.snapshot(), pairs=self.pairs)
+            self.memory.reset()
+        elif place is LocalLayer:
+            self._buffers.pop("plain", None)
+        elif place is MemoryCache:
+            self.config = replace(self.config, sink_tokens=0)
+        return whole(self, *given, **named)
+
+    monkeypatch.setattr(place, name, without)
+    with pytest.raises(SettingError, match=message):
+        attach_memory(tiny("llama"), settings(memory_layers=[1]))
