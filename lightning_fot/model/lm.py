@@ -24,7 +24,6 @@ from lightning_fot.model.attention.crossbatch import RowTable
 from lightning_fot.model.backbone.attachment import Attachment
 from lightning_fot.model.backbone.fingerprint import Identity
 from lightning_fot.model.passes.crossbatch import CollectPass, CrossbatchPass
-from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.model.reading.generation import check_options, generate, read_cached, while_generating
 from lightning_fot.model.reading.inputs import (
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lightning_fot.model.passes.gather import RowGather
+    from lightning_fot.model.passes.local_window import MemoryCache
 
 Progress = bool | Callable[[int], None]
 
@@ -325,7 +325,7 @@ class MemoryLM:
             self._identity.now().digest()
         config = while_generating(self.config)
         with kept.turn if update_memory else nullcontext():
-            cache = MemoryCache(kept.snapshot(), config, len(self.attachment.attentions), self.recorder)
+            cache = self.attachment.new_cache(kept.snapshot(), config, self.recorder)
             read_prompt = partial(self._read_prompt, ids, lengths, cache)
             generated = generate(self.model, input_ids.to(self.device), read_prompt, cache, update_memory, kwargs)
             if update_memory:

@@ -153,7 +153,7 @@ def _after(lm: MemoryLM, context: Sequence[int]) -> MemoryCache:
         # As in LongLLaMA: see `MemoryLM.generate`.
         lm.ingest(ids[:, :-last], memory)
         ids = ids[:, -last:]
-    cache = MemoryCache(memory, while_generating(config), len(lm.attachment.attentions))
+    cache = lm.attachment.new_cache(memory, while_generating(config))
     read_cached(lm.model, ids, torch.tensor([ids.shape[1] - 1]), cache)
     return cache
 

@@ -13,7 +13,6 @@ from lightning_fot.config.retriever import EXACT
 from lightning_fot.evaluation.speed.limits import decoding_limit
 from lightning_fot.evaluation.speed.split import Stopwatch
 from lightning_fot.evaluation.speed.timing import synchronise
-from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.reading.generation import forward_cached, read_cached, while_generating
 from lightning_fot.retrievers.registry import create_retriever
 
@@ -60,7 +59,7 @@ def measure_decoding(lm: MemoryLM, memory: Memory | None, ids: Tensor) -> dict[s
     if steps <= _WARM or not lm.attachment.way.settings.goes_on:
         return None
     held = lm.new_memory(1) if memory is None else memory.snapshot()
-    cache = MemoryCache(held, config, len(lm.attachment.attentions))
+    cache = lm.attachment.new_cache(held, config)
     read_cached(lm.model, ids[None, :prompt], torch.tensor([prompt]), cache)
     cache.ends = None
     watch, seconds = Stopwatch(lm.device), []

@@ -94,6 +94,7 @@ def crossbatch_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     gate: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Each row attends to its causal local window and, in the same softmax, to whole windows of other rows.
 
@@ -114,6 +115,7 @@ def crossbatch_attention(
         dropout: Share of attention weights set to 0.
         softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
         gate: (H,) logits of the shown windows' share (Memorizing Transformers); None is one softmax.
+        sinks: (H,) scores of one more column of each softmax, without a value (gpt-oss); None has none.
 
     Returns:
         (B, H, T, D).
@@ -124,7 +126,7 @@ def crossbatch_attention(
     # (C, G, S, D) → (G, C·S, D)
     far_key, far_value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (shown_keys, shown_values))
     runs = [runs_of(seen, shown_keys.shape[2]) for seen in table]
-    if dropout == 0 and softcap is None and gate is None:
+    if dropout == 0 and softcap is None and gate is None and sinks is None:
         if not any(runs):
             return attend(query, key, value, scale=scale)
         return attend_shared(query, key, value, far_key, far_value, runs, scale)
@@ -142,6 +144,7 @@ def crossbatch_attention(
                 softcap=softcap,
                 gate=gate,
                 dropout=dropout,
+                sinks=sinks,
             )
         )
     return torch.cat(outputs)

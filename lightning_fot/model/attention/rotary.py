@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,45 @@ Embeddings = tuple[Tensor, Tensor]
 
 
 def find_rotary(attention: nn.Module) -> RotaryFn | None:
-    """The ``apply_rotary_pos_emb`` of the module file that defines an attention class; None where there is none."""
-    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    return function if callable(function) else None
+    """The ``apply_rotary_pos_emb`` of the module file that defines an attention class.
+
+    None where there is none, or the layer is never given what to rotate by: some files have a function that their
+    attention does not use (Jamba's).
+    """
+    function: RotaryFn | None = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    given = "position_embeddings" in signature(attention.forward).parameters
+    if not callable(function) or not (given or any("Rotary" in type(part).__name__ for part in attention.modules())):
+        return None
+    return function
+
+
+def fitted(function: RotaryFn, head_dim: int, width: int) -> RotaryFn:
+    """A rotary function in the form of Llama's, ``(query, key, cos, sin)`` of whole heads.
+
+    Args:
+        function: A module file's own: it may rotate one tensor at a time (Gemma 4), or know only the part of a head
+            that its attention cuts out beforehand (Phi, StableLM).
+        head_dim: D.
+        width: R, the last size of cos and sin.
+    """
+    if next(iter(signature(function).parameters)) == "x":
+        single: Callable[..., Tensor] = function  # type: ignore[assignment]
+
+        def both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            return single(query, cos, sin), single(key, cos, sin)
+
+        return fitted(both, head_dim, width)
+    head, angles = torch.zeros(1, 1, 1, head_dim), torch.zeros(1, 1, width)
+    try:
+        function(head, head, angles, angles)
+    except RuntimeError:
+
+        def partly(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            turned = function(query[..., :width], key[..., :width], cos, sin)
+            return torch.cat([turned[0], query[..., width:]], -1), torch.cat([turned[1], key[..., width:]], -1)
+
+        return partly
+    return function
 
 
 def identity_rotary(position_embeddings: Embeddings) -> Embeddings:

@@ -43,6 +43,7 @@ def attend(
     softcap: float | None = None,
     gate: Tensor | None = None,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
     max_scores: int = MAX_SCORES,
     on_weights: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -59,6 +60,8 @@ def attend(
         gate: (H,) logits; given, the two attentions are normalised apart and mixed by sigmoid(gate) (Memorizing
             Transformers, arXiv 2203.08913, section 3.2) instead of sharing one softmax.
         dropout: Share of weights set to 0, the others raised to make up for it (training alone).
+        sinks: (H,) scores of one more column, without a value, that takes its share of each softmax of local pairs
+            (gpt-oss); None has none.
         max_scores: Scores held at once; queries are cut in chunks to stay below. Changes no result beyond rounding.
         on_weights: Called once, where there are outside pairs, with their weights (B, G, R·T, K or M) as they enter the
             output: what is left to 1 is local.
@@ -67,7 +70,7 @@ def attend(
         (B, H, T, D) in the dtype of ``query``.
     """
     batch, heads, length, _ = query.shape
-    if outside is None and gate is None and softcap is None:
+    if outside is None and gate is None and softcap is None and sinks is None:
         return _local(query, key, value, scale, mask, dropout)
     groups = key.shape[1]
     repeats = heads // groups
@@ -82,7 +85,7 @@ def attend(
         local = _cap(local, softcap) + _group(full_mask[:, :, start:stop], groups)
         pairs = _slice(outside, repeats, start, stop)
         far = None if pairs is None else _far_scores(part, pairs, scale, softcap)
-        mixed, far_weights = _combine(local, value, far, pairs, gate, dropout)
+        mixed, far_weights = _combine(local, value, far, pairs, gate, dropout, sinks)
         chunks.append(mixed)
         if on_weights is not None and far_weights is not None:
             weights.append(far_weights.detach())
@@ -164,15 +167,23 @@ def _combine(
     pairs: Retrieved | Shown | None,
     gate: Tensor | None,
     dropout: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Weights from scores, then the values' sum (B, H, t, D), and the outside pairs' weights (B, G, R, t, K or M)."""
     batch, groups, repeats, length, local_keys = local.shape
+
+    def softmax(scores: Tensor) -> Tensor:
+        if sinks is None:
+            return scores.softmax(-1)
+        column = sinks.reshape(1, groups, repeats, 1, 1).to(scores).expand(batch, -1, -1, length, -1)
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
     if far is None or pairs is None:
         far_weights = None
-        mixed = _sum(F.dropout(local.softmax(-1), dropout), value, None)
+        mixed = _sum(F.dropout(softmax(local), dropout), value, None)
     elif gate is None:
         # Equation of fot-semantics section 1: one softmax over the union.
-        weights = F.dropout(torch.cat([local, far], dim=-1).softmax(-1), dropout)
+        weights = F.dropout(softmax(torch.cat([local, far], dim=-1)), dropout)
         far_weights = weights[..., local_keys:]
         mixed = _sum(weights[..., :local_keys], value, None) + _sum(far_weights, pairs.values, pairs)
     else:
@@ -184,7 +195,7 @@ def _combine(
             # A row without a memory attends locally alone, as it would in a batch of its own.
             share = share * valid.any(-1, keepdim=True)
         far_weights = F.dropout(share * far_weights, dropout)
-        local_weights = F.dropout((1 - share) * local.softmax(-1), dropout)
+        local_weights = F.dropout((1 - share) * softmax(local), dropout)
         mixed = _sum(far_weights, pairs.values, pairs) + _sum(local_weights, value, None)
     return mixed.reshape(batch, groups * repeats, length, -1), far_weights
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,17 +16,28 @@ from torch import nn
 
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone import self_test
+from lightning_fot.model.backbone import deep_test, self_test
 from lightning_fot.model.backbone.calls import Calls
 from lightning_fot.model.backbone.hooks import Hooks
-from lightning_fot.model.backbone.layers import attention_function, attention_layers, evaluation_mode, text_config
+from lightning_fot.model.backbone.layers import (
+    attention_function,
+    attention_layers,
+    evaluation_mode,
+    layer_count,
+    state_layers,
+    text_config,
+)
 from lightning_fot.model.passes.base import Pass, StopForward, memory_attention_forward
+from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.probe import LayerFacts, ProbePass
 from lightning_fot.model.passes.recorder import Recorder
+from lightning_fot.model.passes.state_layer import StateFacts
 from lightning_fot.model.passes.way import way_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lightning_fot.memory.memory import Memory
 
 INTERFACE = "lightning_fot"
 
@@ -39,6 +51,8 @@ class Attachment:
 
     Attributes:
         attentions: Attention layers by number.
+        num_layers: Layers of the backbone, those without attention included.
+        states: Layers that keep states.
         memory_layers: Numbers of the memory layers, counted from 0.
         way: How they attend.
 
@@ -55,10 +69,20 @@ class Attachment:
         self.attentions = attention_layers(model)
         self._calling = self_test.calling(model, self.attentions)
         self_test.refuse_compiled(self._calling)
-        self.memory_layers = config.resolve_layers(len(self.attentions))
+        self.num_layers = layer_count(model, self.attentions)
+        self.memory_layers = config.resolve_layers(self.num_layers)
+        self_test.refuse_layers_without_attention(self.memory_layers, self.attentions, self.num_layers)
+        self.states = StateFacts(
+            {
+                index: (layer.number_of_states, index in self.attentions)
+                for index, layer in state_layers(model, self.num_layers).items()
+            }
+        )
         self.way = way_of(config)
         self.calls = Calls()
         self_test.refuse_sliding_layers(model, self.memory_layers)
+        self_test.refuse_shared_layers(model, self.memory_layers)
+        self_test.refuse_latent_layers(model, self.attentions, self.memory_layers)
         self._original = self._implementation
         backends = {index: attention_function(self._original, layer) for index, layer in self.attentions.items()}
         self.hooks = Hooks(
@@ -128,6 +152,16 @@ class Attachment:
         """What serves a window of ``length`` tokens alone; None where the way of attending leaves it to the caller."""
         return self.way.window_pass(length, self.device)
 
+    def new_cache(self, memory: Memory, config: MemoryConfig, recorder: Recorder | None = None) -> MemoryCache:
+        """A cache for texts that go on token by token.
+
+        Args:
+            memory: What is attended to; extended when a local window moves.
+            config: Window, overlap and sinks.
+            recorder: What is noted; None notes nothing.
+        """
+        return MemoryCache(memory, config, self.num_layers, recorder, self.states)
+
     @property
     def _implementation(self) -> str:
         return str(text_config(self.model)._attn_implementation)
@@ -176,18 +210,25 @@ class Attachment:
 
     def _test(self) -> None:
         reference = self_test.logits_of(self.model)
+        if self.states.layers:
+            self.states = replace(self.states, one_by_one=not self_test.goes_on_in_parts(self.model, reference))
         self._select_interface()
         probe = ProbePass()
-        with self.calls.during(probing=True), self.during(probe):
+        with self.calls.during(probing=True), self.during(probe), self_test.learned_positions(self.model) as rooms:
             self_test.logits_of(self.model)
+        self_test.refuse_short_tables(rooms, self.config.window)
         self.hooks.facts = probe.facts
         self_test.refuse_silent_layers(self.facts, self.memory_layers)
+        self_test.refuse_layers_that_ask_twice(self.facts, self.memory_layers)
         self_test.refuse_narrow_layers(self.facts, self.memory_layers, self.config.window)
         self_test.refuse_following_positions(self.model, self.way)
         for current in self_test.plain_passes(self.way, self.device):
             with self.during(current):
                 logits = self_test.logits_of(self.model)
             self_test.refuse_other_logits(self.model, reference, logits)
+        if self._original in ("eager", "sdpa"):
+            # Other functions take no mask of ours.
+            deep_test.refuse_other_readings(self)
 
     def _select_interface(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface

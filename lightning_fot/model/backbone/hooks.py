@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from inspect import signature
 from threading import Lock, RLock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
-from lightning_fot.model.attention.rotary import Embeddings, find_rotary, identity_rotary
+from lightning_fot.model.attention.rotary import Embeddings, RotaryFn, find_rotary, fitted, identity_rotary
 from lightning_fot.model.backbone.calls import Calls
 from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of, following_length, forget_length
 from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
@@ -203,6 +204,8 @@ class Hooks:
     def _before_attention(self, index: int, layer: nn.Module) -> Any:
         rotary = find_rotary(layer)
         is_memory_layer = index in self.memory_layers
+        # In the form of Llama's, once the size of a head is known.
+        fitting: list[RotaryFn] = []
 
         def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             state = self.calls.state
@@ -224,7 +227,9 @@ class Hooks:
             if is_memory_layer:
                 call.score_factor = self.score_factor if state.score_factor is None else state.score_factor
             if embeddings is None:
-                if (rotary is not None and (is_memory_layer or current.unrotated)) or state.replayable:
+                # Given as None they say that nothing rotates.
+                named = "position_embeddings" in kwargs
+                if (rotary is not None and not named and (is_memory_layer or current.unrotated)) or state.replayable:
                     raise SettingError(
                         "model.backbone",
                         type(self.model).__name__,
@@ -242,7 +247,9 @@ class Hooks:
             facts = self.facts[index]
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self.positions == "first" or not is_memory_layer):
-                call.position_embeddings, call.rotary = embeddings, rotary
+                if not fitting and rotary is not None:
+                    fitting.append(fitted(rotary, facts.head_dim, embeddings[0].shape[-1]))
+                call.position_embeddings, call.rotary = embeddings, fitting[0] if fitting else None
                 call.plain_at_zero = facts.plain_at_zero
             if is_memory_layer or current.unrotated:
                 kwargs["position_embeddings"] = self._identity(embeddings, length)
@@ -272,24 +279,45 @@ class Hooks:
         """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
         decoder = decoder_of(self.model)
 
-        def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        takes_positions = "position_ids" in signature(decoder.forward).parameters
+
+        def before_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = kwargs.get("past_key_values")
             if cache is not None:
                 self._kept.begin()
             if not isinstance(cache, MemoryCache):
-                return
+                current = self.calls.state.current
+                if current is None or current.places is None or not takes_positions:
+                    return None
+                return args, {**kwargs, "position_ids": current.places}
             self._check_attached()
             inputs = args[0] if args else kwargs.get("input_ids")
             if inputs is None:
                 embeddings = kwargs["inputs_embeds"]
-                inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
-            mask = kwargs.get("attention_mask")
+                named: Any = cache.named
+                if named is not None and named.shape == embeddings.shape[:2]:
+                    inputs = named
+                else:
+                    inputs = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN, device=embeddings.device)
+            given = kwargs.get("attention_mask")
+            # Some models make masks by kind of layer before: the cache has its own.
+            mask: Tensor | None = given if isinstance(given, Tensor) and given.ndim == 2 else None
             # Before anything of the cache is changed.
             functions = checkpointing(self.model)
             if functions:
                 check_replay(cache, functions)
             cache.begin(inputs, None if mask is None else mask[:, -inputs.shape[1] :])
             self.enter(cache)
+            if takes_positions and cache.positions is not None:
+                # Learned and absolute positions count from the start of the window as well.
+                places = cache.positions[:, -inputs.shape[1] :].to(inputs.device)
+                return args, {**kwargs, "position_ids": places.expand(inputs.shape)}
+            return None
+
+        def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, MemoryCache):
+                cache.named = kwargs.get("input_ids", args[0] if args else None)
 
         def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs.get("past_key_values")
@@ -327,6 +355,7 @@ class Hooks:
                 module.register_forward_hook(OfOneModel(after_following), with_kwargs=True, always_call=True)
                 for module in following
             ),
+            self.model.register_forward_pre_hook(OfOneModel(before_model), with_kwargs=True),
             decoder.register_forward_pre_hook(OfOneModel(before_decoder), with_kwargs=True),
             decoder.register_forward_hook(OfOneModel(after_decoder), with_kwargs=True, always_call=True),
             *(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The stack of layers without the language-model head."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    if next(_attention_modules(decoder), None) is None:
+        # Some heads are called decoders (ModernBERT's).
+        decoder = model.base_model
     return decoder
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Attention modules that know the number of their layer."""
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "Attention" in type(module).__name__:
+            yield index, module
 
 
 def rotary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -55,17 +66,15 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
         SettingError: There are none, or two share a number.
     """
     found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__:
-            if index in found:
-                raise SettingError(
-                    "model.backbone",
-                    type(model).__name__,
-                    f"has two attention modules numbered {index}",
-                    "Only decoder-only language models can have memory layers.",
-                )
-            found[index] = module
+    for index, module in _attention_modules(model):
+        if index in found:
+            raise SettingError(
+                "model.backbone",
+                type(model).__name__,
+                f"has two attention modules numbered {index}",
+                "Only decoder-only language models can have memory layers.",
+            )
+        found[index] = module
     if not found:
         raise SettingError(
             "model.backbone",
@@ -74,6 +83,28 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             "Give a decoder-only Llama-style model of transformers.",
         )
     return dict(sorted(found.items()))
+
+
+def layer_count(model: PreTrainedModel, attentions: Mapping[int, nn.Module]) -> int:
+    """Layers of the decoder, those without attention included."""
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    return max(count if isinstance(count, int) else 0, max(attentions) + 1)
+
+
+def state_layers(model: PreTrainedModel, number: int) -> dict[int, Any]:
+    """Fresh cache layers of transformers, by number, for layers that keep a state (Mamba, convolutions).
+
+    A layer that has both a state and attention is among them.
+    """
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    try:
+        layers = DynamicCache(config=text_config(model)).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # Configurations that name layers in words that transformers' cache does not know have no states.
+        return {}
+    kept = enumerate(layers[:number])
+    return {index: layer for index, layer in kept if isinstance(layer, LinearAttentionCacheLayerMixin)}
 
 
 def attention_function(implementation: str, layer: nn.Module) -> AttentionFn:

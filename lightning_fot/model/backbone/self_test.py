@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone.layers import following_length, text_config
+from lightning_fot.model.backbone.layers import decoder_of, following_length, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
 from lightning_fot.model.passes.probe import LayerFacts
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
 # Largest difference of logits, relative to their spread, that still is rounding.
 _PARITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOKENS = 8
+# Kinds of layers, as configurations name them, whose attention sees all tokens.
+_SEES_ALL = ("full_attention", "attention", "hybrid", None)
+
+
+def fixed_ids(model: PreTrainedModel, count: int = _TOKENS) -> Tensor:
+    """(1, count) fixed tokens."""
+    ids: Tensor = (torch.arange(count) * 7 + 3) % text_config(model).vocab_size
+    return ids[None].to(model.device)
+
+
+def difference_of(logits: Tensor, reference: Tensor) -> float:
+    """The largest difference of two tensors (..., vocabulary), relative to the spread of the second."""
+    spread = float(reference.float().std()) or 1.0
+    return float((logits.float() - reference.float()).abs().max()) / spread
 
 
 def logits_of(model: PreTrainedModel) -> Tensor:
     """Logits (1, T, vocabulary) of a few fixed tokens."""
-    ids = (torch.arange(_TOKENS) * 7 + 3) % text_config(model).vocab_size
-    logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    logits: Tensor = model(input_ids=fixed_ids(model), use_cache=False).logits
     if logits.shape[1] != _TOKENS:
         raise SettingError(
             "model.backbone",
@@ -36,6 +50,18 @@ def logits_of(model: PreTrainedModel) -> Tensor:
             "Use a model, or adapters, without virtual tokens; LoRA is served.",
         )
     return logits
+
+
+def goes_on_in_parts(model: PreTrainedModel, reference: Tensor) -> bool:
+    """Whether the plain backbone reads on with several tokens at once as it reads them in one forward."""
+    from transformers.cache_utils import DynamicCache
+
+    ids = fixed_ids(model)
+    cache = DynamicCache(config=text_config(model))
+    half = _TOKENS // 2
+    model(input_ids=ids[:, :half], past_key_values=cache, use_cache=True)
+    rest: Tensor = model(input_ids=ids[:, half:], past_key_values=cache, use_cache=True).logits
+    return difference_of(rest, reference[:, half:]) <= 0.1
 
 
 def refuse_virtual_tokens(model: PreTrainedModel) -> None:
@@ -113,8 +139,7 @@ def refuse_other_logits(model: PreTrainedModel, reference: Tensor, logits: Tenso
     Raises:
         SettingError: Its logits are others than rounding could make them.
     """
-    spread = float(reference.float().std()) or 1.0
-    difference = float((logits.float() - reference.float()).abs().max()) / spread
+    difference = difference_of(logits, reference)
     tolerance = _PARITY_TOLERANCE.get(reference.dtype, 1e-4)
     if not difference <= tolerance:
         raise SettingError(
@@ -126,18 +151,58 @@ def refuse_other_logits(model: PreTrainedModel, reference: Tensor, logits: Tenso
         )
 
 
+def refuse_layers_without_attention(
+    memory_layers: tuple[int, ...], attentions: Mapping[int, nn.Module], count: int
+) -> None:
+    """Raises: SettingError: A memory layer is a layer of another kind (Mamba, convolution, feed-forward)."""
+    for index in memory_layers:
+        if index not in attentions:
+            raise SettingError(
+                "model.memory.memory_layers",
+                list(memory_layers),
+                f"layer {index} of the backbone's {count} has no softmax attention",
+                f"Choose among its layers of attention: {list(attentions)}.",
+            )
+
+
 def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
     """Raises: SettingError: A memory layer sees a sliding window by its configuration, and so no memory."""
     types = getattr(text_config(model), "layer_types", None) or []
     for index in memory_layers:
-        sliding = index < len(types) and types[index] not in ("full_attention", None)
-        if sliding:
-            full = [number for number, kind in enumerate(types) if kind == "full_attention"]
+        if index < len(types) and types[index] not in _SEES_ALL:
+            full = [number for number, kind in enumerate(types) if kind in _SEES_ALL]
             raise SettingError(
                 "model.memory.memory_layers",
                 list(memory_layers),
                 f"layer {index} of this backbone has {types[index].replace('_', ' ')}, which sees no memory",
                 f"Choose among its layers of full attention: {full}.",
+            )
+
+
+def refuse_shared_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer gives its keys to other layers, or has those of another (Gemma 3n and 4)."""
+    modes = getattr(text_config(model), "kv_sharing_modes", None) or []
+    for index in memory_layers:
+        if index < len(modes) and modes[index] in ("reuse", "store"):
+            own = [number for number, mode in enumerate(modes) if mode not in ("reuse", "store")]
+            raise SettingError(
+                "model.memory.memory_layers",
+                list(memory_layers),
+                f"layer {index} of this backbone shares its keys and values with other layers, which have no memory",
+                f"Choose among layers that keep theirs: {own}.",
+            )
+
+
+def refuse_latent_layers(model: PreTrainedModel, attentions: Mapping[int, nn.Module], layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer has multi-head latent attention (DeepSeek V2 and V3)."""
+    for index in layers:
+        if isinstance(getattr(attentions[index], "kv_lora_rank", None), int):
+            raise SettingError(
+                "model.backbone",
+                type(model).__name__,
+                f"layer {index} has multi-head latent attention, which rotates a part of the key that all heads share "
+                "before it is joined to the rest",
+                "Use a backbone whose keys are rotated as a whole after their projection.",
             )
 
 
@@ -162,6 +227,54 @@ def refuse_silent_layers(facts: Mapping[int, LayerFacts], memory_layers: tuple[i
             f"layers {missing} were never asked for attention",
             "Choose layers with softmax attention.",
         )
+
+
+@contextmanager
+def learned_positions(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Notes how many positions a forward of the fixed tokens can learn of.
+
+    Yields:
+        A list that gets, for each table of learned positions, how many it has.
+    """
+    rooms: list[int] = []
+
+    def look(table: Any, args: tuple[Any, ...]) -> None:
+        ids = args[0].reshape(-1)
+        if len(ids) == _TOKENS and bool((ids - ids[0] == torch.arange(_TOKENS, device=ids.device)).all()):
+            rooms.append(table.num_embeddings - int(ids[0]))
+
+    words = model.get_input_embeddings()
+    tables = [part for part in decoder_of(model).modules() if isinstance(part, nn.Embedding) and part is not words]
+    handles = [table.register_forward_pre_hook(look) for table in tables]
+    try:
+        yield rooms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_short_tables(rooms: list[int], window: int) -> None:
+    """Raises: SettingError: A window is longer than a table of learned positions."""
+    if rooms and min(rooms) < window:
+        raise SettingError(
+            "model.memory.window",
+            window,
+            f"this backbone has learned {min(rooms)} positions, and none beyond",
+            f"Use a window of at most {min(rooms)}.",
+        )
+
+
+def refuse_layers_that_ask_twice(facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer asks for attention more than once in each forward."""
+    for index in memory_layers:
+        if facts[index].asked > 1:
+            raise SettingError(
+                "model.memory.memory_layers",
+                list(memory_layers),
+                f"layer {index} of this backbone asks for attention {facts[index].asked} times in each forward, so "
+                "that its keys have no one value that a memory could store",
+                "Choose layers that ask once, or another backbone.",
+            )
 
 
 def refuse_narrow_layers(facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...], window: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ class LayerCall:
         sliding_window: Local tokens that the backbone lets this layer see, None for all.
         plain_at_zero: Whether rotation at position 0 leaves keys as they are, bit for bit.
         dropout: Share of attention weights that the backbone drops, 0 outside training.
+        sinks: (H,) scores of a column without a value in each softmax, None without.
+        plain: The backbone's own attention for other queries, keys, values and an additive mask; its output is
+            (B, T, H, D).
     """
 
     layer_idx: int
@@ -54,6 +58,8 @@ class LayerCall:
     sliding_window: int | None = None
     plain_at_zero: bool = False
     dropout: float = 0.0
+    sinks: Tensor | None = None
+    plain: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
 
     def local(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, L, D), rotated keys, and the keys as if at position 0, both (B, G, S, D); L <= S."""
@@ -80,6 +86,8 @@ class Pass(ABC):
     """Whether those come before rotation, as they do in memory layers."""
     positions: Tensor | None = None
     """(1 or B, S) int64: what the rotary modules are asked for, those of the call's tokens last; None leaves them."""
+    places: Tensor | None = None
+    """(1, T) int64: what the decoder is told in place of counting from 0; None leaves it."""
     replayable: ClassVar[bool] = False
     """Whether a layer may be run again with the same outcome, as gradient checkpointing does."""
 
@@ -116,8 +124,9 @@ def memory_attention_forward(
         )
     if call.current is None or query.device.type == "meta":
         return call.backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    call.plain = partial(call.backend, module, scaling=scaling, dropout=dropout, **kwargs)
     call.sliding_window = kwargs.get("sliding_window")
-    call.dropout = dropout
+    call.dropout, call.sinks = dropout, kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scale *= call.score_factor
     output = call.current.attend(call, query, key, value, scale, kwargs.get("softcap"))

@@ -34,7 +34,9 @@ class CollectPass(Pass):
         self.pairs[call.layer_idx] = (shown_key, value)
         if call.layer_idx == self.stop_layer:
             raise StopForward
-        return attend(local_query, local_key, value, scale=scale, softcap=softcap, dropout=call.dropout)
+        return attend(
+            local_query, local_key, value, scale=scale, softcap=softcap, dropout=call.dropout, sinks=call.sinks
+        )
 
 
 @dataclass
@@ -71,6 +73,7 @@ class CrossbatchPass(Pass):
             scale=scale,
             differentiable=self.differentiable,
             dropout=call.dropout,
+            sinks=call.sinks,
             softcap=softcap,
             gate=call.gate,
         )

@@ -26,6 +26,7 @@ from lightning_fot.model.passes.base import LayerCall, Pass
 from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
 from lightning_fot.model.passes.recorder import Recorder, searched_queries
+from lightning_fot.model.passes.state_layer import StateFacts, StateLayer, States, new_layer
 
 if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig
@@ -40,6 +41,7 @@ class MemoryCache(Cache, Pass):
         config: Window, overlap and sinks.
         num_layers: Layers of the backbone.
         recorder: As for :class:`~lightning_fot.model.passes.window.WindowPass`.
+        states: Which layers keep states, in place of keys or beside them; None means none.
     """
 
     serves_all_layers = True
@@ -51,10 +53,17 @@ class MemoryCache(Cache, Pass):
         config: MemoryConfig,
         num_layers: int,
         recorder: Recorder | None = None,
+        states: StateFacts | None = None,
     ) -> None:
         self.columns = Columns(config.window)
-        self.local_layers = [LocalLayer(self.columns, index in memory.layers) for index in range(num_layers)]
-        super().__init__(layers=list(self.local_layers))
+        states = states or StateFacts()
+        layers = [
+            new_layer(self.columns, index in memory.layers, states.layers.get(index)) for index in range(num_layers)
+        ]
+        self._one_by_one = states.one_by_one
+        self.local_layers = {index: layer for index, layer in enumerate(layers) if isinstance(layer, LocalLayer)}
+        self.state_layers = [layer for layer in layers if isinstance(layer, StateLayer)]
+        super().__init__(layers=[*layers])
         self.memory = memory
         self.config = config
         self.recorder = recorder
@@ -82,6 +91,11 @@ class MemoryCache(Cache, Pass):
         self._group = 1
         self._common = 0
         self._diverged = False
+        # Rows that the forward in progress brings padding alone, and the states to give back to them.
+        self._idle: tuple[Tensor, list[States]] | None = None
+        self._broken = False
+        self.named: Tensor | None = None
+        """(B, L) ids of the forward in progress, where the decoder is given their embeddings."""
 
     @property
     def seen(self) -> int:
@@ -94,13 +108,24 @@ class MemoryCache(Cache, Pass):
 
     @property
     def room(self) -> int:
-        """Tokens that fit before, or right after, the next move of the window of any row that goes on."""
+        """Tokens that fit before, or right after, the next move of the window of any row that goes on.
+
+        A state takes what comes for text: beside states a forward ends where a row does.
+        """
+        if self._goes_one_by_one:
+            return 1
         rooms = []
         for row, width in enumerate(self.widths):
             if self.ends is None or int(self.ends[row]) > self.seen:
+                if self.ends is not None and self.state_layers:
+                    rooms.append(int(self.ends[row]) - self.seen)
                 kept = min(self.config.sink_tokens + self.config.overlap, width)
                 rooms.append(self.config.window - (width if width < self.config.window else kept))
         return min(rooms, default=self.config.window)
+
+    @property
+    def _goes_one_by_one(self) -> bool:
+        return self._one_by_one and any(any(layer.has_previous_state.values()) for layer in self.state_layers)
 
     def begin(self, ids: Tensor, valid: Tensor | None = None) -> None:
         """Makes room for L columns before a forward: moves the windows that would overflow.
@@ -110,14 +135,19 @@ class MemoryCache(Cache, Pass):
             valid: (B, L), False or 0 for padding; None means none.
 
         Raises:
-            SettingError: So many tokens do not fit a window at once.
+            SettingError: So many tokens do not fit a window at once, or states cannot be kept free of padding.
         """
+        if self._broken:
+            raise SettingError(
+                "past_key_values", type(self).__name__, "has states of a forward that failed", "Read the text anew."
+            )
         if self.before_first is not None:
             read, self.before_first = self.before_first, None
             read(len(ids))
         window, device = self.config.window, self._ids.device
         tokens = self._tokens(ids, valid)
         self._arriving = [ids.shape[1]] * len(ids) if tokens is None else tokens.sum(1).tolist()
+        self._keep_states(ids.shape[1])
         ends = [width + count for width, count in zip(self.widths, self._arriving, strict=True)]
         full = [end > window and count > 0 for end, count in zip(ends, self._arriving, strict=True)]
         if any(full):
@@ -148,12 +178,17 @@ class MemoryCache(Cache, Pass):
     def end(self, completed: bool) -> None:
         """Counts the tokens of a forward, or takes back those of one that failed."""
         if not completed:
+            self._broken = bool(self.state_layers)
             self._ids, self._storable = (
                 self._ids[:, : self.columns.committed],
                 self._storable[:, : self.columns.committed],
             )
             return
         self._moved = False
+        if self._idle is not None:
+            rows, before = self._idle
+            for layer, states in zip(self.state_layers, before, strict=True):
+                layer.restore(rows, states)
         self.seen += self._ids.shape[1] - self.columns.committed
         self.widths = [width + count for width, count in zip(self.widths, self._arriving, strict=True)]
         if self._valid is not None and not torch.equal(self._valid, self._present()):
@@ -210,6 +245,7 @@ class MemoryCache(Cache, Pass):
             softcap=softcap,
             gate=call.gate,
             dropout=call.dropout,
+            sinks=call.sinks,
             on_weights=on_weights,
         )
 
@@ -221,8 +257,10 @@ class MemoryCache(Cache, Pass):
             return
         if not torch.equal(rows // self._group, places // self._group):
             self._group, self._common, self._diverged = 1, 0, True
-        for layer in self.local_layers:
+        for layer in self.local_layers.values():
             layer.reorder(rows, self._common, self._ids.shape[1])
+        for state in self.state_layers:
+            state.select(rows)
         for angles in self._angles:
             angles.select(rows)
         self._ids, self._storable = self._ids[rows], self._storable[rows]
@@ -236,8 +274,10 @@ class MemoryCache(Cache, Pass):
         if repeats == 1:
             return
         rows = torch.arange(len(self.widths), device=self._ids.device).repeat_interleave(repeats)
-        for layer in self.local_layers:
+        for layer in self.local_layers.values():
             layer.repeat(rows, self._ids.shape[1])
+        for state in self.state_layers:
+            state.select(rows)
         for angles in self._angles:
             angles.select(rows)
         self._ids, self._storable = self._ids[rows], self._storable[rows]
@@ -253,6 +293,33 @@ class MemoryCache(Cache, Pass):
             before_end = before_end.to(self._ids.device)
             tokens = before_end if tokens is None else tokens & before_end
         return None if tokens is None or bool(tokens.all()) else tokens
+
+    def _keep_states(self, length: int) -> None:
+        """Keeps the states of rows that get padding alone.
+
+        Raises:
+            SettingError: A row gets tokens and padding: its states would take the padding for text.
+        """
+        if self._goes_one_by_one and any(layer.requires_grad for layer in self.state_layers):
+            raise SettingError(
+                "input_ids", "with gradients", "cannot go on from states that this backbone writes in place",
+                "Read under torch.no_grad(), or train on crossbatches.",
+            )  # fmt: skip
+        if length > 1 and self._goes_one_by_one:
+            raise SettingError(
+                "input_ids", length, "tokens at once cannot go on from the states of this backbone",
+                "Use the attached model's generate or call, which read them one by one.",
+            )  # fmt: skip
+        self._idle = None
+        idle = [count == 0 for count in self._arriving]
+        if not self.state_layers or (length == min(self._arriving) and not any(idle)):
+            return
+        if any(0 < count < length for count in self._arriving):
+            raise SettingError(
+                "attention_mask", self._arriving, f"are the tokens among {length} columns of rows, and layers with a "
+                "state cannot leave padding out", "Use the attached model's generate or call, which cut such input.",
+            )  # fmt: skip
+        self._idle = torch.tensor(idle), [layer.kept() for layer in self.state_layers]
 
     def _present(self) -> Tensor:
         """(B, S) bool: columns that hold a token of the row, when rows are packed to the right."""
@@ -310,7 +377,7 @@ class MemoryCache(Cache, Pass):
         order = torch.argsort(kept.int(), dim=1, stable=True)[:, kept.shape[1] - max(self.widths) :]
         common = ((order < self._common) | ~kept.gather(1, order)).all(0)
         self._common = int(common.int().cumprod(0).sum())
-        for layer in self.local_layers:
+        for layer in self.local_layers.values():
             layer.arrange(order, kept.shape[1], self._moved)
         for angles in self._angles:
             angles.arrange(order, self._moved)

@@ -22,6 +22,8 @@ class LayerFacts:
     rotates: bool
     plain_at_zero: bool
     sliding_window: int | None
+    asked: int = 1
+    """Times in one forward that the layer asks for attention."""
 
 
 class ProbePass(Pass):
@@ -35,6 +37,7 @@ class ProbePass(Pass):
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
+        before = self.facts.get(call.layer_idx)
         self.facts[call.layer_idx] = LayerFacts(
             heads=query.shape[1],
             kv_heads=key.shape[1],
@@ -43,6 +46,7 @@ class ProbePass(Pass):
             rotates=bool(query.isnan().any()),
             plain_at_zero=_plain_at_zero(call.position_embeddings),
             sliding_window=call.sliding_window,
+            asked=1 if before is None else before.asked + 1,
         )
         return torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
 

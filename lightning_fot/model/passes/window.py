@@ -55,5 +55,6 @@ class WindowPass(Pass):
             softcap=softcap,
             gate=call.gate,
             dropout=call.dropout,
+            sinks=call.sinks,
             on_weights=on_weights,
         )

@@ -102,6 +102,20 @@ def read_cached(model: PreTrainedModel, ids: Tensor, lengths: Tensor, cache: Mem
     while cache.seen < longest:
         stop = min(longest, cache.seen + cache.room)
         forward_cached(model, ids[:, cache.seen : stop], cache)
+        check_progress(cache, stop)
+
+
+def check_progress(cache: MemoryCache, stop: int) -> None:
+    """Refuses to read the same tokens for ever, or twice.
+
+    Raises:
+        RuntimeError: A forward up to column ``stop`` has not reached the cache.
+    """
+    if cache.seen != stop:
+        raise RuntimeError(
+            f"the cache has {cache.seen} columns after a forward that ends at column {stop}: "
+            "the decoder that the cache was given to is not the one that memory layers know"
+        )
 
 
 def check_options(model: PreTrainedModel, options: dict[str, Any], keep: bool) -> None:

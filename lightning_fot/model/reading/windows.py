@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lightning_fot.memory.memory import Memory
 from lightning_fot.memory.token_log import TokensRead
-from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.window import WindowPass
-from lightning_fot.model.reading.generation import forward_cached
+from lightning_fot.model.reading.generation import check_progress, forward_cached
 
 if TYPE_CHECKING:
     from lightning_fot.model.backbone.attachment import Attachment
@@ -51,11 +50,12 @@ def read_windows(
             report(len(ids) * read)
         return
     if attached.config.overlap or attached.config.sink_tokens:
-        cache = MemoryCache(memory, attached.config, len(attached.attentions), recorder=attached.recorder)
+        cache = attached.new_cache(memory, attached.config, attached.recorder)
         cache.ends = lengths
         while cache.seen < length:
             start, stop = cache.seen, min(length, cache.seen + cache.room)
             logits = forward_cached(attached.model, ids[:, start:stop], cache, stop - max(start, keep_from))
+            check_progress(cache, stop)
             if logits is not None:
                 yield logits
             report(ids[:, start:stop].numel())

@@ -89,6 +89,8 @@ class DilatedPass(Pass):
         longest = max(size for size, _ in self.patterns)
         if softcap is not None:
             problem = "has soft-capped scores, which dilated attention does not"
+        elif call.sinks is not None:
+            problem = "has attention sinks, which dilated attention does not"
         elif call.dropout:
             problem = f"drops {call.dropout:g} of its attention weights, which dilated attention does not"
         elif call.sliding_window is not None and call.sliding_window < longest:

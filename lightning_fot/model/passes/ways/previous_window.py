@@ -57,7 +57,9 @@ class PreviousWindowPass(Pass):
         if call.rotary is not None and call.position_embeddings is not None:
             query, key = rotate(call.rotary, query, key, call.position_embeddings)
         mask = self._mask(len(query) // self.segments, call.sliding_window)
-        return attend(query, key, value, scale=scale, mask=mask, softcap=softcap, dropout=call.dropout)
+        return attend(
+            query, key, value, scale=scale, mask=mask, softcap=softcap, dropout=call.dropout, sinks=call.sinks
+        )
 
     def _windows(self, own: Tensor) -> Tensor:
         """(R, G, S, D) → (R, G, W, D): what comes before each row, then the row; zeros where a text has not begun."""

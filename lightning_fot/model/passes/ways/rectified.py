@@ -45,6 +45,13 @@ class RectifiedPass(Pass):
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         """Attention of any layer over all tokens so far."""
+        if call.sinks is not None:
+            raise SettingError(
+                SETTING,
+                "rectified",
+                f"layer {call.layer_idx} of this backbone has attention sinks, which it does not know",
+                "Use a backbone of plain full attention.",
+            )
         if call.sliding_window is not None:
             raise SettingError(
                 f"{SETTING}.max_distance",
