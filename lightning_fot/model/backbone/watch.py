@@ -65,7 +65,7 @@ class Watch:
     ) -> None:
         kept = list(modules)
         # A module without tensors that is given one does not read it.
-        self._holders = [module._modules for module in kept]
+        self._holders: list[dict[str, Any]] = [module._modules for module in kept]
         self._holders += [
             part
             for module in kept
