@@ -146,7 +146,7 @@ class Training:
 
     def shown(self, told: Tensor, draw: random.Random) -> tuple[Pairs, int]:
         """Pairs of the told windows, with graph, and of some kept ones behind them; how many windows that is."""
-        collected = CollectPass(MEMORY.layers[-1])
+        collected = CollectPass(self.lm.memory_layers[-1])
         with self.lm.attachment.during(collected):
             self.model(input_ids=told, use_cache=False)
         old = draw.sample(list(self.kept), draw.randint(0, len(self.kept)))

@@ -46,6 +46,7 @@ def distribution(tmp_path):
     return tmp_path, list(names)
 
 
+@pytest.mark.slow
 def test_the_plugin_of_the_page_keeps_the_contract(distribution):
     folder, (name,) = distribution
     (test,) = folder.glob("test_*.py")
@@ -190,7 +191,9 @@ NEW = [
 ]
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "quickstart")) for name in NEW]
+)
 def test_commands_of_a_page_do_what_it_says(name, desk):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     lines = "\n".join(blocks(_page(name), "bash")).splitlines()

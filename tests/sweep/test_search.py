@@ -216,6 +216,7 @@ def test_trials_are_cells_and_a_longer_search_goes_on(tmp_path, keys, capsys):
 
 
 @needs_optuna
+@pytest.mark.slow
 def test_killed_and_started_again_the_trial_under_way_is_done_too(tmp_path, keys):
     config, folder = _config(tmp_path, keys, 12), tmp_path / "out"
     process = subprocess.Popen(

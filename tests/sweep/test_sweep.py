@@ -121,6 +121,7 @@ def test_a_query_setting_more_keeps_what_was_measured(tmp_path, keys, capsys):
     assert len(second) == len(first) + 2 * 2
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_nothing_is_lost_or_done_twice(tmp_path, keys):
     config, folder = _config(tmp_path, keys, HNSW, "  memory_tokens: [200, 400, 600]\n"), tmp_path / "out"
     command = [sys.executable, "-m", "lightning_fot", "sweep", "--config", str(config), f"--run_dir={folder}"]
@@ -142,6 +143,7 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(tmp_path, keys):
     assert json.loads((folder / "results.json").read_text())["complete"] is True
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_folder(tmp_path, keys):
     config, folder = _config(tmp_path, keys, HNSW, "  memory_tokens: [200, 300, 400, 500, 600]\n"), tmp_path / "out"
     command = [sys.executable, "-m", "lightning_fot", "sweep", "--config", str(config), f"--run_dir={folder}"]

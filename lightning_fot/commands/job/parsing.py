@@ -115,7 +115,7 @@ class JobCLI(LightningCLI):
             config[key] = value
         if (memory := config.get("model.memory")) is not None:
             # Old words are arguments still; here `attending` says what they say.
-            config["model.memory"] = jsonargparse.Namespace(**current(vars(memory)))  # type: ignore[no-untyped-call]
+            config["model.memory"] = type(memory)(**current(vars(memory)))
         text: str = self.parser.dump(config, skip_none=False)
         return text
 
