@@ -51,7 +51,9 @@ def test_most_facts_are_told_apart_in_told_and_in_other_words() -> None:
     """24 facts, six of a sentence, between other sentences: names and sentences that training has not seen."""
     tokenizer = load_tokenizer(NAME)
     facts = make_facts(24, seed=5)
-    said = [f"On day {day} the wind came from the {place}." for day in range(60) for place in ("north", "east", "hills")]
+    said = [
+        f"On day {day} the wind came from the {place}." for day in range(60) for place in ("north", "east", "hills")
+    ]
 
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
