@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_fot import Memory
 from lightning_fot.cli import main
 from lightning_fot.library.library import Library
 from tests.support.memories import SETTINGS, Contents, books, contents
@@ -135,16 +136,20 @@ def test_killed_again_and_again_the_same_command_ends_it(repository: Path, here:
     _is(contents(folder), *expected)
 
 
-@pytest.mark.slow
-def test_what_a_kill_left_to_be_forgotten_the_next_ingest_forgets(
-    repository: Path, here: Path, capsys: pytest.CaptureFixture[str]
+def test_what_was_to_be_forgotten_the_next_ingest_forgets(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, folder = "shelf/book1.txt", here / "memories" / "mine"
     before = contents(folder)
-    # It is marked in the list, and the memory is about to be saved.
-    codes, said = struck(repository, here, signal.SIGKILL, [5], "forget", "mine", name)
-    assert codes == [-signal.SIGKILL], said
+
+    def stopped(memory: Memory, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "save", stopped)
+        assert main(["forget", "mine", name]) == 130
     assert contents(folder).documents == before.documents
+    capsys.readouterr()
     assert main(["memories", "mine"]) == 0
     assert "being forgotten" in capsys.readouterr().out
     (here / "more.txt").write_text("More of it.", encoding="utf-8")
