@@ -24,7 +24,7 @@ TAKES_VALUE = {
     "ask": (["mine", "What?"], "--max_new_tokens"),
     "lm-eval": (["--config=smoke"], "--tasks"),
 }
-WITHOUT = ("export", "retrievers", "doctor")
+WITHOUT = ("memories", "forget", "export", "retrievers", "doctor")
 # Verbs that let any setting through to a later check, or words to another program.
 OPEN = ("run", "fit", "validate", "test", "sweep", "lm-eval")
 
@@ -72,18 +72,19 @@ def test_an_unknown_option_is_named(verb: str, word: str, capsys: pytest.Capture
     assert f"{verb} --help" in said
 
 
-@pytest.mark.parametrize("verb", ["run", "fit", "validate", "test", "sweep", "retrievers", "doctor", "export", "bench"])
+@pytest.mark.parametrize("verb", ["run", "fit", "validate", "test", "sweep", "memories", "retrievers", "doctor",
+                                  "export", "bench"])  # fmt: skip
 @pytest.mark.parametrize("before", [[], ["--"]])
 def test_a_word_too_many_is_named(verb: str, before: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words, _ = TAKES_VALUE.get(verb, ([], ""))
-    plain = {"export": ["a", "b"], "bench": ["a"]}.get(verb, [])
+    plain = {"export": ["a", "b"], "bench": ["a"], "memories": ["a"]}.get(verb, [])
     assert "arguments='stray': is not understood" in _refused([verb, *words, *before, *plain, "stray"], capsys)
 
 
 @pytest.mark.parametrize(("verb", "missing"), [("report", "RUN"), ("ingest", "PATH"), ("ask", "MEMORY"),
-                                              ("export", "OUT")])  # fmt: skip
+                                              ("export", "OUT"), ("forget", "DOCUMENT")])  # fmt: skip
 def test_a_missing_word_is_named(verb: str, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = {"ingest": ["mine"], "export": ["runs/a"]}.get(verb, [])
+    words = {"ingest": ["mine"], "export": ["runs/a"], "forget": ["mine"]}.get(verb, [])
     said = _refused([verb, *words], capsys)
     assert f"{missing}=None: is missing. Write: " in said
     assert f"{verb} " in said
