@@ -49,11 +49,14 @@ REPLACED = {"integration": "softmax", "max_distance": None, "segments": [], "dil
 def _in_new_words(value: Any) -> Any:
     """What was written before 0.2.0, as it is written now."""
     if isinstance(value, list):
-        memory = re.compile(rf"memory\.({'|'.join([*REPLACED, 'attending'])})$")
-        return [_in_new_words(item) for item in value if not (isinstance(item, str) and memory.search(item))]
+        # Tasks that came later, too.
+        later = re.compile(rf"memory\.({'|'.join([*REPLACED, 'attending'])})$|^(config\.evaluation\.)?lookup$")
+        return [_in_new_words(item) for item in value if not (isinstance(item, str) and later.search(item))]
     if not isinstance(value, dict):
         return value
     found = {key: _in_new_words(item) for key, item in value.items()}
+    if "key_value" in found and found.get("lookup") is None:
+        found.pop("lookup", None)
     if "memory_layers" in found:
         given = {key: found.pop(key) for key in REPLACED if key in found}
         if given.get("integration") == "gate":

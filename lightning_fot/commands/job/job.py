@@ -59,6 +59,10 @@ REPORT_COST = 2000.0
 SCHEMA = 1
 
 
+# Tasks that 0.1 did not have: where they are not asked for, what it has measured still holds.
+_LATER_TASKS = ("lookup",)
+
+
 class Job:
     """One run: its settings, its folder, and how far it has come.
 
@@ -262,6 +266,9 @@ class Job:
         # In the words of older versions, so that what they have measured is not measured again.
         model = dict(self.config["model"])
         parts["model"] = {**model, "memory": as_before(model["memory"])}
+        parts["evaluation"] = {
+            name: value for name, value in self.config["evaluation"].items() if name not in _LATER_TASKS or value
+        }
         parts["steps"] = (self.folder.read_training() or {}).get("steps")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
