@@ -46,7 +46,7 @@ def test_other_commands_name_configurations_that_exist():
             read_request("run", words[2:])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_api_in_fifteen_lines_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (shipped,) = blocks("python")

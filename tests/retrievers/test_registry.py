@@ -204,12 +204,14 @@ def test_hanging_class_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         create_retriever("fot_hanging_path.Mine", dim=4)
 
 
+@pytest.mark.slow
 def test_an_entry_point_that_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "fot_mine_odd", PLUGIN)
     (tmp_path / "fot_mine_odd-1.5.dist-info" / "entry_points.txt").write_text("[lightning_fot.retrievers]\nodd = ??\n")
     assert not available_retrievers()["odd"].importable
 
 
+@pytest.mark.slow
 def test_the_command_prints_whatever_a_broken_plugin_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

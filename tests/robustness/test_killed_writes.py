@@ -64,6 +64,7 @@ def test_a_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_a_folder(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     target.mkdir()

@@ -176,6 +176,7 @@ def _found(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())["sweep"]["search"]
 
 
+@pytest.mark.slow
 @needs_optuna
 def test_trials_are_cells_and_a_longer_search_goes_on(tmp_path, keys, capsys):
     folder = tmp_path / "out"
@@ -251,6 +252,7 @@ def test_two_processes_share_the_trials_of_one_folder(tmp_path, keys):
     assert len(_found(folder)["trials"]) == 16
 
 
+@pytest.mark.slow
 @needs_optuna
 def test_two_folders_share_a_storage(tmp_path, keys):
     config = _config(tmp_path, keys, 5, storage=f"sqlite:///{tmp_path / 'all.db'}")

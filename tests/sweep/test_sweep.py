@@ -109,6 +109,7 @@ def test_every_cell_is_measured_against_exact_search_and_only_once(tmp_path, key
     assert "Pareto front" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_query_setting_more_keeps_what_was_measured(tmp_path, keys, capsys):
     folder = tmp_path / "out"
     assert _sweep(_config(tmp_path, keys, "    - {name: hnsw, query: {ef_search: [8]}}\n"), folder, "--json") == 0

@@ -176,6 +176,7 @@ def _kill_and_compare(server: Any, folder: Path, kills: int) -> None:
             assert _same(found[section], expected[section]), section
 
 
+@pytest.mark.slow
 def test_three_kills(server, tmp_path):
     _kill_and_compare(server, tmp_path, kills=3)
 

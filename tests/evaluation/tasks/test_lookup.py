@@ -205,6 +205,7 @@ def test_what_was_asked_is_not_asked_again(lm) -> None:
     assert len(rows) == 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_longer_than_its_positions_the_backbone_is_left_out() -> None:
     backbone = load_backbone("tiny-random-llama")

@@ -76,6 +76,7 @@ def beams_by_hand(lm, prompt, memory, count, steps):
     return beams
 
 
+@pytest.mark.slow
 def test_beams_that_outgrow_the_window_are_those_of_a_search_by_hand():
     rows, steps = [22, 13], 12
     ids, mask = tokens(2, 22, seed=4), torch.ones(2, 22, dtype=torch.int64)
