@@ -52,13 +52,20 @@ class Weights:
         self.seen[layer] = weights[0], rows[0]
 
 
-def places_of(fact: Fact, text: str, tokenizer: Any, window: int, skip: int) -> list[int]:
-    """Numbers in memory of the pairs of the answer's tokens, -1 for those that are not stored."""
+def places_of(fact: Fact, text: str, tokenizer: Any, stored: dict[int, int]) -> list[int]:
+    """Numbers in memory of the pairs of the answer's tokens, -1 for those that are not stored.
+
+    Args:
+        fact: Whose answer.
+        text: What was read.
+        tokenizer: That read it.
+        stored: Numbers of pairs by their token's position in the text.
+    """
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     start = text.index(fact.statement) + len(fact.told)
     stop = start + len(fact.answer)
     tokens = [number for number, (low, high) in enumerate(offsets) if low < stop and high > start]
-    return [token - skip * (token // window + 1) if token % window >= skip else -1 for token in tokens]
+    return [stored.get(token, -1) for token in tokens]
 
 
 class Subject:
@@ -81,9 +88,7 @@ class Subject:
             self.lm = attach_memory(load_backbone(args.backbone), config)
         else:
             changes = {"top_k": args.top_k} if args.top_k else {}
-            self.lm = attach_pretrained(
-                args.backbone, retriever="exact", score_factor=args.score_factor, window=args.window, **changes
-            )
+            self.lm = attach_pretrained(args.backbone, retriever="exact", score_factor=args.score_factor, **changes)
         self.begin = "\n" if args.newline else ""
 
     @torch.no_grad()
@@ -92,6 +97,8 @@ class Subject:
         ids = torch.tensor([ids_of(self.tokenizer, text)])
         if not self.plain:
             self.memory = self.lm.ingest(ids, self.lm.new_memory())
+            _, positions = self.memory.log.locate(0, torch.arange(int(self.memory.lengths[0])))
+            self.stored = {position: number for number, position in enumerate(positions.tolist())}
             return
         from transformers import DynamicCache
 
@@ -132,13 +139,12 @@ class Subject:
 
 def look(subject: Subject, fact: Fact, others: Sequence[Fact], question: str, text: str) -> dict[int, list[float]]:
     """By layer, means over the answer: found by any head, its weight, other facts' answers', the rest's, local."""
-    config = subject.lm.config
-    right = places_of(fact, text, subject.tokenizer, config.window, config.skip_window_start)
+    right = places_of(fact, text, subject.tokenizer, subject.stored)
     wrong = [
         place
         for other in others
         if other is not fact
-        for place in places_of(other, text, subject.tokenizer, config.window, config.skip_window_start)
+        for place in places_of(other, text, subject.tokenizer, subject.stored)
     ]
     asked = ids_of(subject.tokenizer, subject.begin + question)
     wanted = ids_of(subject.tokenizer, fact.answer)
@@ -216,7 +222,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="read everything in the backbone's own context")
     parser.add_argument("--facts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--window", type=int, default=256, help="of an untrained backbone")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--score-factor", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=1)
