@@ -421,8 +421,6 @@ class TokenLog:
             row.texts[slot] = _Text(name, int(document["first"]), _numbers(ids), stored[index][slot])
             if name is not None:
                 row.named[name] = slot
-        # Written while one was being read.
-        log.end_named()
         return log
 
     def __repr__(self) -> str:

@@ -119,7 +119,7 @@ def test_one_text_is_read_by_one_set_of_weights(tmp_path: Path, overlap: int) ->
     model = tiny_llama()
     with attach_memory(model, settings(overlap=overlap)) as lm:
         kept = copy.deepcopy(model.state_dict())
-        memory, windows = lm.new_memory(), []
+        memory, windows = lm.new_memory(), list[int]()
 
         def meanwhile(tokens: int) -> None:
             windows.append(tokens)
