@@ -39,6 +39,7 @@ from lightning_fot.model.passes.crossbatch import CollectPass, CrossbatchPass
 from lightning_fot.model.reading.logits import head_of
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 from lightning_fot.pretrained.delta import write_delta
+from lightning_fot.system.files import writing
 
 BACKBONE = "smollm2-135m"
 MEMORY = MemoryConfig(memory_layers=[17, 18, 20, 21], window=256, top_k=32, skip_window_start=1)
@@ -108,8 +109,9 @@ class Training:
         self.documents = Documents(args.books, args.seed)
         self.lm = attach_memory(load_backbone(args.start), MEMORY)
         self.model = self.lm.model
-        self.before = {name: weight.detach().clone() for name, weight in load_backbone(BACKBONE).named_parameters()}
-        self.held = self._hold()
+        plain = load_backbone(BACKBONE)
+        self.before = {name: weight.detach() for name, weight in plain.named_parameters()}
+        self.held = self._hold(plain)
         self.model.requires_grad_(False)
         self.trained = {
             name: weight
@@ -119,7 +121,7 @@ class Training:
         for weight in self.trained.values():
             weight.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.kept: deque[Pairs] = deque(maxlen=args.kept or None)
+        self.kept: deque[Pairs] = deque(maxlen=args.kept)
         self.step = 0
         if self.saved.is_file():
             state = torch.load(self.saved, weights_only=True)
@@ -133,10 +135,9 @@ class Training:
         return self.out / "last.pt"
 
     @torch.no_grad()
-    def _hold(self) -> list[tuple[Tensor, Tensor]]:
+    def _hold(self, plain: Any) -> list[tuple[Tensor, Tensor]]:
         """Windows of text (W,), and the backbone's logits there (W, V) float16."""
         draw = random.Random(self.args.seed)
-        plain = load_backbone(BACKBONE)
         held = []
         for number in range(self.args.held_windows):
             text = self.documents.books if number % 2 else self.documents.code
@@ -154,8 +155,7 @@ class Training:
         for layer, (key, value) in collected.pairs.items():
             keys = torch.cat([key, *(one[layer][0] for one in old)])
             pairs[layer] = keys, torch.cat([value, *(one[layer][1] for one in old)])
-        if self.args.kept:
-            self.kept.append({layer: (k.detach(), v.detach()) for layer, (k, v) in collected.pairs.items()})
+        self.kept.append({layer: (k.detach(), v.detach()) for layer, (k, v) in collected.pairs.items()})
         return pairs, ROWS * (1 + len(old))
 
     def advance(self) -> dict[str, Any]:
@@ -198,9 +198,8 @@ class Training:
     def save(self) -> None:
         """Replaces ``last.pt`` whole."""
         weights = {name: weight.detach() for name, weight in self.trained.items()}
-        part = self.saved.with_suffix(".part")
-        torch.save({"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}, part)
-        part.replace(self.saved)
+        with writing(self.saved) as fresh:
+            torch.save({"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}, fresh)
 
     def write(self) -> Path:
         """The delta against the backbone, in bfloat16."""

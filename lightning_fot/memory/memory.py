@@ -6,7 +6,7 @@ A memory is a value: :meth:`Memory.snapshot` costs nothing and neither copy sees
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -55,7 +55,8 @@ class Memory:
     """The external memory of an attached model: pairs of every memory layer, row by row.
 
     Whatever changes it changes all of it or, where an error ends it, nothing. Threads may share it: each change is seen
-    whole or not at all, and :attr:`turn` is held by calls that read a text into it.
+    whole or not at all, and :attr:`turn` is held by calls that read a text into it, so that whoever wants to change it
+    otherwise waits until they have.
 
     Args:
         shape: Layers, heads, sizes and dtype of the model it belongs to.
@@ -90,7 +91,8 @@ class Memory:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
         self._lock = RLock()
         self.turn = RLock()
-        """Held while a text is read into the memory: texts are read one after the other."""
+        """Held while a text is read into the memory, and by all that changes it: one after the other."""
+        self._reading: list[Sequence[str | None]] = []
         self.shape = shape
         self.batch_size = batch_size
         self.retriever = retriever
@@ -157,7 +159,8 @@ class Memory:
         Args:
             log: The log is changed otherwise than by what is added to it.
         """
-        with self._lock, ExitStack() as back:
+        # Who reads a text may give a copy back in the end: what another thread changed meanwhile would come back.
+        with self.turn, self._lock, ExitStack() as back:
             forgotten, saved = self.forgotten, self.saved
             before = self.log.fork() if log else None
             undo = self.log.mark()
@@ -174,6 +177,28 @@ class Memory:
                 raise
             back.pop_all()
 
+    @contextmanager
+    def reading(self, names: Sequence[str | None] | None) -> Iterator[None]:
+        """Inside the block a text is read, and it is this thread's turn.
+
+        Args:
+            names: Its documents, one a row; None means of no name, which goes on with what had none.
+        """
+        with self.turn:
+            with self._lock:
+                if names is None:
+                    self.log.end_named()
+                else:
+                    self.log.begin(names)
+                    self._reading.append(names)
+            try:
+                yield
+            finally:
+                if names is not None:
+                    with self._lock:
+                        self._reading.remove(names)
+                        self.log.end()
+
     @lasting
     def append(self, pairs: Pairs, lengths: Tensor | None = None, read: TokensRead | None = None) -> None:
         """Stores the pairs of all memory layers, or of none where something is wrong.
@@ -184,10 +209,12 @@ class Memory:
             read: The tokens of this step, of which the pairs are a part; None: unknown ones.
 
         Raises:
-            SettingError: A memory layer's pairs are missing, misshapen or not finite, or the disk is full.
+            SettingError: A memory layer's pairs are missing, misshapen or not finite, the disk is full, or the model's
+                weights are not those that made the memory.
         """
         began = perf_counter()
         counts = self._checked(pairs, lengths)
+        self._refuse_other_maker()
         full = self.capacity is not None and bool((self.lengths + counts > self.capacity).any())
         with self._whole(log=full):
             coded = self._coded
@@ -248,6 +275,12 @@ class Memory:
                     "Check the model's activations and its dtype.",
                 )  # fmt: skip
 
+    def _refuse_other_maker(self) -> None:
+        """Tokens of one text are read by what the memory says has read it."""
+        refuse_changed = getattr(self.fingerprint, "refuse_changed", None)
+        if refuse_changed is not None:
+            refuse_changed()
+
     def _drop_oldest(self) -> None:
         if self.capacity is None or not self.layers:
             return
@@ -274,7 +307,7 @@ class Memory:
             Pairs that went, of each layer and KV head.
 
         Raises:
-            SettingError: No row holds a document of that name.
+            SettingError: No row holds a document of that name, or it is just being read.
         """
         with self._whole(log=True):
             found = self.log.find(document)
@@ -283,12 +316,15 @@ class Memory:
                 raise SettingError(
                     "document", document, "is not in this memory", f"It holds: {', '.join(names) or 'none'}."
                 )
+            if any(document in names for names in self._reading):
+                raise SettingError(
+                    "document", document, "is being read into this memory", "Forget it when it has been read."
+                )
             masks = [torch.ones(length, dtype=torch.bool) for length in self.lengths.tolist()]
             for known in found:
                 masks[known.row][self.log.rows_of(known.number)] = False
             for layer in self.layers.values():
                 layer.keep(masks)
-            self.log.end()
             self.log.keep(masks)
             # Too short to have stored anything, it is known to the log alone.
             self.log.drop(document)
@@ -302,6 +338,7 @@ class Memory:
             layers = {number: layer.snapshot() for number, layer in self.layers.items()}
             other = self._with(layers, self.log.fork(), self.batch_size)
             other.forgotten, other.saved = self.forgotten, dict(self.saved)
+        other.log.end_named()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
@@ -309,7 +346,7 @@ class Memory:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            state = {**self.__dict__, "saved": {}}
+            state = {**self.__dict__, "saved": {}, "_reading": []}
         del state["_lock"], state["turn"]
         return state
 
@@ -329,6 +366,7 @@ class Memory:
             layers = {number: layer.select_rows(index) for number, layer in self.layers.items()}
             other = self._with(layers, self.log.select_rows(rows), len(index))
             other.forgotten = self.forgotten[index]
+        other.log.end_named()
         return other
 
     def _with(self, layers: dict[int, MemoryLayer], log: TokenLog, rows: int) -> Memory:

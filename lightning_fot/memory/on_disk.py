@@ -220,6 +220,8 @@ def _load(
     try:
         log = _read_checked(source, index["log"], folder)
         memory.log = TokenLog.restore(log, index["documents"])
+        # It may have been written while one was being read.
+        memory.log.end_named()
         for shard in index["pairs"]:
             tensors = _read_checked(source, shard, folder)
             for number, layer in memory.layers.items():

@@ -26,11 +26,14 @@ class TokensRead:
         ids: (B, n) int64.
         valid: (B, n) bool, False for padding.
         stored: (B, n) bool, a part of ``valid``: pair i of row b is the i-th True of ``stored[b]``.
+        names: Documents that the rows' tokens belong to, whatever else was begun meanwhile. None, in place of all or of
+            one, goes on with what the row has begun.
     """
 
     ids: Tensor
     valid: Tensor
     stored: Tensor
+    names: Sequence[str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -236,8 +239,17 @@ class TokenLog:
         for row in self._rows:
             row.current = None
 
+    def end_named(self) -> None:
+        """The next tokens belong to no named document: who reads one says so."""
+        for row in self._rows:
+            if row.current is not None and row.texts[row.current].name is not None:
+                row.current = None
+
     def extend(self, read: TokensRead) -> None:
         """Logs tokens to the current document of each row; an unnamed one is begun where there is none."""
+        for row, name in zip(self._rows, read.names or (), strict=read.names is not None):
+            if name is not None:
+                row.begin(name)
         ids, valid, stored = read.ids.cpu(), read.valid.cpu(), read.stored.cpu()
         self.seen += valid.sum(1)
         for row, row_ids, row_valid, row_stored in zip(self._rows, ids, valid, stored, strict=True):

@@ -210,7 +210,7 @@ class MemoryLM:
             memory = memory.snapshot()
         else:
             self._identity.now().digest()
-        with memory.turn:
+        with memory.reading(None):
             return self._read(ids, memory, lengths, places, labels, logits_to_keep)
 
     def _read(
@@ -263,19 +263,10 @@ class MemoryLM:
             names = [document] * len(ids) if isinstance(document, str) else list(document)
             if len(names) != len(ids):
                 raise SettingError("document", names, f"is not {len(ids)} names", "Give one a row, or one for all.")
-        with memory.turn:
-            if names is not None:
-                memory.log.begin(names)
-            try:
-                with _reporter(progress, ids.numel()) as report:
-                    parts = read_windows(
-                        self.attachment, ids, memory, lengths, places is not None, ids.shape[1], report
-                    )
-                    for _ in parts:
-                        pass
-            finally:
-                if names is not None:
-                    memory.log.end()
+        with memory.reading(names), _reporter(progress, ids.numel()) as report:
+            ragged = places is not None
+            for _ in read_windows(self.attachment, ids, memory, lengths, ragged, ids.shape[1], report, names):
+                pass
         return memory
 
     @torch.no_grad()

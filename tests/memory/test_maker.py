@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from lightning_fot import attach_memory
 from lightning_fot.errors import SettingError
@@ -110,6 +111,45 @@ def test_a_memory_of_another_attachment_is_refused_by_what_differs(change: Calla
     change(other)
     with attach_memory(tiny_llama(), settings()) as first, attach_memory(other, settings()) as second:
         refuses(second, first.ingest(IDS, first.new_memory()))
+
+
+@pytest.mark.parametrize("overlap", [0, 4])
+def test_one_text_is_read_by_one_set_of_weights(tmp_path: Path, overlap: int) -> None:
+    """Changed between two windows, the rest of the text is refused; what was read before is what it was."""
+    model = tiny_llama()
+    with attach_memory(model, settings(overlap=overlap)) as lm:
+        kept = copy.deepcopy(model.state_dict())
+        memory, windows = lm.new_memory(), list[int]()
+
+        def meanwhile(tokens: int) -> None:
+            windows.append(tokens)
+            if len(windows) == 3:
+                one_number(model)
+
+        with pytest.raises(SettingError, match="changed while it was read"):
+            lm.ingest(IDS, memory, progress=meanwhile)
+        with pytest.raises(SettingError, match="changed while it was read"):
+            lm.generate(QUESTION, _from(lm, QUESTION), max_new_tokens=60, stopping_criteria=[Changes(model)])
+        memory.save(tmp_path)
+        model.load_state_dict(kept)
+        read = lm.load_memory(tmp_path).layers[3].keys
+        assert read.shape[2]
+        torch.testing.assert_close(read, keys_of(lm)[:, :, : read.shape[2]])
+
+
+class Changes(StoppingCriteria):
+    """Changes a weight while tokens are generated."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        one_number(self.model)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def _from(lm: MemoryLM, ids: torch.Tensor) -> Any:
+    return lm.ingest(ids, lm.new_memory())
 
 
 def test_weights_that_are_put_back_make_the_memory_right_again() -> None:

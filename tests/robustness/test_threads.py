@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lightning_fot import attach_memory
 from lightning_fot.config import RopeSettings
+from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.stretch import stretch_positions
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.retrievers import create_retriever
@@ -148,6 +151,81 @@ def test_a_memory_is_asked_while_others_read_into_it(dtype: str | None) -> None:
             lm.ingest(DOCUMENTS[1], again)
         if dtype is None:
             assert equal(pairs(again), pairs(memory))
+
+
+@pytest.mark.parametrize("overlap", [0, 4])
+def test_what_is_forgotten_meanwhile_does_not_come_back(overlap: int) -> None:
+    """Who forgets while another thread generates into a memory waits, and the rest is what it would be afterwards."""
+    with attach_memory(tiny_llama(), settings(overlap=overlap)) as lm:
+        memory = lm.ingest(DOCUMENTS[0], lm.new_memory(), document="secret")
+        lm.ingest(DOCUMENTS[1], memory, document="kept")
+        forgetting = threading.Thread(target=lambda: memory.forget("secret"))
+
+        class Meanwhile(StoppingCriteria):
+            def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                if not forgetting.ident:
+                    forgetting.start()
+                return torch.zeros(len(ids), dtype=torch.bool)
+
+        given = {"max_new_tokens": 20, "do_sample": False, "update_memory": True}
+        lm.generate(QUESTIONS[1], memory, stopping_criteria=StoppingCriteriaList([Meanwhile()]), **given)
+        forgetting.join()
+        assert [known.name for known in memory.documents] == ["kept", None]
+        assert len(memory) == DOCUMENTS[1].shape[1] + QUESTIONS[1].shape[1] + 20
+
+
+@pytest.mark.parametrize("overlap", [0, 4])
+@pytest.mark.parametrize("change", ["forget", "read", "reset", "ask"])
+def test_a_text_keeps_its_name_whatever_is_done_between_two_windows(change: str, overlap: int) -> None:
+    with attach_memory(tiny_llama(), settings(overlap=overlap)) as lm:
+        memory = lm.ingest(DOCUMENTS[0], lm.new_memory(), document="other")
+        windows: list[int] = []
+        does: dict[str, Callable[[], Any]] = {
+            "forget": lambda: memory.forget("other"),
+            "read": lambda: lm.ingest(DOCUMENTS[0], memory, document="third"),
+            "reset": memory.reset,
+            "ask": lambda: lm(QUESTIONS[0], memory=memory, update_memory=True),
+        }
+
+        def meanwhile(tokens: int) -> None:
+            windows.append(tokens)
+            if len(windows) == 2:
+                # The log of a copy does not go on with what is being read here.
+                alone = lm.ingest(QUESTIONS[0], memory.snapshot()).documents
+                assert [known.tokens for known in alone if known.name is None] == [QUESTIONS[0].shape[1]]
+                does[change]()
+
+        lm.ingest(DOCUMENTS[1], memory, document="read", progress=meanwhile)
+        stored = {known.name: known.stored for known in memory.documents}
+        gone = {"forget": {"other"}, "reset": {"other"}}.get(change, set())
+        assert set(stored) - {None} == {"other", "read", *({"third"} if change == "read" else ())} - gone
+        if change in ("forget", "read"):
+            assert stored["read"] == DOCUMENTS[1].shape[1]
+        assert (None in stored) == (change == "ask")
+
+
+def test_a_text_that_is_being_read_is_not_forgotten_by_halves() -> None:
+    with attach_memory(tiny_llama(), settings()) as lm:
+        memory = lm.new_memory()
+
+        def meanwhile(tokens: int) -> None:
+            with pytest.raises(SettingError, match="is being read"):
+                memory.forget("read")
+
+        lm.ingest(DOCUMENTS[1], memory, document="read", progress=meanwhile)
+        assert memory.forget("read") == DOCUMENTS[1].shape[1]
+
+
+def test_a_memory_that_is_saved_between_two_windows_does_not_go_on_with_their_text(tmp_path: Path) -> None:
+    with attach_memory(tiny_llama(), settings()) as lm:
+        memory = lm.new_memory()
+        lm.ingest(DOCUMENTS[1], memory, document="read", progress=lambda tokens: memory.save(tmp_path))
+        again = lm.load_memory(tmp_path)
+        lm.ingest(QUESTIONS[0], again)
+        assert [(known.name, known.tokens) for known in again.documents] == [
+            ("read", DOCUMENTS[1].shape[1]),
+            (None, QUESTIONS[0].shape[1]),
+        ]
 
 
 def test_forks_of_one_memory_go_on_apart() -> None:

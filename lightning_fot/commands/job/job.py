@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
 from lightning_fot.commands.job.parsing import JobCLI, parse, quiet
-from lightning_fot.config.attending.renamed import as_before
+from lightning_fot.config.attending.renamed import as_before, tasks_as_before
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.measures.passkey import passkey_examples
@@ -57,10 +57,6 @@ REPORT_PHASE = "report"
 DOCUMENTS_COST = 3000.0
 REPORT_COST = 2000.0
 SCHEMA = 1
-
-
-# Tasks that 0.1 did not have: where they are not asked for, what it has measured still holds.
-_LATER_TASKS = ("lookup",)
 
 
 class Job:
@@ -266,9 +262,7 @@ class Job:
         # In the words of older versions, so that what they have measured is not measured again.
         model = dict(self.config["model"])
         parts["model"] = {**model, "memory": as_before(model["memory"])}
-        parts["evaluation"] = {
-            name: value for name, value in self.config["evaluation"].items() if name not in _LATER_TASKS or value
-        }
+        parts["evaluation"] = tasks_as_before(self.config["evaluation"])
         parts["steps"] = (self.folder.read_training() or {}).get("steps")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Settings that ``model.memory.attending`` has replaced: they keep working, and say so.
 
 ``integration``, ``max_distance``, ``segments`` and ``dilations`` of ``model.memory``, and ``previous_window`` as a
-``model.crossbatch.layout``.
+``model.crossbatch.layout``. Also how settings were written before, by which results of older versions are found.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _OLD: dict[str, dict[str, Any]] = {
 # Arguments of ``MemoryConfig`` that are not kept, in their order there.
 OLD_KEYS = ("integration", "max_distance", "segments", "dilations")
 _LAYOUT = "previous_window"
+# Tasks of an evaluation that version 0.1 did not have.
+_LATER_TASKS = ("lookup",)
 
 
 def in_new_words(attending: str | dict[str, Any] | None, old: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -70,6 +72,16 @@ def current(memory: Mapping[str, Any]) -> dict[str, Any]:
     if len(kept) < len(memory):
         kept["attending"] = in_new_words(memory.get("attending"), {key: memory.get(key) for key in OLD_KEYS})
     return kept
+
+
+def tasks_as_before(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation as version 0.1 wrote them, where no task is asked for that it did not have.
+
+    Example:
+        >>> tasks_as_before({"passkey_tokens": None, "lookup": None})
+        {'passkey_tokens': None}
+    """
+    return {name: value for name, value in evaluation.items() if name not in _LATER_TASKS or value}
 
 
 def as_before(memory: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+
+from lightning_fot.config.sources import FactsSettings, PasskeySettings, RecallSettings
 from lightning_fot.data.rows.plan import Stream, Supply
-from lightning_fot.data.rows.sequences import TokenSequence
+from lightning_fot.data.rows.sequences import MadeSequence, Mask, TokenSequence
 from lightning_fot.data.text.documents import Document
+from lightning_fot.data.text.token_cache import Ids
 from lightning_fot.errors import SettingError
 
 # What a source without end holds out.
@@ -69,6 +75,52 @@ class MixtureSource(ABC):
     @abstractmethod
     def mark(self) -> object:
         """What decides its documents; equal marks mean equal documents."""
+
+
+SettingsT = TypeVar("SettingsT", bound=PasskeySettings | FactsSettings | RecallSettings)
+
+
+class MadeSource(MixtureSource, Generic[SettingsT]):
+    """Documents made for a task, without end; document i is a function of the seeds and i.
+
+    Args:
+        settings: What they are like.
+        tokenizer: A Hugging Face tokenizer.
+        seed: The data module's.
+    """
+
+    made = True
+
+    def __init__(self, settings: SettingsT, tokenizer: Any, seed: int) -> None:
+        super().__init__(settings.setting, settings.weight)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._seed = seed
+
+    def documents(self, number: int) -> Iterator[TokenSequence]:
+        """All of them: there is one pass."""
+        return (self._document(index, heldout=False) for index in itertools.count())
+
+    def heldout(self) -> Iterator[TokenSequence]:
+        """Some that are drawn apart."""
+        return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
+
+    @property
+    def mark(self) -> object:
+        """Its settings."""
+        return repr(self._settings), self._seed
+
+    def _draw(self, *numbers: int) -> int:
+        """A number that tells apart all that a run can draw."""
+        state = np.random.SeedSequence([self._seed, self._settings.seed, *numbers]).generate_state(1, np.uint64)
+        return int(state[0])
+
+    def _document(self, index: int, heldout: bool) -> TokenSequence:
+        return MadeSequence(self._settings.tokens, lambda: self._make(index, heldout))
+
+    @abstractmethod
+    def _make(self, index: int, heldout: bool) -> tuple[Ids, Mask]:
+        """Ids int32 (tokens,) of document ``index``, and which of them the loss counts, bool (tokens,)."""
 
 
 class Mixture(Supply):

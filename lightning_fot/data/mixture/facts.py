@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lightning_fot.config.sources import FactsSettings, RecallSettings
-from lightning_fot.data.mixture.base import HELDOUT_DOCUMENTS, MixtureSource
+from lightning_fot.data.mixture.base import MadeSource, SettingsT
 from lightning_fot.data.mixture.fact_templates import RELATIONS, Relation, with_name
 from lightning_fot.data.mixture.passkey import continuation
-from lightning_fot.data.rows.sequences import MadeSequence, Mask, Specials, TokenSequence
+from lightning_fot.data.rows.sequences import Mask, Specials
 from lightning_fot.data.text.readers import find_documents
 from lightning_fot.data.text.token_cache import Ids
 from lightning_fot.data.text.tokens import TextEncoder
@@ -213,40 +213,20 @@ def recall_document(
     return np.asarray(ids, np.int32), np.asarray(targets, np.bool_)
 
 
-class _Made(MixtureSource):
-    """Documents without end; document i is a function of the seeds and i."""
+class _InRealText(MadeSource[SettingsT]):
+    """Made documents of real text."""
 
-    made = True
-
-    def __init__(self, settings: FactsSettings | RecallSettings, encoder: TextEncoder, seed: int) -> None:
-        super().__init__(settings.setting, settings.weight)
-        self._tokenizer = encoder.tokenizer
-        self._seed = seed
-        self._own = settings
-        self.text = RealText(settings.paths, encoder, f"{settings.setting}.paths", 2 * settings.tokens)
-
-    def documents(self, number: int) -> Iterator[TokenSequence]:
-        """All of them: there is one pass."""
-        return (self._document(index, heldout=False) for index in itertools.count())
-
-    def heldout(self) -> Iterator[TokenSequence]:
-        """Some that are drawn apart, of the same words and text."""
-        return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
+    def __init__(self, settings: SettingsT, encoder: TextEncoder, seed: int, paths: list[str] | None) -> None:
+        super().__init__(settings, encoder.tokenizer, seed)
+        self.text = RealText(paths, encoder, f"{settings.setting}.paths", 2 * settings.tokens)
 
     @property
     def mark(self) -> object:
         """Its settings, and how much text there is."""
-        return repr(self._own), self._seed, len(self.text.ids)
-
-    def _draw(self, *numbers: int) -> int:
-        state = np.random.SeedSequence([self._seed, self._own.seed, *numbers]).generate_state(1, np.uint64)
-        return int(state[0])
-
-    def _document(self, index: int, heldout: bool) -> TokenSequence:
-        raise NotImplementedError
+        return repr(self._settings), self._seed, len(self.text.ids)
 
 
-class FactsSource(_Made):
+class FactsSource(_InRealText[FactsSettings]):
     """Documents of facts; see :func:`facts_document`.
 
     Args:
@@ -259,8 +239,7 @@ class FactsSource(_Made):
     """
 
     def __init__(self, settings: FactsSettings, encoder: TextEncoder, seed: int) -> None:
-        super().__init__(settings, encoder, seed)
-        self._settings = settings
+        super().__init__(settings, encoder, seed, settings.paths)
         self._group: tuple[tuple[bool, int], list[list[Fact]]] | None = None
 
     def _facts(self, index: int, heldout: bool) -> list[Fact]:
@@ -278,24 +257,20 @@ class FactsSource(_Made):
             self._group = (heldout, group), drawn
         return self._group[1][index % settings.together]
 
-    def _document(self, index: int, heldout: bool) -> TokenSequence:
+    def _make(self, index: int, heldout: bool) -> tuple[Ids, Mask]:
         settings = self._settings
-
-        def make() -> tuple[Ids, Mask]:
-            return facts_document(
-                self._facts(index, heldout),
-                self.text,
-                self._tokenizer,
-                settings.tokens,
-                settings.ask_tokens,
-                settings.other_words,
-                self._draw(int(heldout), index, 2),
-            )
-
-        return MadeSequence(settings.tokens, make)
+        return facts_document(
+            self._facts(index, heldout),
+            self.text,
+            self._tokenizer,
+            settings.tokens,
+            settings.ask_tokens,
+            settings.other_words,
+            self._draw(int(heldout), index, 2),
+        )
 
 
-class RecallSource(_Made):
+class RecallSource(_InRealText[RecallSettings]):
     """Documents of text that is quoted again; see :func:`recall_document`.
 
     Args:
@@ -308,22 +283,16 @@ class RecallSource(_Made):
     """
 
     def __init__(self, settings: RecallSettings, encoder: TextEncoder, seed: int) -> None:
-        super().__init__(settings, encoder, seed)
-        self._settings = settings
+        super().__init__(settings, encoder, seed, settings.paths)
 
-    def _document(self, index: int, heldout: bool) -> TokenSequence:
+    def _make(self, index: int, heldout: bool) -> tuple[Ids, Mask]:
         settings = self._settings
-
-        def make() -> tuple[Ids, Mask]:
-            seed = self._draw(int(heldout), index)
-            return recall_document(
-                self.text,
-                self._tokenizer,
-                settings.tokens,
-                settings.ask_tokens,
-                settings.quote_tokens,
-                seed,
-                settings.whole,
-            )
-
-        return MadeSequence(settings.tokens, make)
+        return recall_document(
+            self.text,
+            self._tokenizer,
+            settings.tokens,
+            settings.ask_tokens,
+            settings.quote_tokens,
+            self._draw(int(heldout), index),
+            settings.whole,
+        )

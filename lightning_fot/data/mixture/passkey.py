@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lightning_fot.config.sources import PasskeySettings
-from lightning_fot.data.mixture.base import HELDOUT_DOCUMENTS, MixtureSource
-from lightning_fot.data.rows.sequences import MadeSequence, Mask, TokenSequence
+from lightning_fot.data.mixture.base import MadeSource
+from lightning_fot.data.rows.sequences import Mask
 from lightning_fot.data.text.token_cache import Ids
 from lightning_fot.errors import SettingError
 
@@ -124,7 +123,7 @@ def passkey_document(
     return ids, targets
 
 
-class PasskeySource(MixtureSource):
+class PasskeySource(MadeSource[PasskeySettings]):
     """Passkey documents without end; document i is a function of the seeds and i.
 
     Args:
@@ -136,38 +135,16 @@ class PasskeySource(MixtureSource):
         SettingError: ``tokens`` is too few for a document without any filler.
     """
 
-    made = True
-
     def __init__(self, settings: PasskeySettings, tokenizer: Any, seed: int) -> None:
-        super().__init__(settings.setting, settings.weight)
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._seed = seed
+        super().__init__(settings, tokenizer, seed)
         for document in self.heldout():
             document.read(0, 1)  # numbers of up to five digits: too few tokens are found now
 
-    def documents(self, number: int) -> Iterator[TokenSequence]:
-        """All of them: there is one pass."""
-        return (self._document(index, heldout=False) for index in itertools.count())
-
-    def heldout(self) -> Iterator[TokenSequence]:
-        """Some that are drawn apart."""
-        return (self._document(index, heldout=True) for index in range(HELDOUT_DOCUMENTS))
-
-    @property
-    def mark(self) -> object:
-        """Its settings."""
-        return repr(self._settings), self._seed
-
-    def _document(self, index: int, heldout: bool) -> TokenSequence:
+    def _make(self, index: int, heldout: bool) -> tuple[Ids, Mask]:
         settings = self._settings
-        # One number of the four, which tells apart all that a run can draw.
-        draw = np.random.SeedSequence([self._seed, settings.seed, int(heldout), index]).generate_state(1, np.uint64)
-        return MadeSequence(
-            settings.tokens,
-            lambda: passkey_document(
-                self._tokenizer, settings.tokens, int(draw[0]), settings.answer_only, f"{settings.setting}.tokens"
-            ),
+        draw = self._draw(int(heldout), index)
+        return passkey_document(
+            self._tokenizer, settings.tokens, draw, settings.answer_only, f"{settings.setting}.tokens"
         )
 
 

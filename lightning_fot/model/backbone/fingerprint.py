@@ -87,6 +87,20 @@ class Maker:
         if self._digest is None:
             self._digest = self.identity.digest(self._marks)
 
+    def refuse_changed(self) -> None:
+        """Refuses pairs that other weights may have made, or adapters that are at work only now.
+
+        Raises:
+            SettingError: The weights are not what they were.
+        """
+        if not self.identity.bears(self._marks):
+            raise SettingError(
+                "memory",
+                "pairs of this text",
+                "the model's weights or adapters have changed while it was read",
+                "Forget what was read of it, and read it again with one set of weights.",
+            )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Elsewhere there is no such model: what it was called remains.
         return _Made, (self(),)
@@ -115,19 +129,28 @@ class Identity:
         self._known: dict[str, tuple[tuple[Any, ...], Tensor, bytes]] = {}
         self._newest: tuple[_Marks, Fingerprint, Maker] | None = None
         self._watch: Watch | None = None
+        self._watched: _Marks | None = None
 
     def now(self) -> Maker:
         """Who makes pairs now: the same as before unless something tells that weights or settings have changed."""
         settings = self._settings()
         with self._lock:
-            marks = None if self._newest is None else self._newest[0]
-            if marks is None or self._watch is None or not self._watch.same():
-                # Before the look: what changes in between is told next time.
-                self._watch = _watch(self.attached)
-                marks = self._look()[1]
+            marks = self._marks()
             if self._newest is None or not (self._newest[0].same(marks) and self._newest[1] == settings):
                 self._newest = marks, settings, Maker(self, marks, settings)
             return self._newest[2]
+
+    def bears(self, marks: _Marks) -> bool:
+        """Whether the weights bear these marks now."""
+        with self._lock:
+            return self._marks().same(marks)
+
+    def _marks(self) -> _Marks:
+        if self._watched is None or self._watch is None or not self._watch.same():
+            # Before the look: what changes in between is told next time.
+            self._watch = _watch(self.attached)
+            self._watched = self._look()[1]
+        return self._watched
 
     def rest(self) -> None:
         """Keeps no weights in memory that the model has let go."""

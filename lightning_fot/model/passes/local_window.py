@@ -10,7 +10,7 @@ has padding in front, and moves its window when it is full itself, as it would a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +69,8 @@ class MemoryCache(Cache, Pass):
         self.recorder = recorder
         self.ends: Tensor | None = None
         """(B,) int64 on the CPU: column at which the tokens of each row end; what follows is padding."""
+        self.names: Sequence[str | None] | None = None
+        """Documents that the rows belong to, where they have any."""
         self.before_first: Callable[[int], None] | None = None
         """Called once with the number of rows, before the first forward."""
         self.widths = [0] * memory.batch_size
@@ -367,7 +369,7 @@ class MemoryCache(Cache, Pass):
             keys, values = self.local_layers[index].taken(order)
             pairs[index] = (self._zero[index](keys), values)
         columns = leaving.any(0).nonzero()[:, 0]
-        read = TokensRead(self._ids[:, columns], leaving[:, columns], stored[:, columns])
+        read = TokensRead(self._ids[:, columns], leaving[:, columns], stored[:, columns], self.names)
         self.memory.append(pairs, counts, read)
         self._diverged |= bool(leaving[:, self._common :].any())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ def read_windows(
     ragged: bool,
     keep_from: int,
     report: Callable[[int], None] = lambda tokens: None,
+    names: Sequence[str | None] | None = None,
 ) -> Iterator[Tensor]:
     """Reads rows into a memory, as the settings have it: window by window, or as the way of attending does.
 
@@ -37,6 +38,7 @@ def read_windows(
         keep_from: Logits are wanted of the tokens from this place on; with T of none, and nothing above the last
             memory layer is computed.
         report: Told the tokens of each window.
+        names: Documents that the rows belong to, where they have any.
 
     Yields:
         Logits (B, n, vocabulary) of the next tokens that are wanted.
@@ -51,7 +53,7 @@ def read_windows(
         return
     if attached.config.overlap or attached.config.sink_tokens:
         cache = attached.new_cache(memory, attached.config, attached.recorder)
-        cache.ends = lengths
+        cache.ends, cache.names = lengths, names
         while cache.seen < length:
             start, stop = cache.seen, min(length, cache.seen + cache.room)
             logits = forward_cached(attached.model, ids[:, start:stop], cache, stop - max(start, keep_from))
@@ -65,14 +67,19 @@ def read_windows(
         part = ids[:, start : start + attached.config.window]
         counts = (lengths - start).clamp(0, part.shape[1]) if ragged else None
         wanted = min(part.shape[1], start + part.shape[1] - keep_from)
-        logits = _read_window(attached, part, memory, counts, max(0, wanted))
+        logits = _read_window(attached, part, memory, counts, max(0, wanted), names)
         if logits is not None:
             yield logits
         report(part.numel())
 
 
 def _read_window(
-    attached: Attachment, ids: Tensor, memory: Memory, counts: Tensor | None, logits_to_keep: int
+    attached: Attachment,
+    ids: Tensor,
+    memory: Memory,
+    counts: Tensor | None,
+    logits_to_keep: int,
+    names: Sequence[str | None] | None,
 ) -> Tensor | None:
     """One window beside the memory, then into it. Logits (B, logits_to_keep, V); None for 0."""
     if not attached.memory_layers and logits_to_keep == 0:
@@ -87,5 +94,5 @@ def _read_window(
     skip = min(attached.config.skip_window_start, ids.shape[1])
     pairs = {layer: (keys[:, :, skip:], values[:, :, skip:]) for layer, (keys, values) in current.pairs.items()}
     stored = None if counts is None else (counts - skip).clamp_min(0)
-    memory.append(pairs, stored, TokensRead(ids, valid, valid & (places >= skip)))
+    memory.append(pairs, stored, TokensRead(ids, valid, valid & (places >= skip), names))
     return logits
