@@ -335,6 +335,7 @@ class FactsSettings(MadeOfTextSettings):
             the names tell facts apart.
         other_words: Share of the questions that are asked in other words than the fact was told in.
         together: Documents in a row that share relations and have no name in common: those of a batch.
+        chat: Share of the documents in which a user asks an assistant, in the tokenizer's chat template.
     """
 
     kind = "facts"
@@ -343,13 +344,15 @@ class FactsSettings(MadeOfTextSettings):
     relations: list[int] = dataclasses.field(default_factory=lambda: [1, 4])
     other_words: float = 0.5
     together: int = 8
+    chat: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_whole(1, "grow_documents", "together")
-        self._check_numbers(0.0, "other_words")
-        if self.other_words > 1:
-            raise self.error("other_words", "must be a share from 0 to 1", "Try 0.5.")
+        self._check_numbers(0.0, "other_words", "chat")
+        for name in ("other_words", "chat"):
+            if getattr(self, name) > 1:
+                raise self.error(name, "must be a share from 0 to 1", "Try 0.5.")
         self._check_pair("facts", [self.facts, self.facts] if isinstance(self.facts, int) else self.facts)
         self._check_pair("relations", self.relations)
         if self.relations[0] > self.relations[1]:

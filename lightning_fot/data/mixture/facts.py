@@ -19,6 +19,7 @@ import numpy as np
 
 from lightning_fot.config.sources import FactsSettings, RecallSettings
 from lightning_fot.data.mixture.base import MadeSource, SettingsT
+from lightning_fot.data.mixture.dialogues import dialogue, question_of
 from lightning_fot.data.mixture.fact_templates import RELATIONS, Relation, with_name
 from lightning_fot.data.mixture.passkey import continuation
 from lightning_fot.data.rows.sequences import Mask, Specials
@@ -124,7 +125,14 @@ class RealText:
 
 
 def facts_document(
-    facts: Sequence[Fact], text: RealText, tokenizer: Any, n_tokens: int, ask_tokens: int, other: float, seed: int
+    facts: Sequence[Fact],
+    text: RealText,
+    tokenizer: Any,
+    n_tokens: int,
+    ask_tokens: int,
+    other: float,
+    seed: int,
+    chat: bool = False,
 ) -> tuple[Ids, Mask]:
     """One document: facts between stretches of text, then questions about as many of them as there is room for.
 
@@ -136,9 +144,14 @@ def facts_document(
         ask_tokens: Of these, tokens of questions at its end.
         other: Share of the questions that are asked in other words.
         seed: Of order and stretches.
+        chat: Whether a user asks an assistant, in the tokenizer's chat template and in other words; facts that are
+            asked for by no question are left out.
 
     Returns:
         Ids int32 (n_tokens,), and which of them the loss counts, bool (n_tokens,): values, and what ends them.
+
+    Raises:
+        SettingError: ``chat`` and a tokenizer whose template cannot be used.
     """
     draw = random.Random(seed)
     specials = Specials.of(tokenizer)
@@ -154,7 +167,14 @@ def facts_document(
         sentences.append(sentence)
     ids = start + _between(sentences, text, room - sum(map(len, sentences)), draw)
     targets = [False] * len(ids)
-    for fact in draw.sample(told, len(told)):
+    order = draw.sample(told, len(told))
+    if chat:
+        pairs = [pair for pair in map(question_of, order) if pair is not None]
+        said, counted = dialogue(pairs, tokenizer, n_tokens - len(ids), "chat")
+        ids += said
+        targets += counted
+        order = []
+    for fact in order:
         separator = draw.choice(_SEPARATORS)
         question = continuation(tokenizer, ".", separator + (fact.asked if draw.random() < other else fact.told))
         answer = continuation(tokenizer, "is", fact.value + fact.after[:1])
@@ -239,6 +259,8 @@ class FactsSource(_InRealText[FactsSettings]):
     """
 
     def __init__(self, settings: FactsSettings, encoder: TextEncoder, seed: int) -> None:
+        if settings.chat:
+            dialogue([], encoder.tokenizer, 0, f"{settings.setting}.chat")  # a tokenizer without a template is told now
         super().__init__(settings, encoder, seed, settings.paths)
         self._group: tuple[tuple[bool, int], list[list[Fact]]] | None = None
 
@@ -267,6 +289,7 @@ class FactsSource(_InRealText[FactsSettings]):
             settings.ask_tokens,
             settings.other_words,
             self._draw(int(heldout), index, 2),
+            random.Random(self._draw(int(heldout), index, 3)).random() < settings.chat,
         )
 
 

@@ -19,7 +19,7 @@ from lightning_fot.data.mixture.fact_templates import RELATIONS, with_name
 from lightning_fot.data.mixture.facts import CUE_TOKENS, FactsSource, RecallSource, draw_facts
 from lightning_fot.data.text.tokens import TextEncoder
 from lightning_fot.errors import SettingError
-from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.byte_tokenizer import EOS, FIRST, ByteTokenizer
 
 TOKENS, ASK = 4096, 2048
 
@@ -84,6 +84,53 @@ def test_asked_in_other_words_no_question_repeats_its_sentence(book: Path) -> No
             total += 1
     assert total > 60
     assert repeated == 0
+
+
+class ChatTokenizer(ByteTokenizer):
+    """Bytes, and a chat template whose turns end with the end token, written as an apostrophe that no fact has."""
+
+    chat_template = "turns"
+    all_special_ids = (EOS,)
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = super().__call__(text, add_special_tokens)["input_ids"]
+        return {"input_ids": [EOS if one == ord("\x03") + FIRST else one for one in ids]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = False, **_: Any) -> str:
+        turns = "".join(f"<{one['role']}>{one['content']}\x03\n" for one in messages)
+        return turns + "<assistant>" * add_generation_prompt
+
+
+def chat_source(book: Path, tokenizer: ByteTokenizer, share: float) -> FactsSource:
+    chosen = FactsSettings(setting="data.sources[0]", tokens=TOKENS, ask_tokens=ASK, paths=[str(book)], chat=share)
+    return FactsSource(chosen, TextEncoder(tokenizer), 3)
+
+
+def test_a_user_asks_an_assistant_and_the_loss_counts_answers_and_their_ends(book: Path) -> None:
+    total = 0
+    for ids, targets in read(chat_source(book, ChatTokenizer(), 1.0), 12):
+        told = ByteTokenizer().decode(ids[: TOKENS - ASK].tolist())
+        assert not targets[: TOKENS - ASK].any()
+        for before, answer in answers(ids, targets):
+            assert before.endswith("?\n<assistant>")
+            # A preposition may stand before the value, as in "In the hall".
+            assert any(answer[cut:].strip() in told for cut in range(min(8, len(answer))))
+            total += 1
+        ends = np.flatnonzero(targets & (ids == EOS))
+        assert len(ends) == len(answers(ids, targets))
+    assert total > 40
+
+
+def test_a_share_of_the_documents_is_a_dialogue(book: Path) -> None:
+    asked = [
+        "<user>" in ByteTokenizer().decode(ids.tolist()) for ids, _ in read(chat_source(book, ChatTokenizer(), 0.5), 40)
+    ]
+    assert 8 < sum(asked) < 32
+
+
+def test_a_dialogue_needs_a_chat_template(book: Path) -> None:
+    with pytest.raises(SettingError, match=r"data\.sources\[0\]\.chat.*needs a tokenizer with a chat template"):
+        chat_source(book, ByteTokenizer(), 0.5)
 
 
 def test_no_name_is_told_twice_in_documents_that_are_read_together() -> None:
