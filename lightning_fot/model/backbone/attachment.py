@@ -144,9 +144,15 @@ class Attachment:
             yield
 
     def attention_scale(self, layer: int) -> float:
-        """Factor between inner products and the scores of a layer's softmax, the score factor included."""
-        module = self.attentions[layer]
-        return float(getattr(module, "scaling", self.facts[layer].head_dim ** -0.5)) * self.score_factor
+        """Factor between inner products and the scores of a layer's softmax, the score factor included.
+
+        Scores that have a soft cap (:meth:`softcap`) are capped afterwards.
+        """
+        return self.facts[layer].scale * self.score_factor
+
+    def softcap(self, layer: int) -> float | None:
+        """``c`` of ``c · tanh(score / c)``, which a layer's scores go through before its softmax; None without."""
+        return self.facts[layer].softcap
 
     def window_pass(self, length: int) -> Pass | None:
         """What serves a window of ``length`` tokens alone; None where the way of attending leaves it to the caller."""
