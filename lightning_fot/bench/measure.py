@@ -47,10 +47,10 @@ def measure_retriever(
     past_queries: Tensor | None = None,
     k: int = 32,
     scale: float | None = None,
-    softcap: float | None = None,
     query_grid: list[dict[str, Any]] | None = None,
     repeats: int = 5,
     batch: int | Sequence[int] | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Build a retriever once and measure each of its query settings.
@@ -62,11 +62,11 @@ def measure_retriever(
         past_queries: (banks, p, dim) that the retriever may learn from; never those that are measured.
         k: Neighbours wanted.
         scale: Factor of the scores in the softmax; None means 1 / sqrt(dim).
-        softcap: Soft cap of the scores in the softmax; None means none.
         query_grid: Settings to measure, such as ``[{"ef_search": 64}]``; None takes ``DEFAULT_QUERY_GRIDS``, or the
             retriever as it is when there is none.
         repeats: Timed passes over the queries, at least 1; as many calls as make a p99 are enough.
         batch: Queries a bank in one call, or several such sizes; None means all.
+        softcap: Soft cap of the scores in the softmax; None means none.
         **kwargs: Arguments that win over those in ``spec``, such as ``min_index_size``.
 
     Returns:
