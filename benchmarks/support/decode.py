@@ -234,6 +234,7 @@ class Decoding:
             asked = queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
             rows = layer.search(asked, self.lm.config.top_k).flatten(0, 1)
             keys = layer.keys.flatten(0, 1)
-            quality = retrieval_quality(keys, queries, rows, scale=self.lm.attachment.attention_scale(number))
+            scale, softcap = self.lm.attachment.attention_scale(number), self.lm.attachment.softcap(number)
+            quality = retrieval_quality(keys, queries, rows, scale=scale, softcap=softcap)
             found.append(quality.as_dict())
         return {name: statistics.mean(part[name] for part in found) for name in ("recall", "mass_recall", "mass")}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_fot.bench.measure import load_qk as load_qk
     from lightning_fot.bench.measure import measure_retriever as measure_retriever
     from lightning_fot.bench.measure import scale_of as scale_of
+    from lightning_fot.bench.measure import softcap_of as softcap_of
     from lightning_fot.bench.measure import times as times
 
 _HOME = {
@@ -26,6 +27,7 @@ _HOME = {
     "load_qk": "measure",
     "measure_retriever": "measure",
     "scale_of": "measure",
+    "softcap_of": "measure",
     "times": "measure",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.bench.measure import layer_of, scale_of
+from lightning_fot.bench.measure import layer_of, scale_of, softcap_of
 from lightning_fot.config.retriever import EXACT, MIN_INDEX_SIZE
 from lightning_fot.errors import SettingError
 
@@ -91,6 +91,7 @@ class LayerKeys:
         heldout: (G, q', D) queries that come after them.
         past: (G, p, D) queries that an index may learn from.
         scale: Factor of the scores in the softmax; None means 1 / sqrt(D).
+        softcap: Soft cap of the scores in the softmax; None means none.
     """
 
     name: str
@@ -100,6 +101,7 @@ class LayerKeys:
     heldout: Tensor
     past: Tensor | None
     scale: float | None
+    softcap: float | None = None
 
 
 @dataclass
@@ -172,6 +174,7 @@ def layers_of(recorded: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[st
                 whole["queries"][:, half:],
                 whole.get("past_queries"),
                 scale_of(names[0], metadata),
+                softcap_of(names[0], metadata),
             )
         )
     return found

@@ -50,6 +50,7 @@ def measure_retriever(
     query_grid: list[dict[str, Any]] | None = None,
     repeats: int = 5,
     batch: int | Sequence[int] | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Build a retriever once and measure each of its query settings.
@@ -65,6 +66,7 @@ def measure_retriever(
             retriever as it is when there is none.
         repeats: Timed passes over the queries, at least 1; as many calls as make a p99 are enough.
         batch: Queries a bank in one call, or several such sizes; None means all.
+        softcap: Soft cap of the scores in the softmax; None means none.
         **kwargs: Arguments that win over those in ``spec``, such as ``min_index_size``.
 
     Returns:
@@ -85,7 +87,7 @@ def measure_retriever(
             raise SettingError("batch", size, "must be at least 1", "1 is decoding, 512 a window.")
     built = BuiltRetriever(spec, keys, past_queries, k, **kwargs)
     grid = DEFAULT_QUERY_GRIDS.get(built.name, [{}]) if query_grid is None else query_grid
-    truth = Truth(keys, queries, k, scale)
+    truth = Truth(keys, queries, k, scale, softcap)
     rows = []
     for setting in grid or [{}]:
         built.set(setting)
@@ -219,24 +221,28 @@ class Truth:
         queries: (banks, q, dim).
         k: Neighbours wanted.
         scale: Factor of the scores in the softmax; None means 1 / sqrt(dim).
+        softcap: Soft cap of the scores in the softmax; None means none.
     """
 
-    def __init__(self, keys: Tensor, queries: Tensor, k: int, scale: float | None = None) -> None:
+    def __init__(
+        self, keys: Tensor, queries: Tensor, k: int, scale: float | None = None, softcap: float | None = None
+    ) -> None:
         scale = 1 / math.sqrt(keys.shape[-1]) if scale is None else scale
         self.keys = keys.float()
         self.queries = queries.float()
         self.k = min(k, keys.shape[1])
         self.scale = scale
+        self.softcap = softcap
         kth, log_all, log_top = [], [], []
         for bank_keys, bank_queries in zip(self.keys, self.queries, strict=True):
             rows, _ = topk_rows(bank_queries, bank_keys, self.k)
             top = _scores(bank_keys, bank_queries, rows)
             kth.append(top.min(dim=1).values)
-            log_top.append(torch.logsumexp(scale * top, dim=1))
+            log_top.append(torch.logsumexp(softmax_scores(top, scale, softcap), dim=1))
             log_all.append(
                 torch.cat(
                     [
-                        torch.logsumexp(scale * (part @ bank_keys.T).double(), dim=1)
+                        torch.logsumexp(softmax_scores((part @ bank_keys.T).double(), scale, softcap), dim=1)
                         for part in torch.split(bank_queries, _QUERY_BLOCK)
                     ]
                 )
@@ -247,14 +253,42 @@ class Truth:
         """Judges found rows (banks, q, k)."""
         recall, mass_recall, mass = [], [], []
         for bank in range(rows.shape[0]):
-            found = _scores(self.keys[bank], self.queries[bank], rows[bank])
+            # One found twice counts once.
+            once = rows[bank].masked_fill(~first_occurrences(rows[bank]), -1)
+            found = _scores(self.keys[bank], self.queries[bank], once)
             # Products in fp32 differ in the last bits from call to call; such a difference is a tie.
             slack = 1e-5 * self.kth[bank].abs().clamp_min(1.0)
             recall.append((found >= (self.kth[bank] - slack).unsqueeze(1)).sum(dim=1).clamp_max(self.k) / self.k)
-            log_found = torch.logsumexp(self.scale * found, dim=1)
+            log_found = torch.logsumexp(softmax_scores(found, self.scale, self.softcap), dim=1)
             mass_recall.append((log_found - self.log_top[bank]).exp())
             mass.append((log_found - self.log_all[bank]).exp())
         return Scores(torch.stack(recall), torch.stack(mass_recall), torch.stack(mass))
+
+
+def softmax_scores(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Inner products of any shape as they enter a layer's softmax; one of -inf stays: it is of no pair.
+
+    Args:
+        products: Of queries and keys.
+        scale: Factor.
+        softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
+
+    Example:
+        >>> softmax_scores(torch.tensor([8.0, 80.0]), 0.25, 4.0)
+        tensor([1.8485, 3.9998])
+    """
+    scores = products * scale
+    if softcap is None:
+        return scores
+    return (softcap * torch.tanh(scores / softcap)).masked_fill(products == -math.inf, -math.inf)
+
+
+def first_occurrences(rows: Tensor) -> Tensor:
+    """Of found rows (q, k): bool, those that name a pair, each counted the first time it is named."""
+    ordered, places = rows.sort(dim=-1, stable=True)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(fresh).scatter(1, places, fresh) & (rows >= 0)
 
 
 def _scores(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
@@ -391,8 +425,17 @@ def layer_of(name: str) -> int | None:
 
 def scale_of(name: str, metadata: Mapping[str, Any]) -> float | None:
     """Factor of the scores in the softmax of a recorded bank; None where the file does not say."""
-    scales = metadata.get("scale")
-    found = scales.get(str(layer_of(name))) if isinstance(scales, Mapping) else None
+    return _of_layer("scale", name, metadata)
+
+
+def softcap_of(name: str, metadata: Mapping[str, Any]) -> float | None:
+    """Soft cap of the scores in the softmax of a recorded bank; None where there is none, or the file does not say."""
+    return _of_layer("softcap", name, metadata)
+
+
+def _of_layer(field: str, name: str, metadata: Mapping[str, Any]) -> float | None:
+    values = metadata.get(field)
+    found = values.get(str(layer_of(name))) if isinstance(values, Mapping) else None
     return None if found is None else float(found)
 
 

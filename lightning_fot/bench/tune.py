@@ -110,7 +110,7 @@ class _Judge:
     def __init__(self, layer: LayerKeys, queries: Tensor, k: int, goal: Goal) -> None:
         self.queries = queries
         self.goal = goal
-        self._truth = Truth(layer.keys, queries, k, layer.scale)
+        self._truth = Truth(layer.keys, queries, k, layer.scale, layer.softcap)
 
     def seconds(self, built: BuiltRetriever) -> list[float]:
         """Seconds of calls as the goal has them."""
@@ -176,7 +176,7 @@ class _Candidate:
     def judged(self, trial: Trial, layer: LayerKeys, k: int, batches: Sequence[int]) -> dict[str, Any]:
         """A trial's setting on held-out queries."""
         self.set(trial)
-        scores = Truth(layer.keys, layer.heldout, k, layer.scale).score(self.built.search(layer.heldout))
+        scores = Truth(layer.keys, layer.heldout, k, layer.scale, layer.softcap).score(self.built.search(layer.heldout))
         calls = [
             {
                 "batch": batch,

@@ -24,24 +24,25 @@ _DEPTHS = 5
 def summarise(records: Mapping[str, Rows], config: EvaluationConfig, retriever: RetrieverSpec) -> dict[str, Any]:
     """Rows of ``results.json`` from the records that there are, complete or not.
 
-    Perplexity rows: ``value`` with ``standard_error`` (see ``measures.perplexity.estimate``; by
-    the delta method), ``nll`` in nats a token, ``gain_nats`` over no memory on the same tokens with its paired
-    standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory ``none`` is each window of the
-    target alone, the same at every context length.
+    Perplexity rows: ``value`` with ``standard_error`` over blocks of 256 tokens (see
+    ``measures.perplexity.estimate``; by the delta method), ``nll`` in nats a token, ``gain_nats`` over no memory on the
+    same tokens with its paired standard error, ``tokens`` scored in ``documents``, and the reading speeds. Memory
+    ``none`` is each window of the target alone, the same at every context length.
 
     Task rows: ``accuracy`` over ``n`` prompts with its 95 % Wilson interval ``low`` to ``high``; in ``key_in_window``
     of them the key was told within the local window, where no memory is needed. ``passkey_depths`` has ``accuracy``
     with its interval for each fifth of the filler that the key stands in (``depth``: where that begins). Other tasks
     than the passkey have ``token_accuracy`` and ``nll`` (nats an answer token, mean over answers, with its standard
-    error), ``question_ms``, and with a memory its ``bytes``, ``read_tokens_per_s`` and, where an index was used,
-    ``recall`` and ``mass_recall`` of searches made by the questions.
+    error over texts, or over answers where all are about one text), ``question_ms``, and with a memory its ``bytes``,
+    ``read_tokens_per_s`` and, where an index was used, ``recall`` and ``mass_recall`` of searches made by the
+    questions.
 
     Where a text has several questions, ``all_correct`` of the ``texts`` had all answers right.
 
     Story rows: of the window that begins ``distance`` tokens behind the context, ``nll`` over ``stories`` and, with a
     memory, ``gain_nats`` over none on the same tokens, each with its standard error over stories. A row with ``names``
     in place of ``distance`` is of so many names that the shortest context has and the local window so far has not:
-    nats a name, standard errors over names.
+    nats a name, standard errors over stories too.
 
     Distraction rows: for each number of ``documents`` in the memory, mean over ``n`` of them with its standard error:
     ``own_share`` (r_d, where ``chance`` is 1/d), ``own_share_found`` and ``memory_mass``; see

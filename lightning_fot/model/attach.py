@@ -29,7 +29,9 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
         The attached model. ``detach()`` (or leaving a ``with`` block) makes the model what it was, bit for bit.
 
     Raises:
-        SettingError: A layer is out of range, or a self-test finds that the model cannot be served.
+        SettingError: A layer is out of range, the retriever or one of its arguments is unknown or out of its bounds, or
+            a self-test finds that the model cannot be served.
+        MissingLibraryError: The retriever's library is not installed.
 
     Example:
         >>> from lightning_fot import MemoryConfig, attach_memory

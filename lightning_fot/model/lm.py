@@ -272,7 +272,7 @@ class MemoryLM:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         memory: Memory | None = None,
         attention_mask: Tensor | None = None,
         update_memory: bool = False,
@@ -298,7 +298,8 @@ class MemoryLM:
                 ``stopping_criteria``, ``generation_config``, ``return_dict_in_generate`` and so on.
 
         Returns:
-            (B, T + new) int64 or an output object, as transformers gives them.
+            (B, T + new) int64 or an output object, as transformers gives them. A row that ends before others has
+            padding behind, whatever has ended it: ``pad_token_id``, else the end token, else 0.
 
         Raises:
             SettingError: Shapes, dtypes, the mask or the memory do not fit, or an option cannot work beside a memory:
@@ -306,6 +307,8 @@ class MemoryLM:
         """
         self.attachment.way.settings.check_goes_on("generating")
         check_options(self.model, kwargs, update_memory)
+        if input_ids is None:
+            raise SettingError("input_ids", None, "leaves nothing to continue", "Give a prompt, (B, T) int64.")
         ids, lengths, _ = self._rows(input_ids, attention_mask, memory)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise SettingError(

@@ -27,6 +27,7 @@ TINY = "tiny-random-llama"
 NAMED_BACKBONES = (SMOLLM2, *SHIPPED, TINY)
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF = "GGUF file"
 _SMOLLM2_INSTALL = {
     "gguf": "pip install 'gguf>=0.17' accelerate",
     "accelerate": "pip install 'gguf>=0.17' accelerate",
@@ -56,6 +57,7 @@ class BackboneInfo:
 
     name: str
     source: str
+    """``random weights``, ``package …``, ``local folder``, ``GGUF file`` or ``Hugging Face hub``."""
     num_layers: int | None = None
     vocab_size: int | None = None
     model_type: str | None = None
@@ -66,8 +68,8 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
     """Checks that a backbone can be found, reading no weights and importing no torch.
 
     Args:
-        name: ``smollm2-135m``, ``smollm2-135m-fot``, ``tiny-random-llama``, a local Hugging Face folder, a hub id, a
-            folder of delta weights, or a file that describes a model with random weights (see
+        name: ``smollm2-135m``, ``smollm2-135m-fot``, ``tiny-random-llama``, a local Hugging Face folder, a GGUF file, a
+            hub id, a folder of delta weights, or a file that describes a model with random weights (see
             :mod:`lightning_fot.pretrained.architecture`).
         tokenizer: Whether its tokenizer is needed too.
 
@@ -89,6 +91,11 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
     if is_architecture(name):
         return _described(name, "random weights", read_architecture(name).settings)
     folder = Path(name).expanduser()
+    if _is_gguf(folder):
+        for library in ("gguf", "accelerate"):
+            if find_spec(library) is None:
+                raise MissingLibraryError(library, _SMOLLM2_INSTALL[library], f"model.backbone={name}")
+        return BackboneInfo(name, _GGUF)
     if folder.exists():
         return _check_folder(name, folder, tokenizer)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
@@ -106,6 +113,10 @@ def check_backbone(name: str, tokenizer: bool = True) -> BackboneInfo:
             f"Known names: {', '.join(NAMED_BACKBONES)}. Otherwise give a folder or a hub id (owner/name).",
         )
     return BackboneInfo(name, "Hugging Face hub")
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def _check_folder(name: str, folder: Path, tokenizer: bool) -> BackboneInfo:
@@ -195,7 +206,7 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     source, arguments = _source(info)
     kind: Any = transformers.AutoModelForCausalLM
     longllama = _longllama_config(info)
-    if name == SMOLLM2:
+    if "gguf_file" in arguments:
         # Without dequantisation transformers keeps the weights packed: 2 to 4 times slower and not trainable.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif longllama is not None:
@@ -214,7 +225,7 @@ def load_backbone(name: str, dtype: str = "float32") -> PreTrainedModel:
     model = loaded
     # Memory settings belong to the attached model; left here, they would be saved again when they are true no more.
     stale: tuple[str, ...] = MEMORY_KEYS
-    if name == SMOLLM2:
+    if "gguf_file" in arguments:
         # Dequantised weights are plain ones: drop the mark that forbids training and saving.
         stale += ("quantization_config", "_pre_quantization_dtype")
     for key in stale:
@@ -272,6 +283,9 @@ def _source(info: BackboneInfo) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a backbone that it reads: a place, and further arguments."""
     if info.name == SMOLLM2:
         return str(_smollm2_folder()), {"gguf_file": _SMOLLM2_FILE}
+    if info.source == _GGUF:
+        file = Path(info.name).expanduser()
+        return str(file.parent), {"gguf_file": file.name}
     # Left out, transformers may ask on the terminal whether to run the repository's code.
     safe = {"trust_remote_code": False}
     if info.source == "local folder":
@@ -296,7 +310,7 @@ def backbone_config(name: str) -> dict[str, Any]:
     delta = find_delta(name)
     if delta is not None:
         return backbone_config(delta.base)
-    if name in NAMED_BACKBONES:
+    if name in NAMED_BACKBONES or _is_gguf(Path(name).expanduser()):
         return {}
     if is_architecture(name):
         return read_architecture(name).settings

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.bench.measure import BuiltRetriever, Truth, layer_of, load_metadata, load_qk, scale_of, times
+from lightning_fot.bench.measure import (
+    BuiltRetriever,
+    Truth,
+    layer_of,
+    load_metadata,
+    load_qk,
+    scale_of,
+    softcap_of,
+    times,
+)
 from lightning_fot.evaluation.speed.limits import scan_limit, scanned_bytes
 from lightning_fot.sweep.grid import Build, digest
 from lightning_fot.sweep.settings import SweepConfig
@@ -33,6 +42,7 @@ class Recorded:
         queries: (banks, q, dim) float32.
         past: (banks, p, dim) float32, or None.
         scale: Factor of the scores in the softmax; None means 1 / sqrt(dim).
+        softcap: Soft cap of the scores in the softmax; None means none.
         identity: What the measurements depend on besides the settings of the sweep.
     """
 
@@ -42,6 +52,7 @@ class Recorded:
     queries: Tensor
     past: Tensor | None
     scale: float | None
+    softcap: float | None
     identity: str
     _truths: dict[tuple[int, int], Truth] = field(default_factory=dict)
 
@@ -53,7 +64,7 @@ class Recorded:
         """Exact neighbours among the newest keys; those of one size are kept."""
         if (count, k) not in self._truths:
             self._truths = {size: truth for size, truth in self._truths.items() if size[0] == count}
-            self._truths[count, k] = Truth(self.newest(count), self.queries, k, self.scale)
+            self._truths[count, k] = Truth(self.newest(count), self.queries, k, self.scale, self.softcap)
         return self._truths[count, k]
 
 
@@ -70,12 +81,12 @@ def read_layers(file: Any, name: str, queries: int) -> list[Recorded]:
     """
     metadata = load_metadata(file)
     groups: dict[int | str, list[dict[str, Tensor]]] = {}
-    scales: dict[int | str, float | None] = {}
+    forms: dict[int | str, tuple[float | None, float | None]] = {}
     for bank, tensors in load_qk(file).items():
         number = layer_of(bank)
         key = bank if number is None else number
         groups.setdefault(key, []).append(tensors)
-        scales[key] = scale_of(bank, metadata)
+        forms[key] = scale_of(bank, metadata), softcap_of(bank, metadata)
     found = []
     for layer, heads in groups.items():
         past = [head["past_queries"] for head in heads if "past_queries" in head]
@@ -90,7 +101,7 @@ def read_layers(file: Any, name: str, queries: int) -> list[Recorded]:
                 joined["keys"],
                 joined["queries"][:, :queries],
                 torch.cat(past) if len(past) == len(heads) else None,
-                scales[layer],
+                *forms[layer],
                 identity,
             )
         )

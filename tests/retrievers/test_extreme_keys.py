@@ -57,3 +57,23 @@ def test_a_few_keys_are(name: str, transform: str, size: float, later: bool) -> 
     if not later:
         keys = keys.flip(1)
     assert recall({**SPECS[name], "transform": transform}, keys, queries) > 0.95
+
+
+@pytest.mark.parametrize("share", [0.004, 0.02])
+@pytest.mark.parametrize("factor", [5, 20])
+def test_a_graph_that_has_seen_no_queries_finds_what_lies_behind_a_few_long_keys(share: float, factor: float) -> None:
+    """They are among the best of half of all queries; a sphere as wide as they are long left .84 to .91 of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2500, 32, generator=generator) + 2 * torch.randn(32, generator=generator)
+    keys[:, torch.randperm(2500, generator=generator)[: int(share * 2500)]] *= factor
+    queries = torch.randn(1, 60, 32, generator=generator)
+    retriever = create_retriever(
+        {"name": "hnsw", "min_index_size": 1000, "build": "blocking", "num_threads": 1}, dim=32
+    )
+    retriever.add(keys)
+    retriever.flush()
+    assert retriever.indexed.tolist() == [2500]
+    rows = retriever.search(queries, 32)[0]
+    best = (queries[0] @ keys[0].T).topk(32).indices
+    found = sum(len(set(ours) & set(true)) for ours, true in zip(rows.tolist(), best.tolist(), strict=True))
+    assert found / best.numel() > 0.945

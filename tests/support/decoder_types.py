@@ -11,7 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 101
-_SIZES = {
+# Of every tiny model, here and in ``families``.
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -23,9 +24,8 @@ _SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "is_decoder": True,
-    "use_cache": True,
 }
+_DECODER = {"is_decoder": True, "use_cache": True}
 _EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -37,7 +37,7 @@ _EXPERTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_LATENT = {
+LATENT = {
     "num_key_value_heads": 4,
     "head_dim": 8,
     "qk_rope_head_dim": 8,
@@ -47,8 +47,7 @@ _LATENT = {
     "kv_lora_rank": 16,
     "q_lora_rank": 32,
 }
-_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 4}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_value_heads": 4,
@@ -66,13 +65,17 @@ _MAMBA = {
 }
 # What some types need beside the sizes that all share.
 _CHANGES: dict[str, dict[str, Any]] = {
-    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
-    "vaultgemma": {**_SLIDING, "query_pre_attn_scalar": 16},
-    "olmo3": _SLIDING,
-    "cohere2": _SLIDING,
-    "exaone4": _SLIDING,
-    "gpt_oss": _SLIDING,
+    "gemma2": {**SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 16},
+    "vaultgemma": {**SLIDING, "query_pre_attn_scalar": 16},
+    "olmo3": SLIDING,
+    "cohere2": SLIDING,
+    "cohere_compass_text": SLIDING,
+    "dots1": {"n_shared_experts": 1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": None},
+             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "exaone4": SLIDING,
+    "gpt_oss": SLIDING,
     "qwen3_next": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": _LINEAR,
@@ -89,14 +92,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
     "phi": {"partial_rotary_factor": 0.5},
     "jetmoe": {"kv_channels": 16, "num_key_value_heads": 2},
-    "gemma4_text": {**_SLIDING, "global_head_dim": 16, "num_kv_shared_layers": 0,
+    "gemma4_text": {**SLIDING, "global_head_dim": 16, "num_kv_shared_layers": 0,
                     "hidden_size_per_layer_input": 0, "enable_moe_block": False},
-    "deepseek_v3": _LATENT,
-    "deepseek_v2": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "minicpm3": _LATENT,
-    "youtu": _LATENT,
-    "longcat_flash": _LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v2": LATENT,
+    "glm4_moe_lite": LATENT,
+    "minicpm3": LATENT,
+    "youtu": LATENT,
+    "longcat_flash": LATENT,
     "modernbert-decoder": {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"] * 2,
                            "cls_token_id": 1, "sep_token_id": 2},
 }  # fmt: skip
@@ -110,7 +113,7 @@ def decoder_types() -> list[str]:
 def tiny(model_type: str, **changes: Any) -> PreTrainedModel:
     """A model of 4 layers and width 64 in evaluation mode, its weights drawn so that attention is far from uniform."""
     kind = CONFIG_MAPPING[model_type]
-    given = {**_SIZES, **_EXPERTS, **_CHANGES.get(model_type, {}), **changes}
+    given = {**SIZES, **_DECODER, **_EXPERTS, **_CHANGES.get(model_type, {}), **changes}
     known = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
     known |= set(getattr(kind, "__dataclass_fields__", {}))
     config = kind(**{name: value for name, value in given.items() if name in known})

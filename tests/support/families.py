@@ -3,15 +3,9 @@
 import torch
 import transformers
 
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
+from tests.support import decoder_types
+
+SIZES = decoder_types.SIZES | {
     "initializer_range": 0.2,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -33,8 +27,7 @@ FAMILIES = {
     # Up to transformers 5.18 its sdpa leaves the soft cap out.
     "Gemma2": {**FULL, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
     "Gemma3": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "sliding_window": 8,
+        **decoder_types.SLIDING,
         "query_pre_attn_scalar": 16,
     },
     "GPTNeoX": {},
@@ -51,16 +44,7 @@ FAMILIES = {
 }
 
 
-LATENT = {
-    "head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 32,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 4,
-}
+LATENT = decoder_types.LATENT | {"first_k_dense_replace": 4}
 # Rotary variants on Llama, and partial rotation on Phi-3.
 VARIANTS = {
     "linear": ("Llama", rope("linear")),

@@ -188,7 +188,7 @@ def _check_numbers(options: SimpleNamespace) -> None:
 
 
 def _measure(file: Path, specs: Sequence[RetrieverSpec], k: int, options: SimpleNamespace) -> list[dict[str, Any]]:
-    from lightning_fot.bench.measure import layer_of, load_metadata, load_qk, measure_retriever, scale_of
+    from lightning_fot.bench.measure import layer_of, load_metadata, load_qk, measure_retriever, scale_of, softcap_of
     from lightning_fot.config.retriever import layer_spec
     from lightning_fot.system.progress import JobProgress
 
@@ -211,6 +211,7 @@ def _measure(file: Path, specs: Sequence[RetrieverSpec], k: int, options: Simple
                     tensors.get("past_queries"),
                     k=k,
                     scale=scale_of(name, metadata),
+                    softcap=softcap_of(name, metadata),
                     repeats=options.repeats,
                     batch=options.batch,
                     **extra,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.bench.measure import softmax_scores
 from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.perplexity import block_sums, losses_with_memory
@@ -145,6 +146,8 @@ def own_share(
 ) -> float:
     """Share of all attention on the memory that keys from row ``before`` on hold: the paper's r_d, exactly computed.
 
+    Scores are scaled and capped as the layer's are. An attention sink takes of both sides alike: the share stays.
+
     Args:
         lm: The model.
         memory: Of one row.
@@ -158,11 +161,11 @@ def own_share(
     shares = []
     for number, found in queries.items():
         begin, end = before[number], None if after is None else after[number]
-        scale = lm.attachment.attention_scale(number)
+        scale, softcap = lm.attachment.attention_scale(number), lm.attachment.softcap(number)
         for bank, asked in enumerate(sample_rows(found, _QUERIES).float()):
             everything = own = torch.full((len(asked),), -torch.inf, device=asked.device)
             for first, keys in memory.layers[number].key_blocks(bank):
-                scores = scale * (asked @ keys.float().T)
+                scores = softmax_scores(asked @ keys.float().T, scale, softcap)
                 everything = torch.logaddexp(everything, scores.logsumexp(1))
                 of_own = scores[:, max(0, begin - first) : None if end is None else max(0, end - first)]
                 own = torch.logaddexp(own, of_own.logsumexp(1))

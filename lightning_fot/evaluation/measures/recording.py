@@ -210,6 +210,7 @@ class Recording:
             "layers": list(self.lm.memory_layers),
             "tokens": self.tokens,
             "scale": {layer: self.lm.attachment.attention_scale(layer) for layer in self.lm.memory_layers},
+            "softcap": {layer: self.lm.attachment.softcap(layer) for layer in self.lm.memory_layers},
             **{name: getattr(config, name) for name in ("window", "overlap", "sink_tokens", "skip_window_start")},
             "top_k": config.top_k,
             "positions": config.positions,

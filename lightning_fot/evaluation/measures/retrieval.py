@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_fot.bench.measure import DEFAULT_QUERY_GRIDS, first_occurrences, measure_retriever, softmax_scores
 from lightning_fot.config.retriever import RetrieverSpec, retriever_label
 from lightning_fot.evaluation.speed.limits import scan_limit, scanned_bytes
 from lightning_fot.evaluation.speed.timing import SearchTimes, time_calls
@@ -39,8 +40,10 @@ class RetrievalQuality:
     Args:
         recall: Share of the true k nearest that was found. Tie-safe: a found key counts when its score reaches the
             k-th true score; one found twice counts once.
-        mass_recall: Softmax mass of the found keys over that of the true k nearest.
-        mass: Softmax mass of the found keys over that of all keys in memory: how much of a dense read is kept.
+        mass_recall: Softmax mass of the found keys, whether they are among the true k nearest or not, over that of the
+            true k nearest.
+        mass: Softmax mass of the found keys over that of all keys in memory: how much of a dense read is kept. An
+            attention sink takes of both alike, and changes neither.
         sink_share: Share of the found slots that hold the first token of a window (attention sinks); None where it is
             not known which rows these are.
         hub_share: Share of the found slots held by the most often found hundredth of the keys.
@@ -84,6 +87,7 @@ def retrieval_quality(
     rows: Tensor,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     lengths: Tensor | None = None,
     sink_rows: Tensor | None = None,
 ) -> RetrievalQuality:
@@ -95,6 +99,7 @@ def retrieval_quality(
         queries: (banks, Q, D), as the layer searched with them.
         rows: (banks, Q, k) int64 found row numbers, -1 where none was found.
         scale: Factor on scores inside the softmax; None means 1/sqrt(D).
+        softcap: Soft cap of the scores inside the softmax; None means none.
         lengths: (banks,) keys that count in each bank; None means M. A layer knows them.
         sink_rows: (n,) rows that hold the first token of a window.
 
@@ -114,15 +119,16 @@ def retrieval_quality(
         if not count:
             continue
         asked, found, k = queries[bank].float(), rows[bank].to(queries.device), min(rows.shape[2], count)
-        best, at_rows, total = _scored(asked, found, k, scale, _pieces(keys, bank, count, len(asked)))
-        kept = _first_occurrences(found)
+        best, at_rows, total = _scored(asked, found, k, scale, softcap, _pieces(keys, bank, count, len(asked)))
+        kept = first_occurrences(found)
         kth = best[:, -1:]
         reached = kept & (at_rows >= kth - TIE * kth.abs())
         found_true += int(reached.sum(1).clamp_max(k).sum())
         true_total += k * len(asked)
-        found_mass = torch.logsumexp((scale * at_rows).masked_fill(~kept, -math.inf), dim=-1)
+        found_mass = torch.logsumexp(softmax_scores(at_rows, scale, softcap).masked_fill(~kept, -math.inf), dim=-1)
         masses.append((found_mass - total).exp())
-        mass_recalls.append((found_mass - torch.logsumexp(scale * best, dim=-1)).exp().clamp_max(1.0))
+        best_mass = torch.logsumexp(softmax_scores(best, scale, softcap), dim=-1)
+        mass_recalls.append((found_mass - best_mass).exp().clamp_max(1.0))
         hits = torch.bincount(found[kept].cpu(), minlength=count)
         slots += int(hits.sum())
         hub_slots += int(hits.topk(max(1, count // 100)).values.sum())
@@ -161,7 +167,12 @@ def _pieces(keys: Tensor | MemoryLayer, bank: int, count: int, queries: int) -> 
 
 
 def _scored(
-    asked: Tensor, found: Tensor, k: int, scale: float, pieces: Iterable[tuple[int, Tensor]]
+    asked: Tensor,
+    found: Tensor,
+    k: int,
+    scale: float,
+    softcap: float | None,
+    pieces: Iterable[tuple[int, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For queries (Q, D): the k best scores (Q, k), those of the rows found (Q, K), and log Σ exp of all (Q,)."""
     best = asked.new_zeros(len(asked), 0)
@@ -172,7 +183,7 @@ def _scored(
         width = scores.shape[1]
         best = torch.cat((best, scores.topk(min(k, width)).values), dim=1)
         best = best.topk(min(k, best.shape[1])).values
-        total = torch.logaddexp(total, torch.logsumexp(scale * scores, dim=-1))
+        total = torch.logaddexp(total, torch.logsumexp(softmax_scores(scores, scale, softcap), dim=-1))
         inside = (found >= first) & (found < first + width)
         at_rows = torch.where(inside, scores.gather(1, (found - first).clamp(0, width - 1)), at_rows)
     return best, at_rows, total
@@ -188,14 +199,6 @@ def skewness(counts: Tensor) -> float:
     deviations = counts.double() - counts.double().mean()
     spread = float(deviations.square().mean().sqrt())
     return float(deviations.pow(3).mean()) / spread**3 if spread else 0.0
-
-
-def _first_occurrences(rows: Tensor) -> Tensor:
-    """(Q, k) bool: valid rows, each counted the first time it is named."""
-    ordered, places = rows.sort(dim=-1, stable=True)
-    fresh = torch.ones_like(ordered, dtype=torch.bool)
-    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return torch.zeros_like(fresh).scatter(1, places, fresh) & (rows >= 0)
 
 
 def index_used(memory: Memory) -> bool | None:
@@ -269,7 +272,6 @@ def measure_capture(
         Rows of ``results.json``; the setting that the specification gives is marked ``"configured": true``. The bound
         beside each time is that of an exact search, which an index may pass.
     """
-    from lightning_fot.bench.measure import DEFAULT_QUERY_GRIDS, measure_retriever
     from lightning_fot.config.retriever import layer_spec
     from lightning_fot.retrievers.registry import create_retriever
 
@@ -294,6 +296,7 @@ def measure_capture(
             past_queries=torch.cat(past, dim=1) if past else None,
             k=capture.lm.config.top_k,
             scale=capture.lm.attachment.attention_scale(number),
+            softcap=capture.lm.attachment.softcap(number),
             query_grid=grid,
             repeats=config.retrieval_repeats,
         )
@@ -367,7 +370,8 @@ def live_quality(
     # Windows that keep sinks or an overlap do not begin at whole windows, and dropped pairs shift the others.
     known = sinks and config.capacity is None and not config.overlap and not config.sink_tokens
     starts = window_starts(max(layer.lengths), config.window - config.skip_window_start) if known else None
-    return retrieval_quality(layer, queries, rows, scale=lm.attachment.attention_scale(number), sink_rows=starts)
+    scale, softcap = lm.attachment.attention_scale(number), lm.attachment.softcap(number)
+    return retrieval_quality(layer, queries, rows, scale=scale, softcap=softcap, sink_rows=starts)
 
 
 def _by_bank(layer: MemoryLayer, queries: Tensor) -> Tensor:

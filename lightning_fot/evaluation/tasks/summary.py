@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_fot.config.tasks import DistractionTask, LookupTask, StoryTask
 from lightning_fot.evaluation.measures.passkey import wilson
+from lightning_fot.evaluation.measures.perplexity import estimate
 from lightning_fot.evaluation.tasks.lookup import same_answers
 
 Row = dict[str, Any]
@@ -82,22 +83,25 @@ def _story_rows(length: int, memory: str, record: Sequence[Row], plain: Sequence
 
 
 def _name_rows(length: int, memory: str, record: Sequence[Row], plain: Sequence[Row] | None) -> list[Row]:
-    """One row of all far names, if there are any; names are the unit of sampling."""
-    names = [name for part in record for name in part["names"]]
-    if not names:
+    """One row of all far names, if there are any; stories are the unit of sampling, since a story repeats its names."""
+    names = [[nats for nats, _ in part["names"]] for part in record]
+    if not any(names):
         return []
-    nll, error = mean_and_error([nats for nats, _ in names])
+    nll, error = clustered(names)
     row: Row = {
         "context_tokens": length,
         "memory": memory,
-        "names": len(names),
+        "names": sum(map(len, names)),
         "nll": nll,
         "nll_standard_error": error,
     }
     if plain and record is not plain:
-        base = [name for part in plain for name in part["names"]]
-        saved = [alone - nats for (nats, _), (alone, _) in zip(names, base, strict=True)]
-        row["gain_nats"], row["gain_standard_error"] = mean_and_error(saved)
+        base = [[nats for nats, _ in part["names"]] for part in plain]
+        saved = [
+            [alone - nats for nats, alone in zip(ours, theirs, strict=True)]
+            for ours, theirs in zip(names, base, strict=True)
+        ]
+        row["gain_nats"], row["gain_standard_error"] = clustered(saved)
     return [row]
 
 
@@ -110,11 +114,13 @@ def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
         memory: ``none``, ``exact`` or the retriever's name.
         record: A row for each episode, at least one answer in all.
     """
-    right, tokens, nats = ([value for part in record for value in part[field]] for field in ("right", "tokens", "nats"))
+    right, tokens = ([value for part in record for value in part[field]] for field in ("right", "tokens"))
     n = len(tokens)
     correct = sum(ours == all_of_it for ours, all_of_it in zip(right, tokens, strict=True))
     low, high = wilson(correct, n)
-    nll, error = mean_and_error([total / count for total, count in zip(nats, tokens, strict=True)])
+    losses = [[total / count for total, count in zip(part["nats"], part["tokens"], strict=True)] for part in record]
+    # Answers about one text are alike. Of a single text nothing tells how texts differ.
+    nll, error = clustered(losses if sum(map(bool, losses)) > 1 else [[value] for value in losses[0]])
     row: Row = {
         "task": task,
         "context_tokens": length,
@@ -139,6 +145,16 @@ def task_row(task: str, length: int, memory: str, record: Sequence[Row]) -> Row:
         if values := [part[field] for part in record if field in part]:
             row[field] = sum(values) / len(values)
     return row
+
+
+def clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Mean of all values and its standard error, groups being the unit of sampling; None from fewer than two.
+
+    Values of one group (answers about one text, names in one story) are alike: taken for independent, they would give
+    too small an error.
+    """
+    found = estimate([(sum(group), len(group)) for group in groups if group])
+    return found.mean, found.standard_error
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

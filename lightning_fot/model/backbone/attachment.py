@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_fot.config.memory import MemoryConfig
+from lightning_fot.config.retriever import layer_spec
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone import deep_test, self_test
 from lightning_fot.model.backbone.calls import Calls
@@ -33,6 +34,7 @@ from lightning_fot.model.passes.probe import LayerFacts, ProbePass
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.model.passes.state_layer import StateFacts
 from lightning_fot.model.passes.way import way_of
+from lightning_fot.retrievers.registry import check_retriever
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +59,9 @@ class Attachment:
         way: How they attend.
 
     Raises:
-        SettingError: The model or one of the layers cannot be served; the message says why, and the model is as before.
+        SettingError: The model or one of the layers cannot be served, or the retriever cannot be made; the message says
+            why, and the model is as before.
+        MissingLibraryError: The retriever's library is not installed.
     """
 
     def __init__(self, model: PreTrainedModel, config: MemoryConfig) -> None:
@@ -71,6 +75,9 @@ class Attachment:
         self_test.refuse_compiled(self._calling)
         self.num_layers = layer_count(model, self.attentions)
         self.memory_layers = config.resolve_layers(self.num_layers)
+        check_retriever(config.retriever)
+        for index in self.memory_layers:
+            layer_spec(config.retriever, index)
         self_test.refuse_layers_without_attention(self.memory_layers, self.attentions, self.num_layers)
         self.states = StateFacts(
             {
@@ -144,9 +151,15 @@ class Attachment:
             yield
 
     def attention_scale(self, layer: int) -> float:
-        """Factor between inner products and the scores of a layer's softmax, the score factor included."""
-        module = self.attentions[layer]
-        return float(getattr(module, "scaling", self.facts[layer].head_dim ** -0.5)) * self.score_factor
+        """Factor between inner products and the scores of a layer's softmax, the score factor included.
+
+        Scores that have a soft cap (:meth:`softcap`) are capped afterwards.
+        """
+        return self.facts[layer].scale * self.score_factor
+
+    def softcap(self, layer: int) -> float | None:
+        """``c`` of ``c · tanh(score / c)``, which a layer's scores go through before its softmax; None without."""
+        return self.facts[layer].softcap
 
     def window_pass(self, length: int) -> Pass | None:
         """What serves a window of ``length`` tokens alone; None where the way of attending leaves it to the caller."""

@@ -164,7 +164,8 @@ def _leaves(attached: Readable) -> Iterator[list[Tensor]]:
 
     def cut(module: Any, args: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        # Some models scale their embeddings in place, which no leaf allows.
+        return leaves[-1].clone()
 
     handle = attached.model.get_input_embeddings().register_forward_hook(cut)
     try:

@@ -22,6 +22,9 @@ class LayerFacts:
     rotates: bool
     plain_at_zero: bool
     sliding_window: int | None
+    scale: float
+    """Factor on inner products, as the layer asks for it."""
+    softcap: float | None
     asked: int = 1
     """Times in one forward that the layer asks for attention."""
 
@@ -46,6 +49,8 @@ class ProbePass(Pass):
             rotates=bool(query.isnan().any()),
             plain_at_zero=_plain_at_zero(call.position_embeddings),
             sliding_window=call.sliding_window,
+            scale=scale,
+            softcap=softcap,
             asked=1 if before is None else before.asked + 1,
         )
         return torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)

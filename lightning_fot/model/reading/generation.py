@@ -38,6 +38,10 @@ _REFUSED = {
     "assistant_early_exit": ("takes tokens back that may have left the window", "Generate without assistance."),
     "use_mtp": ("takes tokens back that may have left the window", "Generate without assistance."),
     "token_healing": ("generates the end of the prompt anew, without the memory", "Leave it out."),
+    "output_hidden_states": (
+        "would lack those of the prompt, which is read window by window",
+        "Ask the model itself: lm.model(ids, output_hidden_states=True).",
+    ),
     "output_attentions": ("needs weights that memory layers do not give", "Use record_attention."),
     "penalty_alpha": ("(contrastive search) is not part of transformers 5", "Sample, or search with beams."),
     "dola_layers": ("(DoLa) is not part of transformers 5", "Sample, or search with beams."),
@@ -46,6 +50,8 @@ _REFUSED = {
 }
 # First tokens that stay local where the configuration says nothing; StreamingLLM (arXiv 2309.17453) found 4 enough.
 DEFAULT_SINKS = 4
+# Behind the end of a row, where the model names no token for it.
+PADDING = 0
 _ENDS_ALL_ROWS = (MaxLengthCriteria, MaxTimeCriteria)
 
 
@@ -192,6 +198,8 @@ def generate(
     cache.seen = length - 1
     if (_option(model, options, "num_beams") or 1) == 1:
         options = {**options, "stopping_criteria": _watched(model, options, cache)}
+        if all(_option(model, options, name) is None for name in ("pad_token_id", "eos_token_id")):
+            options = {**options, "pad_token_id": PADDING}
     # The cache knows where padding is; with a mask of ones transformers makes no masks of its own.
     generated = cast(Any, model).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options
@@ -211,10 +219,16 @@ def generate(
 class RowEnds(StoppingCriteria):
     """Tells a cache where rows end that end before others, so that the padding behind is not taken for text.
 
+    Rows get padding behind their end whichever criterion has ended them. Transformers gives it where a criterion names
+    end tokens, and would else draw on from what the cache has put away.
+
     Args:
         cache: The cache of the search.
         criteria: What may end a row.
     """
+
+    eos_token_id: Tensor | None = None
+    """Named for transformers, which asks whether a criterion has it; ``criteria`` know their own."""
 
     def __init__(self, cache: MemoryCache, criteria: list[StoppingCriteria]) -> None:
         self.cache = cache

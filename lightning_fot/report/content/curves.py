@@ -12,6 +12,8 @@ from lightning_fot.report.content import formats, read
 from lightning_fot.report.content.scales import log_ticks
 
 RECALL_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
+# What standard errors of perplexity are taken over (`measures.perplexity.estimate`).
+SAMPLED = "over blocks of 256 tokens, not over documents"
 MEASURES = {"recall": "recall@{k}", "mass_recall": "attention-mass recall"}
 
 
@@ -234,8 +236,8 @@ def error_note(lines: Sequence[Line]) -> str:
     if all(error is None for line in lines for error in line.errors):
         return ""
     if lines[0].paired:
-        return "Bars: ± one standard error of the difference from no memory on the same tokens."
-    return "Bars: ± one standard error of each value."
+        return f"Bars: ± one standard error of the difference from no memory on the same tokens, {SAMPLED}."
+    return f"Bars: ± one standard error of each value, {SAMPLED}."
 
 
 def _error(row: read.Row, paired: bool) -> float | None:

@@ -113,7 +113,8 @@ def _perplexity_caveat(row: read.Row, base_row: read.Row) -> tuple[str, bool]:
     change = paired_change(row)
     if change is not None and change[1] is not None:
         settled = abs(change[0]) > 2 * change[1]
-        text = f"{scored}; on these same tokens the change is {formats.change(*change)} (one standard error)."
+        over = f"one standard error {curves.SAMPLED}"
+        text = f"{scored}; on these same tokens the change is {formats.change(*change)} ({over})."
         return text if settled else f"{text} That is too close to zero to be sure of.", settled
     errors = [error for error in (read.standard_error(row), read.standard_error(base_row)) if error is not None]
     if not errors:

@@ -31,7 +31,8 @@ def perplexity(results: read.Row) -> Table | None:
     body = by_context("", table, contexts, cell, "").rows + _changes(table, contexts)
     scored = {int(n) for row in measured if (n := read.number(row, "tokens", "n")) is not None}
     note = f"{formats.tokens(min(scored))} tokens scored, the same ones in every cell. " if len(scored) == 1 else ""
-    note += "± one standard error. " if any(read.standard_error(row) is not None for row in measured) else ""
+    over = f"± one standard error {curves.SAMPLED}. "
+    note += over if any(read.standard_error(row) is not None for row in measured) else ""
     if len(body) > len(table) and any(read.number(row, "gain_standard_error") is not None for row in measured):
         note += "A change compares the same tokens with and without memory: its error is smaller than a value's."
     columns = ("memory", *(formats.tokens(context) for context in contexts))

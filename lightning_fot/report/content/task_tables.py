@@ -171,7 +171,7 @@ def story(results: read.Row) -> Table | None:
         body.append((Cell(head, distance), *cells))
     names = (kind if kind == "none" else f"{kind}, {formats.tokens(length)}" for kind, length in shown)
     note = "None: nats a token; the others: nats saved on the same tokens. ± one standard error over stories. "
-    note += "Names: nats a name that the context has and the local window so far has not; ± over names."
+    note += "Names: nats a name that the context has and the local window so far has not; ± over stories."
     title = "A story's continuation by distance from its context"
     return Table(title, ("from", *names), tuple(body), note=note)
 

@@ -22,6 +22,9 @@ _USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are
 _LONGEST = 1024.0  # lengths of the median key: longer ones are not typical
 _FARTHEST = 64.0  # lengths of a typical key: what is longer is an outlier, without any map too
 _FEW = 16
+# The share of the keys that are typical. A few long ones are among the best of half of all queries: a graph would have
+# them as neighbours of everything, and without them the sphere that keys are laid on is no wider than it must be.
+_TYPICAL = 1 - 1 / 32
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
             key_map = ((vectors * values**spec.query_power) @ vectors.T).float()
             query_map = ((vectors * values**-spec.query_power) @ vectors.T).float()
     norms = _map(_scaled(keys, mean, scale), key_map).norm(dim=1).nan_to_num(nan=float("inf"))
-    typical = float(norms.kthvalue(max(1, int(0.999 * len(norms)))).values)
+    typical = float(norms.kthvalue(max(1, int(_TYPICAL * len(norms)))).values)
     # However many are far longer than most: beside them, distances of the others would have no digits left.
     typical = min(typical, _LONGEST * float(norms.median()))
     if spec != TransformSpec():

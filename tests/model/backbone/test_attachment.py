@@ -154,3 +154,24 @@ def test_a_gate_mixes_memory_and_local_context():
             local = torch.cat([model(part).logits for part in ids.split(16, dim=1)], dim=1)
     torch.testing.assert_close(shut, local, atol=1e-4, rtol=1e-4)
     assert float((mixed - shut)[:, 16:].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("retriever", "message"),
+    [
+        ("hnws", "is not an installed retriever. Did you mean hnsw"),
+        ({"name": "hnsw", "M": -3}, r"retriever\.M=-3: must be a whole number from 2 to 512"),
+        (
+            {"name": "hnsw", "efsearch": 64},
+            r"efsearch=64: is not an argument of hnsw. Did you mean ef_search",
+        ),
+        ({"layers": {1: "exact"}}, "lacks layer 3"),
+        ({"layers": {1: "exact", 3: {"name": "faiss_ivf", "nlist": 0}}}, r"retriever\.nlist=0: must be"),
+    ],
+)
+def test_a_retriever_that_cannot_be_made_is_refused_when_the_memory_is_attached(retriever, message):
+    model = tiny_llama()
+    with pytest.raises(SettingError, match=message):
+        attach_memory(model, settings(retriever=retriever))
+    with attach_memory(model, settings()) as lm:
+        assert lm.new_memory().batch_size == 1

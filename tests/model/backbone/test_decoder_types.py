@@ -25,12 +25,17 @@ OTHERS = ["modernbert-decoder", "gpt2", "opt", "gpt_bigcode", "biogpt"]
 FORMS = ["gpt_oss", "phi", "stablelm", "persimmon", "gemma4_text", "nanochat", "vaultgemma"]
 
 
-@pytest.mark.parametrize("name", FORMS)
+def _slow_but(names, quick):
+    """One of each kind is quick enough for the fast selection: seconds of a core each."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name != quick)) for name in names]
+
+
+@pytest.mark.parametrize("name", _slow_but(FORMS, "gpt_oss"))
 def test_other_forms_of_attention_are_read_as_by_the_oracle(name):
     assert deep_faults(tiny(name), 3) == {}
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", _slow_but(HYBRIDS, "lfm2"))
 def test_hybrids_remember_in_their_attention_layers(name):
     faults = deep_faults(tiny(name), 3, states=True)
     if name in ONE_BY_ONE:
@@ -38,7 +43,7 @@ def test_hybrids_remember_in_their_attention_layers(name):
     assert faults == {}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", _slow_but(OTHERS, "gpt2"))
 def test_other_decoders_and_positions_are_read_as_by_the_oracle(name):
     assert deep_faults(tiny(name), 2) == {}
 
@@ -51,6 +56,7 @@ def test_layers_of_hybrids_are_numbered_as_in_the_backbone():
         attach_memory(model, settings(memory_layers=[2]))
 
 
+@pytest.mark.slow
 def test_beams_of_hybrids_carry_their_states():
     model, ids = tiny("lfm2"), tokens(1, 9)
     expected = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
@@ -71,6 +77,7 @@ def test_a_window_longer_than_the_learned_positions_is_refused():
         assert lm.generate(tokens(1, 50), max_new_tokens=20, do_sample=False).shape == (1, 70)
 
 
+@pytest.mark.slow
 def test_models_with_masks_of_their_own_making_generate():
     kinds = ["sliding_attention", "full_attention"] * 2
     text = {
@@ -103,6 +110,7 @@ def test_layers_that_share_their_keys_are_refused():
         attach_memory(model, settings(memory_layers=[3]))
 
 
+@pytest.mark.slow
 def test_sinks_and_partial_rotation_are_trained_as_they_are_read():
     for name in ("gpt_oss", "phi"):
         ids = tokens(1, 48)

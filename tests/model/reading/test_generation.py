@@ -159,6 +159,8 @@ def test_rows_ended_by_a_criterion_of_the_user_store_nothing_more():
             ids, memory=memory, max_new_tokens=40, do_sample=False, stopping_criteria=[Rows()], update_memory=True
         )
         assert out.shape == (2, 41)
+        # No end token is set: the row that its criterion has ended gets padding all the same.
+        assert out[0, 24:].eq(0).all()
         assert memory.tokens_seen.tolist() == [24, 41]
         for row, length in enumerate((24, 41)):
             _, own = alone(lm, ids, torch.ones_like(ids), row, max_new_tokens=length - 20, do_sample=False)

@@ -234,13 +234,11 @@ def test_stop_strings_end_rows():
     assert memory.tokens_seen.tolist() == [12 + 11, 12 + 24]
 
 
-def test_an_output_object_has_scores_hidden_states_and_the_cache():
+def test_an_output_object_has_scores_and_the_cache():
     ids = tokens(2, 20)
     with attach_memory(tiny_llama(), settings(top_k=6)) as lm:
-        out = lm.generate(
-            ids, max_new_tokens=10, do_sample=False, output_scores=True, output_hidden_states=True, **LOGITS
-        )
-        assert len(out.scores) == len(out.logits) == len(out.hidden_states) == 10
+        out = lm.generate(ids, max_new_tokens=10, do_sample=False, output_scores=True, **LOGITS)
+        assert len(out.scores) == len(out.logits) == 10
         assert torch.equal(torch.stack(out.scores, dim=1).argmax(-1), out.sequences[:, 20:])
         assert isinstance(out.past_key_values, MemoryCache)
         # All but the last token, which was drawn and not read.
@@ -263,6 +261,7 @@ def test_an_output_object_has_scores_hidden_states_and_the_cache():
         ("use_mtp", True),
         ("token_healing", True),
         ("output_attentions", True),
+        ("output_hidden_states", True),
         ("penalty_alpha", 0.6),
         ("dola_layers", "high"),
         ("constraints", [object()]),
@@ -274,6 +273,36 @@ def test_an_output_object_has_scores_hidden_states_and_the_cache():
 def test_options_that_cannot_work_are_refused_by_name(name, value):
     with attach_memory(tiny_llama(), settings()) as lm, pytest.raises(SettingError, match=f"^{name}="):
         lm.generate(tokens(1, 4), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("inputs", tokens(1, 4)), ("inputs_embeds", torch.zeros(1, 4, 64))])
+def test_other_names_of_the_prompt_in_its_place_are_refused_by_name(name, value):
+    with attach_memory(tiny_llama(), settings()) as lm:
+        with pytest.raises(SettingError, match=rf"{name}=.*Give input_ids"):
+            lm.generate(**{name: value}, max_new_tokens=2)
+        with pytest.raises(SettingError, match=r"input_ids=None: leaves nothing to continue"):
+            lm.generate(max_new_tokens=2)
+
+
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 5}, {"pad_token_id": 9}, {"eos_token_id": 5, "pad_token_id": 9}])
+def test_what_follows_a_row_that_a_criterion_has_ended_is_padding(ends):
+    class Ended(StoppingCriteria):
+        """Ends the first row after 3 new tokens."""
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 11, False])
+
+    model, ids = tiny_llama(), tokens(2, 8)
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [5], "stopping_criteria": [Ended()]}
+    with attach_memory(model, settings()) as lm:
+        out = lm.generate(ids, **options, **ends)
+    assert out[0, 11:].tolist() == 5 * [ends.get("pad_token_id", ends.get("eos_token_id", 0))]
+    # With an end token transformers does the same, for rows that any criterion has ended.
+    expected = model.generate(ids, **options, **{"eos_token_id": 5, **ends})
+    assert torch.equal(out[:, :11], expected[:, :11])
+    assert torch.equal(out[1], expected[1])
+    if "eos_token_id" in ends:
+        assert torch.equal(out, expected)
 
 
 def test_an_option_that_the_model_brings_with_it_is_refused_too():
