@@ -2,6 +2,7 @@
 
     python benchmarks/lookup.py BOOK.txt            # the shipped weights, 24 facts in 4,096 tokens
     python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --layers 18,20  # untrained
+    python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --free top_k=32 dense_pairs=0  # all layers, untrained
     python benchmarks/lookup.py BOOK.txt --plain    # everything in the backbone's own context
     python benchmarks/lookup.py BOOK.txt --heads    # found, weighed: where the memory layers looked
 
@@ -38,6 +39,14 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     """Ids without special tokens."""
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found
+
+
+def read(value: str) -> Any:
+    """A setting as JSON has it, or the word itself."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 class Weights:
@@ -77,6 +86,9 @@ class Subject:
         layers = [int(layer) for layer in args.layers.split(",")] if args.layers else None
         if self.plain:
             self.model = load_backbone(args.backbone)
+        elif args.free is not None:
+            changes = {name: read(value) for name, _, value in (word.partition("=") for word in args.free)}
+            self.lm = attach_memory(load_backbone(args.backbone), MemoryConfig.training_free(**changes))
         elif layers is not None:
             config = MemoryConfig(
                 memory_layers=layers,
@@ -219,6 +231,9 @@ def main() -> None:
     parser.add_argument("book", type=Path)
     parser.add_argument("--backbone", default="smollm2-135m-fot")
     parser.add_argument("--layers", default="", help="memory layers of an untrained backbone")
+    parser.add_argument(
+        "--free", nargs="*", metavar="NAME=VALUE", help="without training: the recipe, with these settings in its place"
+    )
     parser.add_argument("--plain", action="store_true", help="read everything in the backbone's own context")
     parser.add_argument("--facts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=4096)

@@ -1,9 +1,9 @@
 """Settings of memory attention: which layers have a memory, and how they read it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from lightning_fot.config.attending import registry, renamed
 from lightning_fot.config.attending.base import Attending
@@ -15,11 +15,13 @@ class MemoryConfig:
     """Which layers get a memory, and how they read it (the arguments of ``attach_memory``).
 
     Args:
-        memory_layers: Layers that also attend to the memory; negative numbers count from the end.
+        memory_layers: Layers that also attend to the memory; negative numbers count from the end. ``all``: every layer
+            whose attention sees the whole text in the plain model.
         window: Local context in tokens. Longer input is cut into windows of this size.
         top_k: Pairs retrieved for each query and KV head.
         positions: ``first``: local rotary, memory keys as if at position 0 (LongLLaMA); ``none``: no rotary in
-            memory layers (the paper's small models).
+            memory layers (the paper's small models); ``constant``: local rotary, and all memory keys at ``distance``
+            places before each query (for models that were not trained to use a memory).
         retriever: Name, ``{"name": ..., **arguments}`` or a factory; or one for each memory layer,
             ``{"layers": {18: ..., 20: ...}}``, layers counted from 0.
         overlap: Local tokens that a window shares with the one before.
@@ -38,6 +40,9 @@ class MemoryConfig:
         max_distance: As ``integration``.
         segments: As ``integration``.
         dilations: As ``integration``.
+        distance: With ``positions=constant``, places between a query and all keys of the memory; None is ``window``.
+        dense_pairs: A memory of at most so many pairs a head is attended to as a whole, without a search: as with
+            ``top_k`` above its length.
         attending: Another way of attending, for comparison: a name, or ``{"name": ..., **arguments}``; each has a file
             in ``config/attending``. None is FoT's own: one softmax over local and retrieved pairs.
 
@@ -45,10 +50,10 @@ class MemoryConfig:
         SettingError: A value is out of its range.
     """
 
-    memory_layers: list[int] = field(default_factory=lambda: [-1])
+    memory_layers: list[int] | Literal["all"] = field(default_factory=lambda: [-1])
     window: int = 512
     top_k: int = 32
-    positions: Literal["first", "none"] = "first"
+    positions: Literal["first", "none", "constant"] = "first"
     retriever: str | dict[str, Any] | Callable[..., Any] = "exact"
     overlap: int = 0
     sink_tokens: int = 0
@@ -64,15 +69,17 @@ class MemoryConfig:
     segments: InitVar[list[int] | None] = None
     dilations: InitVar[list[int] | None] = None
     attending: str | dict[str, Any] | None = None
+    distance: int | None = None
+    dense_pairs: int = 0
 
     def __post_init__(self, *old: Any) -> None:
         prefix = "model.memory"
         given = dict(zip(renamed.OLD_KEYS, old, strict=True))
         self.attending = renamed.in_new_words(self.attending, given)
-        check_at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length")
-        check_at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start")
+        check_at_least(prefix, self, 1, "window", "top_k", "capacity", "last_context_length", "distance")
+        check_at_least(prefix, self, 0, "overlap", "sink_tokens", "skip_window_start", "dense_pairs")
         for name, choices in (
-            ("positions", ("first", "none")),
+            ("positions", ("first", "none", "constant")),
             ("dtype", (None, "float32", "bfloat16", "int8")),
             ("offload", ("values", "all")),
         ):
@@ -80,6 +87,14 @@ class MemoryConfig:
                 allowed = ", ".join(str(choice) for choice in choices)
                 raise SettingError(f"{prefix}.{name}", getattr(self, name), "is not known", f"Choose one of {allowed}.")
         check_factor(f"{prefix}.score_factor", self.score_factor)
+        self._check_layers()
+        if self.distance is not None and self.positions != "constant":
+            raise SettingError(
+                f"{prefix}.distance",
+                self.distance,
+                f"is not used with positions={self.positions}",
+                "Set positions=constant, or leave it out.",
+            )
         if self.overlap + self.sink_tokens >= self.window:
             raise SettingError(
                 f"{prefix}.overlap",
@@ -106,6 +121,28 @@ class MemoryConfig:
         if note is not None:
             warnings.warn(note, DeprecationWarning, stacklevel=3)
 
+    @classmethod
+    def training_free(cls, **changes: Any) -> Self:
+        """Settings for a model that was not trained to use a memory (``configs/training_free.yaml``).
+
+        Args:
+            **changes: Fields in place of the recipe's.
+        """
+        return cls(**{**TRAINING_FREE, **changes})
+
+    def _check_layers(self) -> None:
+        if isinstance(self.memory_layers, str) and self.memory_layers != "all":
+            raise SettingError(
+                "model.memory.memory_layers", self.memory_layers, "names no layers", "Give a list of numbers, or all."
+            )
+
+    @property
+    def far_place(self) -> int | None:
+        """Places between a query and all keys of the memory; None where that follows the query's own place."""
+        if self.positions != "constant" or not self.memory_layers:
+            return None
+        return self.window if self.distance is None else self.distance
+
     @property
     def way(self) -> Attending:
         """The settings of ``attending``."""
@@ -115,13 +152,16 @@ class MemoryConfig:
         """Memory layers as sorted non-negative numbers.
 
         Args:
-            num_layers: Layers of the backbone.
+            num_layers: Layers of the backbone; ``all`` are these, without those that an attached model cannot serve.
 
         Raises:
             SettingError: A layer is out of range, named twice, or has no retriever where each has its own.
         """
         from lightning_fot.config.retriever import layer_spec
 
+        if self.memory_layers == "all":
+            # Which of them have attention, and so need a retriever, the model knows.
+            return tuple(range(num_layers))
         resolved = []
         for layer in self.memory_layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -num_layers <= layer < num_layers:
@@ -139,6 +179,31 @@ class MemoryConfig:
         for layer in sorted(resolved):
             layer_spec(self.retriever, layer)
         return tuple(sorted(resolved))
+
+
+# What loses least of an untrained model's own attention: docs/LOG.md, "No training".
+TRAINING_FREE: dict[str, Any] = {
+    "memory_layers": "all",
+    "window": 512,
+    "top_k": 128,
+    "positions": "constant",
+    "overlap": 128,
+    "sink_tokens": 4,
+    "dense_pairs": 16384,  # below it no index is built either
+}
+
+# Settings that earlier versions do not know, and the values that say what those did.
+_LATER: dict[str, Any] = {"distance": None, "dense_pairs": 0}
+
+
+def without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a memory without those that say what earlier versions did: these then read and digest them alike.
+
+    Example:
+        >>> without_later({"window": 16, "distance": None, "dense_pairs": 8})
+        {'window': 16, 'dense_pairs': 8}
+    """
+    return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
 # Where a memory lies on one machine: not the model's.

@@ -166,13 +166,22 @@ class MemoryLayer:
 
         return Retrieved(take(self.key_store), take(self.value_store), valid, rows)
 
-    def read(self, queries: Tensor, k: int) -> Retrieved | Shown | None:
-        """What the queries (B, G, Q, D) attend to: the k nearest pairs, all when there are no more, None when empty."""
+    def read(self, queries: Tensor, k: int, dense_pairs: int = 0) -> Retrieved | Shown | None:
+        """What the queries attend to.
+
+        Args:
+            queries: (B, G, Q, D), as :meth:`search` takes them.
+            k: Pairs wanted for each.
+            dense_pairs: Pairs of a row up to which all are wanted.
+
+        Returns:
+            The k nearest pairs; all of them where there are no more than that or than ``dense_pairs``; None when empty.
+        """
         lengths = self.lengths
         stored = max(lengths)
         if stored == 0:
             return None
-        if stored <= k:
+        if stored <= max(k, dense_pairs):
             keys, values = self.keys, self.values
             if torch.is_grad_enabled():
                 # A backward pass needs what was read as it was, and the stores go on to be written to.

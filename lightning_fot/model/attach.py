@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
+def attach_memory(model: PreTrainedModel, config: MemoryConfig | None = None) -> MemoryLM:
     """Gives a Hugging Face model an external memory.
 
     Args:
         model: A causal language model of transformers, on any device, in any floating dtype.
-        config: Which layers attend to the memory, and how.
+        config: Which layers attend to the memory, and how; None is for models that were not trained to use one
+            (:meth:`MemoryConfig.training_free`).
 
     Returns:
         The attached model. ``detach()`` (or leaving a ``with`` block) makes the model what it was, bit for bit.
@@ -46,7 +47,7 @@ def attach_memory(model: PreTrainedModel, config: MemoryConfig) -> MemoryLM:
         raise SettingError(
             "model", type(model).__name__, "already has a memory attached", "Call detach() on the first one."
         )
-    return MemoryLM(Attachment(model, config))
+    return MemoryLM(Attachment(model, MemoryConfig.training_free() if config is None else config))
 
 
 def attach_pretrained(name: str, weights_dtype: str = "float32", **settings: Any) -> MemoryLM:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.memory import OF_THE_MACHINE
+from lightning_fot.config.memory import OF_THE_MACHINE, without_later
 from lightning_fot.errors import SettingError
 from lightning_fot.pretrained.longllama import SETTINGS_FILE
 from lightning_fot.system.digests import check_files, read_sealed
@@ -44,7 +44,7 @@ def portable_settings(config: MemoryConfig) -> dict[str, Any]:
             "is a Python object, which a saved model cannot name",
             'Set lm.config.retriever to a name, {"name": ..., **arguments} or "package.module.Class" before saving.',
         ) from None
-    return settings
+    return without_later(settings)
 
 
 def check_saved(name: str, weights: bool = True) -> None:

@@ -56,7 +56,7 @@ def longllama_keys(config: MemoryConfig, layers: tuple[int, ...], weights_dtype:
     last_context = config.window if config.last_context_length is None else config.last_context_length
     return {
         "mem_layers": list(layers),
-        "mem_positionals": config.positions == "first",
+        "mem_positionals": config.positions != "none",
         "mem_dtype": stored,
         "last_context_length": last_context,
     }

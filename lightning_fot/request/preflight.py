@@ -30,7 +30,7 @@ from lightning_fot.request.sections import build, check_names, unknown_setting
 # Verbs whose data are those of the section ``data``; others read the model's settings alone.
 _JOBS = ("run", "fit", "validate", "test")
 # What the weights of a model with its own memory settings were made for.
-_TRAINED_FOR = ("memory_layers", "window", "positions", "attending")
+_TRAINED_FOR = ("memory_layers", "window", "positions", "distance", "attending")
 _PATHS = ("data.paths", "data.heldout", "evaluation.distractor_paths", "evaluation.lookup.paths")
 # Report, tables and metrics; checkpoints come on top (see `required_bytes`).
 _RESULT_BYTES = 32 * 2**20

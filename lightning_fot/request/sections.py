@@ -139,12 +139,22 @@ def _value(value: Any, annotation: Any, key: str) -> Any:
         if choices:
             near = close_match(str(value), choices)
             raise SettingError(key, value, "is not known", f"{near}Choose one of {', '.join(choices)}.") from error
-        wanted = annotation.__name__ if get_origin(annotation) is None else str(annotation)
-        raise SettingError(key, value, f"must be of type {wanted.replace('typing.', '')}", "Correct it.") from error
+        wanted = " | ".join(map(_name, _options(annotation)))
+        raise SettingError(key, value, f"must be of type {wanted}", "Correct it.") from error
+
+
+def _name(kind: Any) -> str:
+    """A type as it is written."""
+    if kind is NoneType:
+        return "None"
+    return str(kind.__name__ if get_origin(kind) is None else kind).replace("typing.", "")
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words among which a type, or that of a list's items, lets choose."""
+    """The words among which a type, or that of a list's items, lets choose; none where it takes other things too."""
     if get_origin(annotation) is Literal:
         return [str(one) for one in get_args(annotation)]
+    options = [one for one in _options(annotation) if one is not NoneType]
+    if len(options) > 1 and not all(map(_choices, options)):
+        return []
     return [word for part in get_args(annotation) for word in _choices(part)]

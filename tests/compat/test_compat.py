@@ -42,6 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
+# Settings that came later, with the values that say what was done before.
+LATER = {"distance": None, "dense_pairs": 0}
 # Settings of a memory that ``attending`` has replaced, with the values that left them out.
 REPLACED = {"integration": "softmax", "max_distance": None, "segments": [], "dilations": []}
 
@@ -50,7 +52,7 @@ def _in_new_words(value: Any) -> Any:
     """What was written before 0.2.0, as it is written now."""
     if isinstance(value, list):
         # Tasks that came later, too.
-        later = re.compile(rf"memory\.({'|'.join([*REPLACED, 'attending'])})$|^(config\.evaluation\.)?lookup$")
+        later = re.compile(rf"memory\.({'|'.join([*REPLACED, *LATER, 'attending'])})$|^(config\.evaluation\.)?lookup$")
         return [_in_new_words(item) for item in value if not (isinstance(item, str) and later.search(item))]
     if not isinstance(value, dict):
         return value
@@ -58,6 +60,7 @@ def _in_new_words(value: Any) -> Any:
     if "key_value" in found and found.get("lookup") is None:
         found.pop("lookup", None)
     if "memory_layers" in found:
+        found = {key: item for key, item in found.items() if key not in LATER or item != LATER[key]}
         given = {key: found.pop(key) for key in REPLACED if key in found}
         if given.get("integration") == "gate":
             found["attending"] = {"name": "gate"}

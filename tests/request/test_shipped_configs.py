@@ -36,7 +36,7 @@ def test_parses_and_says_how_to_run_it(name: str) -> None:
     request, cli = _parse(name)
     memory = cli.model.memory_config
     check_retriever(memory.retriever)
-    if name not in ("smoke", "mixture", "tasks", "smollm2_fot"):
+    if name not in ("smoke", "mixture", "tasks", "smollm2_fot", "training_free"):
         retriever = memory.retriever
         assert (retriever if isinstance(retriever, str) else retriever["name"]) == name
     # What the light pass reads is what jsonargparse makes of it.

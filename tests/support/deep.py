@@ -20,7 +20,9 @@ WINDOW, LENGTH = 12, 31
 STRIDE: dict[str, Any] = {"overlap": 4, "sink_tokens": 1}
 
 
-def deep_faults(model: PreTrainedModel, layer: int, states: bool = False) -> dict[str, str]:
+def deep_faults(
+    model: PreTrainedModel, layer: int, states: bool = False, distance: int | None = None
+) -> dict[str, str]:
     """What goes wrong with one memory layer, by check; empty where all is right.
 
     Args:
@@ -28,8 +30,11 @@ def deep_faults(model: PreTrainedModel, layer: int, states: bool = False) -> dic
         layer: The memory layer.
         states: Whether layers keep states: they start anew with each window that is read without an overlap, and the
             oracle reads the whole text.
+        distance: At which all tokens see the memory, less than a window; None: at their own.
     """
     config = MemoryConfig(memory_layers=[layer], window=WINDOW, top_k=1000)
+    if distance is not None:
+        config = replace(config, positions="constant", distance=distance)
     checks: dict[str, Callable[[PreTrainedModel, MemoryConfig], None]] = {
         "plain forward": _plain,
         "window by window": _windows if not states else _first_window,
@@ -70,7 +75,7 @@ def _windows(model: PreTrainedModel, config: MemoryConfig) -> None:
     ids = tokens(1, LENGTH)
     with attach_memory(model, config) as lm:
         found = lm(ids).logits
-    _close(found, dense_logits(model, ids, _seen(LENGTH), config.memory_layers))
+    _close(found, dense_logits(model, ids, _seen(LENGTH), config.memory_layers, distance=config.distance))
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def _first_window(model: PreTrainedModel, config: MemoryConfig) -> None:
     ids = tokens(1, LENGTH)
     with attach_memory(model, config) as lm:
         found = lm(ids[:, :WINDOW]).logits
-    _close(found, dense_logits(model, ids[:, :WINDOW], _seen(WINDOW), config.memory_layers))
+    _close(found, dense_logits(model, ids[:, :WINDOW], _seen(WINDOW), config.memory_layers, distance=config.distance))
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def _strides(model: PreTrainedModel, config: MemoryConfig) -> None:
     ids = tokens(1, LENGTH)
     with attach_memory(model, replace(config, **STRIDE)) as lm:
         found = lm(ids).logits
-    _close(found, dense_logits(model, ids, _seen(LENGTH, **STRIDE), config.memory_layers))
+    _close(found, dense_logits(model, ids, _seen(LENGTH, **STRIDE), config.memory_layers, distance=config.distance))
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def _decoding(model: PreTrainedModel, config: MemoryConfig) -> None:
             ids[:, :9], max_new_tokens=18, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
     text = out.sequences[:, :-1]
-    expected = dense_logits(model, text, _seen(text.shape[1], **STRIDE), config.memory_layers)
+    expected = dense_logits(model, text, _seen(text.shape[1], **STRIDE), config.memory_layers, distance=config.distance)
     _close(torch.stack(out.logits, 1), expected[:, 8:])
 
 
@@ -122,6 +127,6 @@ def _backward(model: PreTrainedModel, config: MemoryConfig) -> None:
     weight: Any = model.get_input_embeddings().weight
     with attach_memory(model, replace(config, **STRIDE)) as lm:
         (found,) = torch.autograd.grad(lm(ids, labels=ids).loss, weight)
-    logits = dense_logits(model, ids, _seen(LENGTH, **STRIDE), config.memory_layers, forgotten=True)
+    logits = dense_logits(model, ids, _seen(LENGTH, **STRIDE), config.memory_layers, True, config.distance)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits[0, :-1], ids[0, 1:]), weight)
     _close(found, expected, 2e-3)

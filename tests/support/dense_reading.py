@@ -25,8 +25,8 @@ Seen = Sequence[tuple[list[int], list[int]]]
 class _Reading:
     """What the attention function is asked for; rotary functions leave what they were given here."""
 
-    def __init__(self, seen: Seen, layers: Sequence[int], forgotten: bool) -> None:
-        self.seen, self.layers, self.forgotten = seen, set(layers), forgotten
+    def __init__(self, seen: Seen, layers: Sequence[int], forgotten: bool, distance: int | None) -> None:
+        self.seen, self.layers, self.forgotten, self.distance = seen, set(layers), forgotten, distance
         self.rotation: tuple[Any, Tensor, Tensor, int, bool] | None = None
 
     def attend(
@@ -45,7 +45,15 @@ class _Reading:
             far_key, far_value = key[:, :, far], value[:, :, far]
             if self.forgotten:
                 far_key, far_value = far_key.detach(), far_value.detach()
-            pairs = torch.cat([near_key, _turn(far_key, torch.zeros(len(far), dtype=torch.long), rotation)], 2)
+            zero = torch.zeros(len(far), dtype=torch.long)
+            pairs = torch.cat([near_key, _turn(far_key, zero, rotation)], 2)
+            if self.distance is not None and rotation is not None and len(far):
+                # The difference of two places is what counts: one is as far back as it would be from place 0.
+                behind = (len(local) - 1 - self.distance) * torch.ones_like(zero)
+                back = torch.where(behind < 0, -1.0, 1.0)[None, :, None]
+                function, cos, sin, width, single = rotation
+                turned = (function, cos[:, behind.abs()], sin[:, behind.abs()] * back, width, single)
+                pairs = torch.cat([near_key, _turn(far_key, torch.arange(len(far)), turned)], 2)
             values = torch.cat([value[:, :, local[first:]], far_value], 2)
             repeat = heads // groups
             scores = q @ pairs.repeat_interleave(repeat, 1).transpose(2, 3) * scale
@@ -119,7 +127,12 @@ def _unrotated(model: PreTrainedModel) -> Iterator[None]:
 
 
 def dense_logits(
-    model: PreTrainedModel, ids: Tensor, seen: Seen, layers: Sequence[int], forgotten: bool = False
+    model: PreTrainedModel,
+    ids: Tensor,
+    seen: Seen,
+    layers: Sequence[int],
+    forgotten: bool = False,
+    distance: int | None = None,
 ) -> Tensor:
     """Logits (1, T, V) of ids (1, T): token t sees ``seen[t]``, local tokens, itself the last, and tokens in memory.
 
@@ -129,11 +142,12 @@ def dense_logits(
         seen: As ``stride_oracle.Text`` lists it.
         layers: Memory layers.
         forgotten: Let no gradient reach pairs of the memory.
+        distance: At which each token sees those; the text must have a token at each place in between.
     """
     named = {"position_ids": torch.tensor([[len(local) - 1 for local, _ in seen]])}
     if "position_ids" not in inspect.signature(model.forward).parameters:
         named = {}
-    _NOW.append(_Reading(seen, layers, forgotten))
+    _NOW.append(_Reading(seen, layers, forgotten, distance))
     try:
         with _unrotated(model):
             logits: Tensor = model(input_ids=ids, use_cache=False, **named).logits

@@ -55,8 +55,14 @@ def logits_of(
     seen: Sequence[tuple[list[int], list[int]]],
     memory_layers: Sequence[int],
     positions: str = "first",
+    distance: int | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
-    """Logits (T, V). Token t sees ``seen[t]``: local tokens, itself the last, and tokens in memory, without a limit."""
+    """Logits (T, V). Token t sees ``seen[t]``: local tokens, itself the last, and tokens in memory, without a limit.
+
+    Under ``constant`` each query has keys of its own, rotated to ``distance`` places before it. With ``top_k`` the best
+    of them for each KV head's query.
+    """
     config = model.config
     weights = {name: parameter.detach().double() for name, parameter in model.state_dict().items()}
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -76,11 +82,19 @@ def logits_of(
             for head in range(heads):
                 group = head // (heads // kv_heads)
                 q, k = query[token : token + 1, head], key[local][:, group]
-                if positions == "first" or not is_memory_layer:
+                far_key = key[far][:, group]
+                if positions != "none" or not is_memory_layer:
                     q, k = rotated(q, places[-1:], theta), rotated(k, places, theta)
-                pairs = torch.cat([k, key[far][:, group]])
+                if positions == "constant":
+                    far_key = rotated(far_key, (places[-1] - distance).expand(len(far)), theta)
+                if top_k is not None and top_k < len(far):
+                    best = (far_key @ q[0]).topk(top_k).indices
+                    far_key, chosen = far_key[best], [far[number] for number in best.tolist()]
+                else:
+                    chosen = far
+                pairs = torch.cat([k, far_key])
                 weight = (q @ pairs.T / math.sqrt(dim)).softmax(dim=1)
-                found = weight @ value[local + far][:, group]
+                found = weight @ value[local + chosen][:, group]
                 mixed[token, head * dim : (head + 1) * dim] = found[0]
         hidden = hidden + mixed @ weights[prefix + "self_attn.o_proj.weight"].T
         normed = rms_norm(hidden, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lightning_fot.commands.job.parsing import JobCLI, parse, quiet
 from lightning_fot.config.attending.renamed import as_before, tasks_as_before
+from lightning_fot.config.memory import without_later
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.evaluate import evaluate
 from lightning_fot.evaluation.measures.passkey import passkey_examples
@@ -261,7 +262,7 @@ class Job:
         parts = {key: self.config.get(key) for key in ("model", "data", "evaluation", "seed_everything")}
         # In the words of older versions, so that what they have measured is not measured again.
         model = dict(self.config["model"])
-        parts["model"] = {**model, "memory": as_before(model["memory"])}
+        parts["model"] = {**model, "memory": as_before(without_later(model["memory"]))}
         parts["evaluation"] = tasks_as_before(self.config["evaluation"])
         parts["steps"] = (self.folder.read_training() or {}).get("steps")
         text = json.dumps(parts, sort_keys=True, default=str)

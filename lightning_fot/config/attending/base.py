@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lightning_fot.errors import SettingError
 
@@ -17,7 +17,8 @@ SETTING = "model.memory.attending"
 class MemorySettings(Protocol):
     """What a way of attending looks at in ``MemoryConfig``."""
 
-    memory_layers: list[int]
+    memory_layers: list[int] | Literal["all"]
+    positions: Literal["first", "none", "constant"]
     window: int
     overlap: int
     sink_tokens: int

@@ -64,7 +64,7 @@ class Settings(Attending):
         return list(zip(self.segments, self.dilations, strict=True))
 
     def check(self, memory: MemorySettings) -> None:
-        """Refuses models without memory layers, and local windows that share tokens.
+        """Refuses models without memory layers, positions of a memory, and local windows that share tokens.
 
         Raises:
             SettingError: One of them.
@@ -75,6 +75,13 @@ class Settings(Attending):
                 self.segments,
                 "are for memory layers, and there are none",
                 "Name memory_layers.",
+            )
+        if memory.positions == "constant":
+            raise SettingError(
+                "model.memory.positions",
+                memory.positions,
+                f"cannot be had beside dilated attention (segments={self.segments}), which has no memory",
+                "Set it to first.",
             )
         for key, given in (("overlap", memory.overlap), ("sink_tokens", memory.sink_tokens)):
             if given:

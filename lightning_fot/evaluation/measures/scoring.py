@@ -44,7 +44,7 @@ class Score:
 
 def plain_tokens(config: MemoryConfig) -> int:
     """Tokens up to which an attached model with an empty memory is its plain backbone; 0 where it never is."""
-    return config.way.plain_tokens(config.window) if config.positions == "first" else 0
+    return config.way.plain_tokens(config.window) if config.positions != "none" else 0
 
 
 def new_tokens(options: Mapping[str, Any], default: int) -> int:

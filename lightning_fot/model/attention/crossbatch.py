@@ -90,6 +90,7 @@ def crossbatch_attention(
     table: Sequence[Sequence[int]],
     *,
     scale: float,
+    far_query: Tensor | None = None,
     differentiable: bool = True,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -99,8 +100,8 @@ def crossbatch_attention(
     """Each row attends to its causal local window and, in the same softmax, to whole windows of other rows.
 
     Windows are shared, not copied for each row that sees them, and no scores are kept for the backward pass: see
-    ``shared_windows``. Dropout, soft-capped scores and gates are what fused kernels cannot do; with
-    them scores are explicit, row by row.
+    ``shared_windows``. Dropout, soft-capped scores and gates are what fused kernels cannot do; with them, and with
+    queries that ask shown windows in another form, scores are explicit, row by row.
 
     Args:
         query: (B, H, T, D), rotated.
@@ -111,6 +112,7 @@ def crossbatch_attention(
         shown_values: (C, G, S, D).
         table: For each of the B rows the numbers it sees.
         scale: Factor on inner products.
+        far_query: (B, H, T, D), the queries as they ask shown windows; None asks with ``query``.
         differentiable: Let gradients reach shown keys and values (FoT). False detaches them (Memorizing Transformers).
         dropout: Share of attention weights set to 0.
         softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
@@ -126,7 +128,8 @@ def crossbatch_attention(
     # (C, G, S, D) → (G, C·S, D)
     far_key, far_value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (shown_keys, shown_values))
     runs = [runs_of(seen, shown_keys.shape[2]) for seen in table]
-    if dropout == 0 and softcap is None and gate is None and sinks is None:
+    far_query = query if far_query is None else far_query.to(query.dtype)
+    if dropout == 0 and softcap is None and gate is None and sinks is None and far_query is query:
         if not any(runs):
             return attend(query, key, value, scale=scale)
         return attend_shared(query, key, value, far_key, far_value, runs, scale)
@@ -140,6 +143,7 @@ def crossbatch_attention(
                 key[part],
                 value[part],
                 shown,
+                far_query=far_query[part],
                 scale=scale,
                 softcap=softcap,
                 gate=gate,

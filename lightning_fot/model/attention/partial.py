@@ -53,7 +53,9 @@ def zeros_for_sum(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=tensor.dtype if tensor.dtype == torch.float64 else torch.float32)
 
 
-def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over some keys.
 
     All tensors, here and in :func:`part_gradients`, have one dtype, and coordinates side by side in memory.
@@ -64,17 +66,22 @@ def attend_part(query: Tensor, key: Tensor, value: Tensor, scale: float, causal:
         value: (N, H, S, D).
         scale: Factor on inner products.
         causal: Query t sees keys 0 to t only; needs S = T.
+        mask: (N or 1, H or 1, T, S), added to scores, in the dtype of ``query``; each query sees a key.
 
     Returns:
         Output (N, H, T, D), and the log-sum-exp of each query's scores (N, H, T), fp32 (fp64 for fp64).
     """
-    if fused(query, value):
-        if query.device.type == "cpu":
-            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    on_cpu = query.device.type == "cpu"
+    if fused(query, value) and (on_cpu or mask is None):
+        if on_cpu:
+            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+            )
         else:
             out, lse = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[:2]
         return out, lse
     scores = _scores(query, key, scale, causal)
+    scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
     return torch.matmul((scores - lse[..., None]).exp_().to(value.dtype), value), lse
 

@@ -16,20 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.model.attention.whole import attend_all, causal_mask, serves
 
 # Scores held at once. Bounds what a dense read of a large memory takes: 2**26 fp32 scores are 256 MiB.
 MAX_SCORES = 2**26
-
-
-def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, T, D) → (B, G, R·T, D): queries of a group side by side, so that one stream of keys serves them."""
-    batch, heads, length, dim = query.shape
-    return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
-
-
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(T, S) bool: the last query sees all keys, the one before all but the last, and so on."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def attend(
@@ -39,6 +29,7 @@ def attend(
     outside: Retrieved | Shown | None = None,
     *,
     scale: float,
+    far_query: Tensor | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
     gate: Tensor | None = None,
@@ -55,6 +46,7 @@ def attend(
         value: (B, G, S, D).
         outside: Pairs beyond the local context, or None.
         scale: Factor on inner products.
+        far_query: (B, H, T, D), the queries as they ask outside pairs; None asks with ``query``.
         mask: (B or 1, H or 1, T, S), bool (True = seen) or additive; None means causal, the last query at the last key.
         softcap: ``c`` of ``c · tanh(score / c)`` (Gemma 2), or None.
         gate: (H,) logits; given, the two attentions are normalised apart and mixed by sigmoid(gate) (Memorizing
@@ -72,6 +64,10 @@ def attend(
     batch, heads, length, _ = query.shape
     if outside is None and gate is None and softcap is None and sinks is None:
         return _local(query, key, value, scale, mask, dropout)
+    far_query = query if far_query is None else far_query
+    plain = gate is None and softcap is None and sinks is None and dropout == 0 and on_weights is None
+    if plain and isinstance(outside, Shown) and serves(query, far_query, key, value, outside):
+        return attend_all(query, far_query, key, value, outside, scale, mask)
     groups = key.shape[1]
     repeats = heads // groups
     full_mask = _additive(mask, query, key)
@@ -84,7 +80,8 @@ def attend(
         local = torch.einsum("bgrtd,bgsd->bgrts", part, key) * scale
         local = _cap(local, softcap) + _group(full_mask[:, :, start:stop], groups)
         pairs = _slice(outside, repeats, start, stop)
-        far = None if pairs is None else _far_scores(part, pairs, scale, softcap)
+        far_part = far_query[:, :, start:stop].reshape(part.shape)
+        far = None if pairs is None else _far_scores(far_part, pairs, scale, softcap)
         mixed, far_weights = _combine(local, value, far, pairs, gate, dropout, sinks)
         chunks.append(mixed)
         if on_weights is not None and far_weights is not None:

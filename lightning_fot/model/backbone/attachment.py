@@ -23,6 +23,7 @@ from lightning_fot.model.backbone.hooks import Hooks
 from lightning_fot.model.backbone.layers import (
     attention_function,
     attention_layers,
+    chosen_layers,
     evaluation_mode,
     layer_count,
     state_layers,
@@ -74,7 +75,7 @@ class Attachment:
         self._calling = self_test.calling(model, self.attentions)
         self_test.refuse_compiled(self._calling)
         self.num_layers = layer_count(model, self.attentions)
-        self.memory_layers = config.resolve_layers(self.num_layers)
+        self.memory_layers = chosen_layers(model, config, self.attentions, self.num_layers)
         check_retriever(config.retriever)
         for index in self.memory_layers:
             layer_spec(config.retriever, index)
@@ -235,6 +236,9 @@ class Attachment:
         self_test.refuse_layers_that_ask_twice(self.facts, self.memory_layers)
         self_test.refuse_narrow_layers(self.facts, self.memory_layers, self.config.window)
         self_test.refuse_following_positions(self.model, self.way)
+        if self.config.far_place is not None:
+            self_test.refuse_constant_positions(self.model, self.facts, self.memory_layers, self.config.far_place)
+            self.hooks.distance = self.config.far_place
         for current in self_test.plain_passes(self.way, self.device):
             with self.during(current):
                 logits = self_test.logits_of(self.model)

@@ -62,7 +62,9 @@ def _kind(attached: Readable) -> int:
     """What the outcome depends on but for the numbers in the weights: modules and their code, settings, layers."""
     modules = [(name, type(part), vars(part).get("forward")) for name, part in attached.model.named_modules()]
     settings = attached.model.config.to_json_string(use_diff=False)
-    memory = repr((attached.memory_layers, attached.config.positions, attached.config.attending))
+    memory = repr(
+        (attached.memory_layers, attached.config.positions, attached.config.far_place, attached.config.attending)
+    )
     place = attached.model.dtype, attached.device, torch.is_inference_mode_enabled()
     code = [type(part).forward for part in attached.model.modules()]
     return hash((tuple(modules), tuple(code), settings, memory, place))
@@ -122,7 +124,8 @@ def _memory(attached: Readable, rows: int) -> Memory:
 
 def _dense(attached: Readable, ids: Tensor, overlap: int, sinks: int) -> Tensor:
     """Logits (T, V) of ids (1, T)."""
-    current = DensePass(stretches(ids.shape[1], _WINDOW, overlap, sinks), _WINDOW, attached.device)
+    parts = stretches(ids.shape[1], _WINDOW, overlap, sinks)
+    current = DensePass(parts, _WINDOW, attached.device, attached.config.far_place)
     with attached.during(current):
         logits: Tensor = attached.model(input_ids=ids, use_cache=False).logits[0]
     return logits

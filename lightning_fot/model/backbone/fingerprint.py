@@ -208,7 +208,10 @@ class Identity:
     def _settings(self) -> Fingerprint:
         attached = self.attached
         config = attached.model.config.get_text_config()
+        far = attached.config.far_place
         return {
+            # Memories at the queries' own distances do not say so, as none did before there was another.
+            **({} if far is None else {"distance": far}),
             "model_type": str(config.model_type),
             "memory_layers": list(attached.memory_layers),
             "kv_heads": [attached.facts[index].kv_heads for index in attached.memory_layers],

@@ -16,7 +16,14 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 from lightning_fot.model.attention.rotary import Embeddings, RotaryFn, find_rotary, fitted, identity_rotary
 from lightning_fot.model.backbone.calls import Calls
-from lightning_fot.model.backbone.layers import check_replay, checkpointing, decoder_of, following_length, forget_length
+from lightning_fot.model.backbone.layers import (
+    check_replay,
+    checkpointing,
+    decoder_of,
+    following_length,
+    forget_length,
+    rotary_modules,
+)
 from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.probe import LayerFacts
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 # Attribute of a cosine table that names the pass which its layers served: the table outlives the pass where layers are
 # run again in the backward pass.
 _PASS = "lightning_fot_pass"
+# Attribute of a cosine table: the rotation (cos, sin) of the place that queries ask the memory from.
+_FAR = "lightning_fot_far"
 
 
 _WEIGHTS_ALONE: ContextVar[bool] = ContextVar("lightning_fot_weights_alone", default=False)
@@ -142,7 +151,8 @@ class Hooks:
     Attributes:
         facts: What is known of each layer.
         gates: (H,) logits of the memory's share, by layer.
-        positions: ``first`` or ``none``: whether memory layers rotate.
+        positions: ``none``: memory layers do not rotate.
+        distance: Place from which all queries ask the memory, whose keys are at position 0; None asks from their own.
         score_factor: Factor on scores of memory layers, where a call does not set its own.
     """
 
@@ -162,6 +172,7 @@ class Hooks:
         self.facts: dict[int, LayerFacts] = {}
         self.gates: dict[int, nn.Parameter] = {}
         self.positions = "first"
+        self.distance: int | None = None
         self.score_factor = 1.0
         self._kept = KeptCaches(model)
         self._backends = backends
@@ -246,11 +257,13 @@ class Hooks:
             length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
             facts = self.facts[index]
             # positions="none" concerns memory layers alone.
-            if facts.rotates and (self.positions == "first" or not is_memory_layer):
+            if facts.rotates and (self.positions != "none" or not is_memory_layer):
                 if not fitting and rotary is not None:
                     fitting.append(fitted(rotary, facts.head_dim, embeddings[0].shape[-1]))
                 call.position_embeddings, call.rotary = embeddings, fitting[0] if fitting else None
                 call.plain_at_zero = facts.plain_at_zero
+                if is_memory_layer and self.distance is not None:
+                    call.far = self._far(index, embeddings)
             if is_memory_layer or current.unrotated:
                 kwargs["position_embeddings"] = self._identity(embeddings, length)
             else:
@@ -262,6 +275,23 @@ class Hooks:
             return args, kwargs
 
         return before_attention
+
+    def _far(self, index: int, embeddings: Embeddings) -> Embeddings:
+        """(cos, sin), each (B or 1, 1, R), of ``distance``.
+
+        Raises:
+            SettingError: The layer's embeddings are not as a rotary module gave them.
+        """
+        far: Embeddings | None = getattr(embeddings[0], _FAR, None)
+        if far is None:
+            raise SettingError(
+                "model.memory.positions",
+                "constant",
+                f"layer {index} of {type(self.model).__name__} is not given its rotary embeddings as a module of the "
+                "decoder makes them, so that the rotation by a distance is not known",
+                "Set positions=first, or use another backbone.",
+            )
+        return far
 
     def _identity(self, embeddings: Embeddings, length: int) -> Embeddings:
         """(cos, sin) that rotate nothing, for the last ``length`` columns of the real ones."""
@@ -330,11 +360,23 @@ class Hooks:
         def local_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             current = self.calls.state.current
             positions = None if current is None else current.positions
+            if current is not None and self.distance is not None:
+                asked = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+                asked = asked if positions is None else positions
+                # Rotated as one more token in front; `without_far` takes it out again.
+                positions = torch.cat([torch.full_like(asked[..., :1], self.distance), asked], dim=-1)
             if positions is None:
                 return None
             if "position_ids" in kwargs:
                 return args, {**kwargs, "position_ids": positions}
             return (args[0], positions, *args[2:]), kwargs
+
+        def without_far(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.calls.state.current is None or self.distance is None:
+                return None
+            cos, sin = (half[..., 1:, :] for half in output)
+            setattr(cos, _FAR, tuple(half[..., :1, :] for half in output))
+            return cos, sin
 
         # Frequencies that follow the length are kept in the module: one call at a time may look at them, and what an
         # earlier call has read says nothing of this one.
@@ -360,7 +402,10 @@ class Hooks:
             decoder.register_forward_hook(OfOneModel(after_decoder), with_kwargs=True, always_call=True),
             *(
                 module.register_forward_pre_hook(OfOneModel(local_positions), with_kwargs=True)
-                for module in decoder.modules()
-                if "RotaryEmbedding" in type(module).__name__
+                for module in rotary_modules(self.model).values()
+            ),
+            *(
+                module.register_forward_hook(OfOneModel(without_far), with_kwargs=True)
+                for module in rotary_modules(self.model).values()
             ),
         ]

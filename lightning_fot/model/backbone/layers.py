@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_fot.config.retriever import layer_spec
 from lightning_fot.errors import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_fot.config.memory import MemoryConfig
     from lightning_fot.model.passes.base import AttentionFn, Pass
+
+
+# Kinds of layers, as configurations name them, whose attention sees all tokens.
+_SEES_ALL = ("full_attention", "attention", "hybrid", None)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -83,6 +89,42 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             "Give a decoder-only Llama-style model of transformers.",
         )
     return dict(sorted(found.items()))
+
+
+def sees_all(model: PreTrainedModel, index: int) -> bool:
+    """Whether a layer's attention sees all tokens, as the configuration names its kind."""
+    types = getattr(text_config(model), "layer_types", None) or []
+    return index >= len(types) or types[index] in _SEES_ALL
+
+
+def chosen_layers(
+    model: PreTrainedModel, config: MemoryConfig, attentions: Mapping[int, nn.Module], count: int
+) -> tuple[int, ...]:
+    """Numbers of the memory layers; ``all`` are the layers of attention that see the whole text.
+
+    Args:
+        model: The backbone.
+        config: Names them.
+        attentions: Attention layers by number.
+        count: Layers of the backbone.
+
+    Raises:
+        SettingError: One is not there or has no retriever where each has its own, or all see a sliding window.
+    """
+    named = config.resolve_layers(count)
+    if config.memory_layers != "all":
+        return named
+    found = tuple(index for index in named if index in attentions and sees_all(model, index))
+    if not found:
+        raise SettingError(
+            "model.memory.memory_layers",
+            "all",
+            f"finds none in {type(model).__name__}: its layers of attention see a sliding window",
+            "Use a backbone with layers of full attention.",
+        )
+    for index in found:
+        layer_spec(config.retriever, index)
+    return found
 
 
 def layer_count(model: PreTrainedModel, attentions: Mapping[int, nn.Module]) -> int:

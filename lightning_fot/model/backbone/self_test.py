@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone.layers import decoder_of, following_length, text_config
+from lightning_fot.model.backbone.layers import decoder_of, following_length, sees_all, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
 from lightning_fot.model.passes.probe import LayerFacts
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 # Largest difference of logits, relative to their spread, that still is rounding.
 _PARITY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOKENS = 8
-# Kinds of layers, as configurations name them, whose attention sees all tokens.
-_SEES_ALL = ("full_attention", "attention", "hybrid", None)
 
 
 def fixed_ids(model: PreTrainedModel, count: int = _TOKENS) -> Tensor:
@@ -169,8 +167,8 @@ def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]
     """Raises: SettingError: A memory layer sees a sliding window by its configuration, and so no memory."""
     types = getattr(text_config(model), "layer_types", None) or []
     for index in memory_layers:
-        if index < len(types) and types[index] not in _SEES_ALL:
-            full = [number for number, kind in enumerate(types) if kind in _SEES_ALL]
+        if not sees_all(model, index):
+            full = [number for number in range(len(types)) if sees_all(model, number)]
             raise SettingError(
                 "model.memory.memory_layers",
                 list(memory_layers),
@@ -215,6 +213,38 @@ def refuse_following_positions(model: PreTrainedModel, way: WayOfAttending) -> N
             "cannot be had with positions whose frequencies change as a text goes on",
             "Choose another model.rope.type, or a backbone of fixed frequencies.",
         )
+
+
+def refuse_constant_positions(
+    model: PreTrainedModel, facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...], distance: int
+) -> None:
+    """Refuses memory keys at a constant distance where the model has no rotation by that distance.
+
+    Raises:
+        SettingError: No memory layer rotates (learned positions), or frequencies would change at that distance.
+    """
+    if not any(facts[index].rotates for index in memory_layers):
+        raise SettingError(
+            "model.memory.positions",
+            "constant",
+            f"{type(model).__name__} does not rotate queries and keys, so that distances are nothing it could set",
+            "Set positions=first.",
+        )
+    for module in following_length(model):
+        known = _length_before_change(model, module)
+        if distance >= known:
+            raise SettingError(
+                "model.memory.distance",
+                distance,
+                f"is beyond {known} tokens, where this backbone's rotary frequencies change for its local window too",
+                f"Use a distance below {known}.",
+            )
+
+
+def _length_before_change(model: PreTrainedModel, module: Any) -> int:
+    """Tokens up to which a rotary module whose frequencies follow the length has those of short texts."""
+    settings = getattr(text_config(model), "rope_parameters", None) or {}
+    return int(settings.get("original_max_position_embeddings") or module.original_max_seq_len)
 
 
 def refuse_silent_layers(facts: Mapping[int, LayerFacts], memory_layers: tuple[int, ...]) -> None:

@@ -41,6 +41,8 @@ class LayerCall:
         is_memory_layer: Whether the layer attends to the memory.
         sliding_window: Local tokens that the backbone lets this layer see, None for all.
         plain_at_zero: Whether rotation at position 0 leaves keys as they are, bit for bit.
+        far: (cos, sin), each (B or 1, 1, R), of the one place that queries ask the memory from; None where they ask
+            from their own.
         dropout: Share of attention weights that the backbone drops, 0 outside training.
         sinks: (H,) scores of a column without a value in each softmax, None without.
         plain: The backbone's own attention for other queries, keys, values and an additive mask; its output is
@@ -57,6 +59,7 @@ class LayerCall:
     is_memory_layer: bool = True
     sliding_window: int | None = None
     plain_at_zero: bool = False
+    far: tuple[Tensor, Tensor] | None = None
     dropout: float = 0.0
     sinks: Tensor | None = None
     plain: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
@@ -67,6 +70,18 @@ class LayerCall:
             return query, key, key
         rotated_query, rotated_key = rotate(self.rotary, query, key, self.position_embeddings)
         return rotated_query, rotated_key, self.to_position_zero(key)
+
+    def asking(self, query: Tensor, local_query: Tensor) -> Tensor:
+        """Queries as they ask the memory, whose keys are as if at position 0.
+
+        Args:
+            query: (B, H, L, D), not rotated.
+            local_query: The same, rotated to their own places.
+        """
+        if self.far is None or self.rotary is None:
+            return local_query
+        cos, sin = (half.expand(-1, query.shape[2], -1) for half in self.far)
+        return self.rotary(query, query[:, :1], cos, sin)[0]
 
     def to_position_zero(self, key: Tensor) -> Tensor:
         """Keys (B, G, S, D) as the memory stores them."""

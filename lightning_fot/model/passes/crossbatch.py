@@ -70,6 +70,7 @@ class CrossbatchPass(Pass):
             shown_key,
             shown_value,
             self.table,
+            far_query=None if call.far is None else call.asking(query, local_query),
             scale=scale,
             differentiable=self.differentiable,
             dropout=call.dropout,

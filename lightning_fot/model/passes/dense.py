@@ -6,6 +6,7 @@ its sinks and soft caps, is given those keys. The self-test of an attachment com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,17 +55,20 @@ class DensePass(Pass):
         parts: Of the text, in their order.
         window: The longest that a window becomes.
         device: Of the model.
+        distance: At which all pairs of the memory are seen; None sees them at position 0, and tokens at their own.
     """
 
     serves_all_layers = True
     unrotated = True
 
-    def __init__(self, parts: list[Stretch], window: int, device: torch.device) -> None:
-        self.parts = parts
+    def __init__(self, parts: list[Stretch], window: int, device: torch.device, distance: int | None = None) -> None:
+        self.parts, self.window, self.distance = parts, window, distance
         places = [len(part.local) + number for part in parts for number in range(len(part.new))]
         self.places = torch.tensor([places], device=device)
         # Each place is asked for once, and then that of each token.
-        self.positions = torch.cat([torch.arange(window, device=device)[None], self.places], dim=1)
+        own = torch.arange(window, device=device)[None]
+        further = [] if distance is None else [(distance - own).abs()]
+        self.positions = torch.cat([own, *further, self.places], dim=1)
 
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -77,7 +81,6 @@ class DensePass(Pass):
             if call.rotary is not None and call.position_embeddings is not None:
                 cos, sin = (half[:, : len(local)] for half in call.position_embeddings)
                 part_query, part_key = rotate(call.rotary, part_query, part_key, (cos, sin))
-            keys = torch.cat([call.to_position_zero(key[:, :, far].detach()), part_key], dim=2)
             values = torch.cat([value[:, :, far].detach(), value[:, :, local]], dim=2)
             own = torch.ones(len(part.new), len(local), dtype=torch.bool, device=query.device)
             seen = own.tril(len(part.local))
@@ -86,5 +89,29 @@ class DensePass(Pass):
             hidden = torch.cat([~own[:, :1].expand(-1, len(far)), ~seen], dim=1)
             mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
             mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
-            outputs.append(call.plain(part_query, keys, values, mask)[0])
+            for rows, far_key in self._far_keys(call, key[:, :, far].detach(), len(part.local), len(part.new)):
+                keys = torch.cat([far_key, part_key], dim=2)
+                outputs.append(call.plain(part_query[:, :, rows], keys, values, mask[:, :, rows])[0])
         return torch.cat(outputs, dim=1).transpose(1, 2)
+
+    def _far_keys(self, call: LayerCall, key: Tensor, first: int, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Queries, and keys of the memory as they see them.
+
+        At a constant distance each query has keys of its own: rotated to ``distance`` places before it.
+
+        Args:
+            call: Of the layer.
+            key: (B, G, M, D), not rotated.
+            first: Place of the first query in its window.
+            count: Queries.
+        """
+        if self.distance is None or call.rotary is None or call.position_embeddings is None or not key.shape[2]:
+            yield slice(0, count), call.to_position_zero(key)
+            return
+        cos, sin = call.position_embeddings
+        for number in range(count):
+            place = first + number
+            column = slice(self.window + place, self.window + place + 1)
+            back = 1 if place >= self.distance else -1
+            angles = (half[:, column].expand(-1, key.shape[2], -1) for half in (cos, back * sin))
+            yield slice(number, number + 1), call.rotary(key[:, :1], key, *angles)[1]

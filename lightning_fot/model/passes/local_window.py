@@ -21,7 +21,8 @@ from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import TokensRead
 from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import Embeddings
-from lightning_fot.model.attention.softmax import attend, causal_mask
+from lightning_fot.model.attention.softmax import attend
+from lightning_fot.model.attention.whole import causal_mask
 from lightning_fot.model.passes.base import LayerCall, Pass
 from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
@@ -227,13 +228,14 @@ class MemoryCache(Cache, Pass):
         """Attention of any layer over the local window, of memory layers over the memory as well."""
         local_query, local_key = self.local_layers[call.layer_idx].rotate(call, query, key)
         mask = self._mask(query.shape[2], key.shape[2], call.sliding_window, query.device)
-        outside = on_weights = None
+        outside = on_weights = far_query = None
         if call.is_memory_layer:
             if self.columns.rotated == 0:
                 # The call knows the rotation of column 0, at which positions start.
                 self._zero[call.layer_idx] = call.to_position_zero
-            queries = searched_queries(self.memory, call.layer_idx, local_query, self.recorder)
-            outside = self.memory.layers[call.layer_idx].read(queries, self.config.top_k)
+            far_query = call.asking(query, local_query)
+            queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
+            outside = self.memory.layers[call.layer_idx].read(queries, self.config.top_k, self.config.dense_pairs)
             if self.recorder is not None:
                 valid = None if self._valid is None else self._valid[:, -query.shape[2] :]
                 on_weights = self.recorder.on_weights(self.memory, call.layer_idx, outside, valid)
@@ -242,6 +244,7 @@ class MemoryCache(Cache, Pass):
             local_key,
             value,
             outside,
+            far_query=far_query,
             scale=scale,
             mask=mask,
             softcap=softcap,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_fot.memory.found import Retrieved, Shown
-from lightning_fot.model.attention.softmax import fold_heads
+from lightning_fot.model.attention.whole import fold_heads
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory

@@ -22,6 +22,7 @@ class WindowPass(Pass):
     Args:
         memory: What is attended to; not changed by the pass.
         top_k: Pairs retrieved for each query.
+        dense_pairs: Pairs of a memory up to which all are attended to.
         stop_layer: Memory layer above which nothing is needed; None computes the whole forward.
         recorder: Notes what is searched and attended to; None notes nothing.
         valid: (B, T) bool, False for padding; None means there is none. Only a recorder needs it.
@@ -29,6 +30,7 @@ class WindowPass(Pass):
 
     memory: Memory
     top_k: int
+    dense_pairs: int = 0
     stop_layer: int | None = None
     recorder: Recorder | None = None
     valid: Tensor | None = None
@@ -39,10 +41,11 @@ class WindowPass(Pass):
     ) -> Tensor:
         local_query, local_key, stored_key = call.local(query, key)
         self.pairs[call.layer_idx] = (stored_key, value)
-        queries = searched_queries(self.memory, call.layer_idx, local_query, self.recorder)
+        far_query = call.asking(query, local_query)
+        queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
         if call.layer_idx == self.stop_layer:
             raise StopForward
-        outside = self.memory.layers[call.layer_idx].read(queries, self.top_k)
+        outside = self.memory.layers[call.layer_idx].read(queries, self.top_k, self.dense_pairs)
         on_weights = None
         if self.recorder is not None:
             on_weights = self.recorder.on_weights(self.memory, call.layer_idx, outside, self.valid)
@@ -51,6 +54,7 @@ class WindowPass(Pass):
             local_key,
             value,
             outside,
+            far_query=far_query,
             scale=scale,
             softcap=softcap,
             gate=call.gate,

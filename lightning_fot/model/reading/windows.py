@@ -87,7 +87,14 @@ def _read_window(
     stop = attached.memory_layers[-1] if logits_to_keep == 0 else None
     places = torch.arange(ids.shape[1])
     valid = places < (torch.full((len(ids),), ids.shape[1]) if counts is None else counts.cpu())[:, None]
-    current = WindowPass(memory, attached.config.top_k, stop, attached.recorder, None if counts is None else valid)
+    current = WindowPass(
+        memory,
+        attached.config.top_k,
+        attached.config.dense_pairs,
+        stop,
+        attached.recorder,
+        None if counts is None else valid,
+    )
     logits: Tensor | None = None
     with attached.during(attached.window_pass(ids.shape[1]) or current):
         logits = attached.model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits

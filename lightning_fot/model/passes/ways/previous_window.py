@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from lightning_fot.config.attending.previous_window import Settings
 from lightning_fot.errors import SettingError
 from lightning_fot.model.attention.rotary import rotate
-from lightning_fot.model.attention.softmax import attend, causal_mask
+from lightning_fot.model.attention.softmax import attend
+from lightning_fot.model.attention.whole import causal_mask
 from lightning_fot.model.passes.base import LayerCall, Pass
 from lightning_fot.model.passes.way import Attached, WayOfAttending, register
 
