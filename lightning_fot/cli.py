@@ -30,6 +30,7 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
   ask         ask that memory a question: ask MEMORY "question"
+  serve       memories over HTTP, for OpenAI's clients: serve MEMORY… --port 8000
   memories    the memories here, or the documents of one: memories [MEMORY]
   forget      take documents out of a memory: forget MEMORY DOCUMENT…
   lm-eval     tasks of EleutherAI's lm-evaluation-harness, with memory
@@ -60,6 +61,7 @@ VERBS = {
     "bench": "bench.bench:bench",
     "ingest": "ingest:ingest",
     "ask": "ask:ask",
+    "serve": "serve:serve",
     "memories": "memories:memories",
     "forget": "forget:forget",
     "lm-eval": "lm_eval:lm_eval",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_fot.cli import VERBS, main
-from lightning_fot.commands import lm_eval, sweep
+from lightning_fot.commands import lm_eval, serve, sweep
 from lightning_fot.commands.bench import bench as bench_command
 from lightning_fot.request.harness import model_settings
 from lightning_fot.request.preflight import check_settings
@@ -163,6 +163,9 @@ def _follow(words):
         given = read(rest, lm_eval.VERB)
         model_settings(lm_eval.described(given))
         assert given.options.tasks
+    elif verb == "serve":
+        given = read(rest, serve.VERB)
+        assert all(os.path.exists(f"memories/{name}") for name in given.plain)
     elif verb == "bench":
         assert read(rest, bench_command.VERB).options
     elif verb == "report":
@@ -180,6 +183,7 @@ NEW = [
     "quickstart",
     "concepts",
     "commands",
+    "serving",
     "bring_your_model",
     "bring_your_documents",
     "cluster",

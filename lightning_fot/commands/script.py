@@ -15,7 +15,7 @@ CONFIG_VERBS = frozenset({"run", "fit", "validate", "test", "predict", "sweep"})
 
 
 OTHER_VERBS = frozenset(
-    {"bench", "ingest", "ask", "memories", "forget", "export", "lm-eval", "report", "retrievers", "doctor"}
+    {"bench", "ingest", "ask", "serve", "memories", "forget", "export", "lm-eval", "report", "retrievers", "doctor"}
 )
 
 

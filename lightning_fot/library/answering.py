@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,7 @@ class Answerer:
         """Whether the tokenizer's chat template frames questions and answers."""
         self._messages: list[dict[str, str]] = []
         self._ids: list[int] = []
-        self._ends = _ends(lm, tokenizer)
+        self._ends = ends_of(lm, tokenizer)
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Answer:
         """Answers a question.
@@ -160,42 +160,11 @@ class Answerer:
     def _prompt(self, question: str) -> list[int]:
         """Ids of the conversation and the question."""
         if self.chat:
-            return self._encode(self._framed(question), first=False)
+            messages = [*self._messages, {"role": "user", "content": question}]
+            return encoded(self.tokenizer, framed(self.tokenizer, messages, "question", "Add --raw."), first=False)
         if self._ids:
-            return [*self._ids, *self._encode(f"\n{question}\n", first=False)]
-        return self._encode(question, first=True)
-
-    def _framed(self, question: str) -> str:
-        """The conversation and the question as the chat template writes them.
-
-        Raises:
-            SettingError: It cannot, or leaves the question out.
-        """
-        messages = [*self._messages, {"role": "user", "content": question}]
-        # Some templates want a list of parts, and write nothing of a text.
-        parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-        for given in (messages, parts):
-            try:
-                text = str(self.tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False))
-            except Exception as error:  # templates are programs of others
-                # A template that only knows text fails with parts, and has been heard already.
-                if given is messages:
-                    said = " ".join(str(error).split())[:300] or type(error).__name__
-                    raise SettingError("question", question, f"the chat template says: {said}", "Add --raw.") from error
-                continue
-            if "".join(question.split()) in "".join(text.split()):
-                return text
-        raise SettingError("question", question, "is left out by the model's chat template", "Add --raw.")
-
-    def _encode(self, text: str, first: bool) -> list[int]:
-        """Ids of a text; the first of a conversation gets the start token that the tokenizer puts before texts."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=first)["input_ids"]
-        # Some tokenizers end each text; an answer goes on where the question stops.
-        while first and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
-        if not ids:
-            raise SettingError("question", text, "has no tokens", "Ask something else.")
-        return ids
+            return [*self._ids, *encoded(self.tokenizer, f"\n{question}\n", first=False)]
+        return encoded(self.tokenizer, question, first=True)
 
     def _seed(self) -> int | None:
         if not self.settings.sampled:
@@ -226,19 +195,83 @@ class Answerer:
 
     def _passages(self, trace: AttentionTrace) -> list[AttendedPassage]:
         settings = self.settings
-        found = trace.passages(self.memory, settings.passage_tokens, settings.passages, queries="answer")
-        return [
-            AttendedPassage(
-                passage.document.name or f"document {passage.document.number + 1}",
-                passage.start,
-                passage.stop,
-                passage.document.tokens,
-                passage.mass,
-                passage.lift,
-                self.tokenizer.decode(passage.token_ids.tolist(), skip_special_tokens=True),
-            )
-            for passage in found
-        ]
+        return attended_passages(trace, self.memory, self.tokenizer, settings.passage_tokens, settings.passages)
+
+
+def framed(tokenizer: Any, messages: Sequence[Mapping[str, str]], setting: str, fix: str) -> str:
+    """A conversation as the chat template writes it, up to where the answer begins.
+
+    Args:
+        tokenizer: Has a chat template.
+        messages: Role and content of each; the last one is the question.
+        setting: What errors name.
+        fix: What errors advise.
+
+    Raises:
+        SettingError: The template cannot be used, or leaves the question out.
+    """
+    question = messages[-1]["content"]
+    # Some templates want a list of parts, and write nothing of a text.
+    parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    for given in (messages, parts):
+        try:
+            text = str(tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # templates are programs of others
+            # A template that only knows text fails with parts, and has been heard already.
+            if given is messages:
+                said = " ".join(str(error).split())[:300] or type(error).__name__
+                raise SettingError(setting, question, f"the chat template says: {said}", fix) from error
+            continue
+        if "".join(question.split()) in "".join(text.split()):
+            return text
+    raise SettingError(setting, question, "is left out by the model's chat template", fix)
+
+
+def encoded(tokenizer: Any, text: str, first: bool, setting: str = "question") -> list[int]:
+    """Ids of a text that is to be continued.
+
+    Args:
+        tokenizer: Encodes it.
+        text: What.
+        first: Whether it gets the start token that the tokenizer puts before texts.
+        setting: What errors name.
+
+    Raises:
+        SettingError: It has no tokens.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=first)["input_ids"]
+    # Some tokenizers end each text; an answer goes on where the question stops.
+    while first and ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    if not ids:
+        raise SettingError(setting, text, "has no tokens", "Ask something else.")
+    return ids
+
+
+def attended_passages(
+    trace: AttentionTrace, memory: Memory, tokenizer: Any, length: int, top: int
+) -> list[AttendedPassage]:
+    """The passages that an answer attended to, best first.
+
+    Args:
+        trace: What was noted while it was generated.
+        memory: One row, what was attended to.
+        tokenizer: Decodes them.
+        length: Tokens of a passage.
+        top: Passages wanted.
+    """
+    return [
+        AttendedPassage(
+            passage.document.name or f"document {passage.document.number + 1}",
+            passage.start,
+            passage.stop,
+            passage.document.tokens,
+            passage.mass,
+            passage.lift,
+            tokenizer.decode(passage.token_ids.tolist(), skip_special_tokens=True),
+        )
+        for passage in trace.passages(memory, length, top, queries="answer")
+    ]
 
 
 class _Streamer(TextStreamer):
@@ -253,7 +286,7 @@ class _Streamer(TextStreamer):
             self._write(text)
 
 
-def _ends(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: those of the model, and the tokenizer's, which chat templates put behind a turn."""
     own = getattr(lm.model.generation_config, "eos_token_id", None)
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)

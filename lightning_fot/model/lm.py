@@ -36,6 +36,7 @@ from lightning_fot.model.reading.inputs import (
     tokens_first,
 )
 from lightning_fot.model.reading.logits import LogitsCollector, head_of
+from lightning_fot.model.reading.together import Continuation
 from lightning_fot.model.reading.windows import read_windows
 from lightning_fot.model.saving import save_attached
 
@@ -326,6 +327,22 @@ class MemoryLM:
                 kept.take(cache.memory)
                 cache.memory = kept
         return generated
+
+    def continuation(self, prompt: Sequence[int], memory: Memory, trace: AttentionTrace | None = None) -> Continuation:
+        """A text that goes on side by side with others: see :mod:`lightning_fot.model.reading.together`.
+
+        Args:
+            prompt: Its tokens.
+            memory: One row; it stays as it is.
+            trace: Notes what memory layers attend to.
+
+        Raises:
+            SettingError: The prompt or the memory do not fit, or the way of attending cannot go on token by token.
+        """
+        self.attachment.way.settings.check_goes_on("generating")
+        ids, _, _ = self._rows(torch.tensor([list(prompt)], dtype=torch.int64), None, memory)
+        recorder = None if trace is None else Recorder(attention=trace)
+        return Continuation(self.attachment, ids[0], memory.snapshot(), recorder)
 
     def _read_prompt(self, ids: Tensor, lengths: Tensor, cache: MemoryCache) -> None:
         """Reads rows (B, T) of ``lengths`` (B,) tokens, all but the last of each."""

@@ -48,6 +48,8 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     (lambda: check_backbone("smollm2-135m"), "lightning_fot.pretrained.backbones", "model.backbone=smollm2-135m", "",
      "pip install "),
     (_datasets, "", "data.sources[0] (kind huggingface)", "datasets", "pip install 'lightning-fot[datasets]'"),
+    (lambda: main(["serve", "mine", "--debug"]), "lightning_fot.commands.serve", "lightning serve", "starlette",
+     "pip install 'lightning-fot[serve]'"),
     (_harness, "lightning_fot.commands.lm_eval", "lm-eval", "lm_eval", "pip install 'lightning-fot[lm-eval]'"),
 ]  # fmt: skip
 
@@ -78,5 +80,5 @@ def test_each_call_is_in_the_table() -> None:
     calls = {path.stem for path in folder.rglob("*.py") if "MissingLibraryError(" in path.read_text(encoding="utf-8")}
     assert calls == {
         "errors", "parameters", "preflight", "space", "tune", "figures", "registry", "optional", "backbones", "sources",
-        "lm_eval",
+        "lm_eval", "serve",
     }  # fmt: skip

@@ -22,6 +22,7 @@ TAKES_VALUE = {
     "bench": ([], "--k"),
     "ingest": (["mine", "a.txt"], "--config"),
     "ask": (["mine", "What?"], "--max_new_tokens"),
+    "serve": (["mine"], "--port"),
     "lm-eval": (["--config=smoke"], "--tasks"),
 }
 WITHOUT = ("memories", "forget", "export", "retrievers", "doctor")
@@ -82,6 +83,7 @@ def test_a_word_too_many_is_named(verb: str, before: list[str], capsys: pytest.C
 
 
 @pytest.mark.parametrize(("verb", "missing"), [("report", "RUN"), ("ingest", "PATH"), ("ask", "MEMORY"),
+                                              ("serve", "MEMORY"),
                                               ("export", "OUT"), ("forget", "DOCUMENT")])  # fmt: skip
 def test_a_missing_word_is_named(verb: str, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = {"ingest": ["mine"], "export": ["runs/a"], "forget": ["mine"]}.get(verb, [])
@@ -179,10 +181,11 @@ def test_questions_to_jsonargparse_stand_alone() -> None:
 
 
 def test_the_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_fot.commands import ask, export, report
+    from lightning_fot.commands import ask, export, report, serve
     from lightning_fot.commands.bench import bench
 
-    for name, verb in (("ask", ask.VERB), ("bench", bench.VERB), ("report", report.VERB), ("export", export.VERB)):
+    verbs = {"ask": ask.VERB, "serve": serve.VERB, "bench": bench.VERB, "report": report.VERB, "export": export.VERB}
+    for name, verb in verbs.items():
         assert main([name, "--help"]) == 0
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= 100

@@ -24,8 +24,7 @@ from lightning_fot.model.backbone.layers import (
     forget_length,
     rotary_modules,
 )
-from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass
-from lightning_fot.model.passes.local_window import MemoryCache
+from lightning_fot.model.passes.base import AttentionFn, LayerCall, Pass, TextPass
 from lightning_fot.model.passes.probe import LayerFacts
 
 if TYPE_CHECKING:
@@ -306,7 +305,7 @@ class Hooks:
         return identity
 
     def _on_decoder(self) -> list[Any]:
-        """Hooks that let a :class:`MemoryCache` given as ``past_key_values`` rule the forward it is given to."""
+        """Hooks that let a :class:`TextPass` given as ``past_key_values`` rule the forward it is given to."""
         decoder = decoder_of(self.model)
 
         takes_positions = "position_ids" in signature(decoder.forward).parameters
@@ -315,7 +314,7 @@ class Hooks:
             cache = kwargs.get("past_key_values")
             if cache is not None:
                 self._kept.begin()
-            if not isinstance(cache, MemoryCache):
+            if not isinstance(cache, TextPass):
                 current = self.calls.state.current
                 if current is None or current.places is None or not takes_positions:
                     return None
@@ -346,14 +345,14 @@ class Hooks:
 
         def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
-            if isinstance(cache, MemoryCache):
+            if isinstance(cache, TextPass):
                 cache.named = kwargs.get("input_ids", args[0] if args else None)
 
         def after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs.get("past_key_values")
             if cache is not None:
                 self._kept.end()
-            if isinstance(cache, MemoryCache) and self.calls.state.current is cache:
+            if isinstance(cache, TextPass) and self.calls.state.current is cache:
                 cache.end(completed=output is not None)
                 self.calls.end()
 

@@ -117,6 +117,22 @@ class Pass(ABC):
         """Output (B, H, T, D) of a memory layer for not yet rotated query (B, H, T, D), key and value (B, G, T, D)."""
 
 
+class TextPass(Pass):
+    """A pass of texts that go on: it travels as ``past_key_values``, and rules each forward that it is given to."""
+
+    serves_all_layers = True
+    named: Tensor | None = None
+    """(B, L) ids of the forward in progress, where the decoder is given their embeddings."""
+
+    @abstractmethod
+    def begin(self, ids: Tensor, valid: Tensor | None = None) -> None:
+        """Before a forward over (B, L) ids; ``valid`` is False or 0 for padding, None without."""
+
+    @abstractmethod
+    def end(self, completed: bool) -> None:
+        """After it; one that failed is taken back."""
+
+
 def memory_attention_forward(
     module: nn.Module,
     query: Tensor,

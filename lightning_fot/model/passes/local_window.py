@@ -23,7 +23,7 @@ from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import Embeddings
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.attention.whole import causal_mask
-from lightning_fot.model.passes.base import LayerCall, Pass
+from lightning_fot.model.passes.base import LayerCall, TextPass
 from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
 from lightning_fot.model.passes.recorder import Recorder, searched_queries
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
 
 
-class MemoryCache(Cache, Pass):
+class MemoryCache(Cache, TextPass):
     """Local window and memory of texts that go on token by token.
 
     Args:
@@ -45,7 +45,6 @@ class MemoryCache(Cache, Pass):
         states: Which layers keep states, in place of keys or beside them; None means none.
     """
 
-    serves_all_layers = True
     is_compileable = False
 
     def __init__(
@@ -76,7 +75,7 @@ class MemoryCache(Cache, Pass):
         """Called once with the number of rows, before the first forward."""
         self.widths = [0] * memory.batch_size
         """Local tokens of each row."""
-        self.positions = torch.zeros(1, 0, dtype=torch.int64)
+        self.positions: Tensor = torch.zeros(1, 0, dtype=torch.int64)
         """(1 or B, n) int64: places, counted from each row's first local token, of the columns from ``rotated`` on."""
         rows, device = memory.batch_size, memory.shape.device
         self._ids = torch.zeros(rows, 0, dtype=torch.int64, device=device)
@@ -97,8 +96,6 @@ class MemoryCache(Cache, Pass):
         # Rows that the forward in progress brings padding alone, and the states to give back to them.
         self._idle: tuple[Tensor, list[States]] | None = None
         self._broken = False
-        self.named: Tensor | None = None
-        """(B, L) ids of the forward in progress, where the decoder is given their embeddings."""
 
     @property
     def seen(self) -> int:
