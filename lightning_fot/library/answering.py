@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
+from lightning_fot.library.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +125,7 @@ class Answerer:
         self._messages: list[dict[str, str]] = []
         self._ids: list[int] = []
         self._ends = ends_of(lm, tokenizer)
+        self._stops = stops_of(tokenizer) if self.chat else ()
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Answer:
         """Answers a question.
@@ -136,7 +139,7 @@ class Answerer:
         """
         began = time.monotonic()
         prompt = self._prompt(question)
-        streamer = _Streamer(self.tokenizer, write)
+        streamer = _Streamer(self.tokenizer, write, self._stops, self.chat)
         seed = self._seed()
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -146,12 +149,13 @@ class Answerer:
                     sequence = self._generate(prompt, streamer)[0].tolist()
                 except BaseException:
                     # Words that are held back until they are complete: what was answered so far is kept on screen.
-                    streamer.end()  # type: ignore[no-untyped-call]
+                    streamer.end()
                     raise
         answer = sequence[len(prompt) :]
-        complete = bool(answer) and answer[-1] in self._ends
-        self._ids = sequence[:-1] if complete else sequence
-        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        ended = bool(answer) and answer[-1] in self._ends
+        complete = ended or streamer.words.stopped
+        self._ids = sequence[:-1] if ended else sequence
+        text = streamer.text
         self._messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         passages = None if trace is None else self._passages(trace)
         seconds = time.monotonic() - began
@@ -171,7 +175,7 @@ class Answerer:
             return None
         return random.SystemRandom().randrange(2**32) if self.settings.seed is None else self.settings.seed
 
-    def _generate(self, prompt: list[int], streamer: TextStreamer) -> Tensor:
+    def _generate(self, prompt: list[int], streamer: _Streamer) -> Tensor:
         settings = self.settings
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.sampled:
@@ -184,6 +188,8 @@ class Answerer:
             }
         if self._ends:
             sampling |= {"eos_token_id": self._ends, "pad_token_id": self._ends[0]}
+        if self._stops:
+            sampling["stopping_criteria"] = StoppingCriteriaList([_Stopped(streamer)])
         generated: Tensor = self.lm.generate(
             torch.tensor([prompt]),
             self.memory,
@@ -274,16 +280,44 @@ def attended_passages(
     ]
 
 
-class _Streamer(TextStreamer):
-    """Hands on the answer in whole words."""
+class _Streamer(BaseStreamer):
+    """Hands on the words of an answer, up to what ends it."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], stops: Sequence[str], trim: bool) -> None:
+        self.words = Words(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), stops, trim)
+        self.text = ""
         self._write = write
+        self._asked = False
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def put(self, value: Tensor) -> None:
+        if not self._asked:  # the prompt comes first
+            self._asked = True
+            return
+        for token in value.flatten().tolist():
+            self._say(self.words.add(token))
+
+    def end(self) -> None:
+        self._say(self.words.end())
+
+    def _say(self, text: str) -> None:
         if text:
+            self.text += text
             self._write(text)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends an answer at one of its stops; the streamer gets each token before this is asked."""
+
+    def __init__(self, streamer: _Streamer) -> None:
+        self._streamer = streamer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        return torch.full((len(input_ids),), self._streamer.words.stopped, device=input_ids.device)
+
+
+def stops_of(tokenizer: Any) -> tuple[str, ...]:
+    """Texts that end an answer in the chat template of a tokenizer, where it has no token for that."""
+    return tuple(getattr(tokenizer, "answer_stops", ()))
 
 
 def ends_of(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:

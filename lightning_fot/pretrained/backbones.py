@@ -261,7 +261,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     delta = find_delta(name)
     if delta is not None:
-        return load_tokenizer(delta.base)
+        own = load_tokenizer(delta.base)
+        if delta.chat_template is not None:
+            own.chat_template = delta.chat_template
+            own.answer_stops = delta.answer_stops
+        return own
     info = check_backbone(name)
     if name == TINY or is_architecture(name):
         tokenizer: PreTrainedTokenizerBase = transformers.ByT5Tokenizer()

@@ -37,11 +37,15 @@ class Delta:
         name: What it was asked for by.
         base: The backbone that it changes, by any of the names that backbones have.
         folder: Where its settings and weights are.
+        chat_template: In place of the base's: the form in which training asked. None leaves the base's.
+        answer_stops: Texts that end an answer in that form.
     """
 
     name: str
     base: str
     folder: Path
+    chat_template: str | None = None
+    answer_stops: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Path:
@@ -65,7 +69,10 @@ def find_delta(name: str) -> Delta | None:
     if not file.is_file():
         return None
     try:
-        found = Delta(name, str(read_sealed(file)["base"]), folder)
+        said = read_sealed(file)
+        template = said.get("chat_template")
+        stops = tuple(str(stop) for stop in said.get("answer_stops", ()))
+        found = Delta(name, str(said["base"]), folder, None if template is None else str(template), stops)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unusable(name, f"{DELTA_FILE} cannot be read ({error})") from error
     if not found.weights.is_file():

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from lightning_fot.library.answering import stops_of
 from lightning_fot.serving.engine import Engine, Event, Finished, Piece, Ticket
 from lightning_fot.serving.requests import Asked
 from lightning_fot.serving.shelf import Shelves
@@ -50,6 +51,8 @@ class Answers:
         prompts = await loop.run_in_executor(self._shelves.encoder, self._shelves.prompts, self._asked, longest)
         self._prompt_tokens = sum(map(len, prompts))
         memory, wanted = self._shelf.memory, self._asked.wanted
+        if self._asked.chat:
+            wanted = replace(wanted, stop=(*wanted.stop, *stops_of(self._shelves.tokenizer)), trim=True)
         for number in range(len(prompts) * self._asked.n):
             copy = number % self._asked.n
             own = wanted if wanted.seed is None else replace(wanted, seed=wanted.seed + copy)

@@ -23,11 +23,11 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import AttendedPassage, attended_passages, ends_of
+from lightning_fot.library.words import Words
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.reading.together import go_on
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.requests import ApiError, Wanted
-from lightning_fot.serving.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -280,10 +280,10 @@ class _Row:
         self.count = 0
         self.trace = AttentionTrace() if ticket.wanted.passages and len(ticket.memory) else None
         self.text = lm.continuation(ticket.prompt, ticket.memory, self.trace)
-        self.words = Words(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), ticket.wanted.stop)
+        wanted = ticket.wanted
+        self.words = Words(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), wanted.stop, wanted.trim)
         self.generator: torch.Generator | None = None
         self.warpers: list[Any] = []
-        wanted = ticket.wanted
         if wanted.temperature is not None:
             seed = random.SystemRandom().randrange(2**32) if wanted.seed is None else wanted.seed
             self.generator = torch.Generator(lm.device).manual_seed(seed)

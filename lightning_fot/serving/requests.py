@@ -49,6 +49,7 @@ class Wanted:
         top_p: Sample among the likeliest tokens of this joint probability.
         seed: Of sampling; None draws one.
         stop: The answer ends before the first of these.
+        trim: Whether spaces before it are left out.
         passages: Passages wanted.
     """
 
@@ -57,6 +58,7 @@ class Wanted:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    trim: bool = False
     passages: int = 5
 
 

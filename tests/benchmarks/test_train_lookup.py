@@ -23,7 +23,7 @@ def test_two_trainings_of_one_step_are_one_of_two(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for steps in ("1", "2"):
         command = [sys.executable, "benchmarks/train_lookup.py", str(tmp_path / "out"), "--books", str(book)]
-        command += ["--steps", steps, "--held_windows", "2"]
+        command += ["--steps", steps]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd=ROOT, check=False
         )

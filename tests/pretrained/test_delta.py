@@ -17,6 +17,7 @@ from lightning_fot import MemoryConfig, attach_pretrained
 from lightning_fot.cli import main
 from lightning_fot.config import CrossbatchConfig
 from lightning_fot.errors import SettingError
+from lightning_fot.library.answering import stops_of
 from lightning_fot.pretrained import check_backbone, load_backbone, load_tokenizer
 from lightning_fot.pretrained.delta import write_delta
 from lightning_fot.pretrained.memory_settings import pretrained_settings
@@ -95,6 +96,21 @@ class TestRoundTrip:
         (delta / "notes.txt").write_text("mine")
         assert main(["export", str(run_folder[0]), str(delta), "--delta"]) == 2
         assert "notes.txt, which would be lost" in capsys.readouterr().err
+
+
+class TestForm:
+    """A delta may say in which form it was trained to be asked."""
+
+    def test_its_template_and_what_ends_an_answer_go_to_the_tokenizer(self, tmp_path):
+        before = {name: one.detach() for name, one in load_backbone("tiny-random-llama").named_parameters()}
+        after = {name: one + 1 for name, one in before.items()}
+        facts = {"chat_template": "Q: {{ messages[-1]['content'] }} A:", "answer_stops": ["\n", ". "]}
+        write_delta(tmp_path / "asks", "tiny-random-llama", MemoryConfig(**MEMORY), before, after, facts)
+        tokenizer = load_tokenizer(str(tmp_path / "asks"))
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False)
+        assert asked == "Q: Who? A:"
+        assert stops_of(tokenizer) == ("\n", ". ")
+        assert stops_of(load_tokenizer("tiny-random-llama")) == ()
 
 
 class TestRefused:

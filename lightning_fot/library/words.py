@@ -13,6 +13,7 @@ class Words:
     Args:
         decode: Text of token ids.
         stops: The answer ends before the first of these.
+        trim: Whether spaces before it are left out: a chat template may leave them to the answer.
 
     Example:
         >>> words = Words(lambda ids: bytes(ids).decode(errors="replace"), ["END"])
@@ -22,7 +23,7 @@ class Words:
         (['c', '', '', ''], True)
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = (), trim: bool = False) -> None:
         self.stopped = False
         """Whether one of the stops has come."""
         self._decode = decode
@@ -31,6 +32,7 @@ class Words:
         # Decoding begins at a token before what is new: what a token says may depend on the one before it.
         self._begin = self._said = 0
         self._held = ""
+        self._trim = trim
 
     def add(self, token: int) -> str:
         """Takes a token; gives the text that is certain now."""
@@ -54,6 +56,9 @@ class Words:
     def _take(self, text: str) -> str:
         if self.stopped:
             return ""
+        if self._trim:
+            text = text.lstrip(" ")
+            self._trim = not text
         self._held += text
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:

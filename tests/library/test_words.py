@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fot.serving.words import Words
+from lightning_fot.library.words import Words
 
 
 def decode(ids: list[int]) -> str:
