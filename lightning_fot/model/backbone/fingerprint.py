@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import decoder_of
@@ -141,7 +142,12 @@ class Identity:
             return self._newest[2]
 
     def bears(self, marks: _Marks) -> bool:
-        """Whether the weights bear these marks now."""
+        """Whether the weights bear these marks now.
+
+        Weights that FSDP shares out lie elsewhere at each window, gathered or not: their marks tell nothing.
+        """
+        if isinstance(self.attached.model, FSDPModule):
+            return True
         with self._lock:
             return self._marks().same(marks)
 
