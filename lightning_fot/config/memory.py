@@ -24,7 +24,8 @@ class MemoryConfig:
             places before each query (for models that were not trained to use a memory).
         retriever: Name, ``{"name": ..., **arguments}`` or a factory; or one for each memory layer,
             ``{"layers": {18: ..., 20: ...}}``, layers counted from 0.
-        overlap: Local tokens that a window shares with the one before.
+        overlap: Local tokens that a window shares with the one before. A pretrained model needs ``sink_tokens`` with
+            it: a window that begins in mid-text lacks the first token that its heads rest on.
         sink_tokens: First tokens of the text that stay in the local context of every layer.
         skip_window_start: Keys at a window's start that are not stored: attention sinks poison a memory.
         score_factor: Factor on all scores of memory layers, beside the backbone's own (1/√D). In a larger memory more

@@ -32,7 +32,7 @@ _GLOSSARY = (
     ("Exact search", "Compares a query with every key in memory: always right, and slower as the memory grows."),
     ("Index", "A structure (HNSW, IVF, ScaNN …) that finds most of the best keys without looking at all of them."),
     ("Recall@k", "Share of the k truly best keys that a search found."),
-    ("Mass recall", "Attention (softmax mass) that the found keys carry, over that of the true k best."),
+    ("Mass recall", "Share of the attention (softmax mass) of the k best keys that the found ones carry."),
     ("Mass", "Share of all attention on the memory that the found keys carry: how much of a full read is kept."),
     ("Passkey", "A number is told once in long filler text; the model is asked for it at the end."),
     ("Standard error", "How far a number would typically be off by chance of which text was scored."),

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -75,10 +76,12 @@ def test_it_is_told_before_torch_loads() -> None:
 def test_a_server_answers_and_stops_when_it_is_told(number: signal.Signals) -> None:
     Path("key").write_text("long-secret\n", encoding="utf-8")
     words = ["serve", "mine", "--port=0", "--api_key_file=key", f"--timeout={PATIENCE_S}", f"--grace={PATIENCE_S}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_fot", *words], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
-    )
-    try:
+    command = [sys.executable, "-m", "lightning_fot", *words]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) as process,
+        ExitStack() as at_end,
+    ):
+        at_end.callback(process.kill)
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         ready = next(line for line in lines if line.startswith("Serving"))
@@ -86,7 +89,9 @@ def test_a_server_answers_and_stops_when_it_is_told(number: signal.Signals) -> N
         assert "long-secret" not in ready
         found = re.search(r"http://127\.0\.0\.1:\d+", ready)
         assert found is not None
-        client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="long-secret", max_retries=0, timeout=PATIENCE_S)
+        client = at_end.enter_context(
+            openai.OpenAI(base_url=f"{found[0]}/v1", api_key="long-secret", max_retries=0, timeout=PATIENCE_S)
+        )
         assert [model.id for model in client.models.list()][:1] == ["mine"]
         stream = iter(client.completions.create(model="mine", prompt="word5", max_tokens=100, stream=True))
         events = [next(stream)]
@@ -95,6 +100,3 @@ def test_a_server_answers_and_stops_when_it_is_told(number: signal.Signals) -> N
         assert events[-1].choices[0].finish_reason is not None
         assert process.wait(PATIENCE_S) == 128 + number
         assert "Stopped." in list(lines)[-1]
-    finally:
-        process.kill()
-        process.wait()
