@@ -137,7 +137,8 @@ BROKEN = {
         "no_such_late",
     ),
     "sleeps": ("import time\ntime.sleep(1000)\n" + PLUGIN, "takes more than 0.3 s"),
-    "spins": ("while True:\n    pass\n", "takes more than 4 s, at fot_mine_spins.py line"),
+    # The line is named where the process gets time to look: on a busy machine it may not.
+    "spins": ("while True:\n    pass\n", "takes more than 4 s"),
     "asks": ("input('Licence? ')\n" + PLUGIN, "Error"),
     "talks": ("print('lightning-fot:')\nraise ValueError('after all')\n", "after all"),
 }
