@@ -250,6 +250,7 @@ def test_reports_are_a_module_to_be_run(monkeypatch: pytest.MonkeyPatch, capsys:
     assert answers.page_text(Path("run/report.html")) == THEN["report"]["page"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "gate", "lora"])
 def test_training_goes_on(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if name == "lora":

@@ -72,6 +72,7 @@ def test_sharded_weights_are_read_whole_and_a_missing_shard_is_named(tmp_path: P
         load_backbone(str(tmp_path))
 
 
+@pytest.mark.slow
 @needs_gguf
 @pytest.mark.parametrize(
     ("kind", "name", "changes"),

@@ -145,6 +145,7 @@ def test_the_old_layout_trains_the_same_and_says_what_replaces_it(tmp_path) -> N
         FocusedTransformer("tiny-random-llama", MemoryConfig(attending="gate"), old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "attending"), OLD)
 def test_a_folder_saved_with_old_keys_opens(tmp_path, old, attending) -> None:
     ids = tokens(2, 2 * WINDOW)

@@ -53,6 +53,7 @@ def text_of(memory, row):
     return memory.log.tokens(document.number, 0, document.tokens).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overlap", "sinks", "skip", "positions"),
     [

@@ -69,6 +69,7 @@ def _inputs(length: int, kv_heads: int = 2, texts: int = 2) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 16, 75])
 def test_attention_and_gradients_are_those_of_the_papers_formulas(length: int, kv_heads: int) -> None:
@@ -89,6 +90,7 @@ def test_attention_and_gradients_are_those_of_the_papers_formulas(length: int, k
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [1, 7, 16])
 def test_the_last_tokens_need_the_segments_in_progress_alone(new: int) -> None:
     query, key, value = _inputs(75)
@@ -100,6 +102,7 @@ def test_the_last_tokens_need_the_segments_in_progress_alone(new: int) -> None:
         torch.testing.assert_close(found, whole[:, :, stop - new : stop], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_last_tokens_are_finite_differences() -> None:
     query, key, value = _inputs(7, texts=1)
     patterns = [(4, 1), (6, 2)]
@@ -165,6 +168,7 @@ def test_the_last_window_of_a_reading_is_full() -> None:
             assert float((_read(lm, ids, keep) - expected[-keep:]).abs().max()) < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["first", "none"])
 def test_training_is_reading_with_norms_and_without_positions(positions: str) -> None:
     model, ids = tiny_qwen3(), tokens(2, LENGTH)
