@@ -173,8 +173,7 @@ def facts_document(
         said, counted = dialogue(pairs, tokenizer, n_tokens - len(ids), "chat")
         ids += said
         targets += counted
-        order = []
-    for fact in order:
+    for fact in () if chat else order:
         separator = draw.choice(_SEPARATORS)
         question = continuation(tokenizer, ".", separator + (fact.asked if draw.random() < other else fact.told))
         answer = continuation(tokenizer, "is", fact.value + fact.after[:1])
