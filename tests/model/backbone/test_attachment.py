@@ -10,6 +10,7 @@ from tests.support.families import CASES, LATENT, family
 from tests.support.models import settings, tiny_llama, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_family_equals_its_backbone_and_detaches_bit_for_bit(name):
     model, ids = family(*CASES[name]), tokens(2, 12)

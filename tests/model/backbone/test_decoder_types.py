@@ -30,6 +30,7 @@ def _slow_but(names, quick):
     return [pytest.param(name, marks=[pytest.mark.slow] * (name != quick)) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _slow_but(FORMS, "gpt_oss"))
 def test_other_forms_of_attention_are_read_as_by_the_oracle(name):
     assert deep_faults(tiny(name), 3) == {}
