@@ -116,7 +116,7 @@ def test_a_crossbatch_is_reading(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["phi", "stablelm", "gemma4_text", "gpt_oss"])
+@pytest.mark.parametrize("name", ["phi", "stablelm", "gemma4_text", "gpt_oss", "deepseek_v3"])
 def test_other_forms_of_rotation_are_read_as_by_the_oracle(name):
     """A part of each head rotated, one tensor rotated at a time, scaled rotations and attention sinks."""
     assert deep_faults(tiny(name), 3, distance=DEEP_WINDOW - 1) == {}
