@@ -256,7 +256,11 @@ class Hooks:
                 kwargs["position_embeddings"] = tuple(torch.full_like(part, torch.nan) for part in embeddings)
                 return args, kwargs
             length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-            facts = self.facts[index]
+            facts = self.facts.get(index)
+            if facts is None:
+                # Attention without a softmax, though it is named so: it is given its own tokens' embeddings alone.
+                kwargs["position_embeddings"] = tuple(half[:, -length:] for half in embeddings)
+                return args, kwargs
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self.positions != "none" or not is_memory_layer):
                 if not fitting and rotary is not None:
