@@ -207,7 +207,7 @@ def harmless(firsts: Tensor, group: Tensor, vectors: Tensor, queries: Tensor, re
     k = min(_WANTED, max(1, len(vectors) // 8))
     some = some_of(vectors, _ASKED)
     around = some - vectors.mean(dim=0)
-    spread = some_of(vectors, _SPREAD_SAMPLE).std(dim=0)
+    spread = some_of(vectors, _SPREAD_SAMPLE).std(dim=0, correction=0)
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(_ASKED, vectors.shape[1], generator=generator, dtype=torch.float32)
     sorts = [around, random, random * spread, some_of(queries, _ASKED)]
