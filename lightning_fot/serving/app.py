@@ -23,6 +23,7 @@ from lightning_fot.serving.documents import Documents
 from lightning_fot.serving.engine import Engine
 from lightning_fot.serving.guard import Guard, read_body
 from lightning_fot.serving.metrics import Metrics
+from lightning_fot.serving.page import page_routes
 from lightning_fot.serving.requests import ApiError, read_asked
 from lightning_fot.serving.settings import ServerSettings
 from lightning_fot.serving.shelf import Shelf, Shelves
@@ -148,7 +149,7 @@ def make_app(shelves: Shelves, engine: Engine, documents: Documents, settings: S
         metrics: Counts.
     """
     app = Starlette(
-        routes=[*Routes(shelves, engine, settings, metrics).routes(), *documents.routes()],
+        routes=[*Routes(shelves, engine, settings, metrics).routes(), *documents.routes(), *page_routes()],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )
     return Guard(app, settings, metrics)

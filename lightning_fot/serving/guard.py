@@ -12,11 +12,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_fot.serving.metrics import Metrics
+from lightning_fot.serving.page import PATHS
 from lightning_fot.serving.requests import ApiError
 from lightning_fot.serving.settings import LOOPBACK, ServerSettings
 
 # They hold nothing of a memory: the page asks for the key itself.
-_OPEN = ("/", "/health")
+_OPEN = (*PATHS, "/health")
 # Bytes of a request that is too large which are read and thrown away: clients listen once they have said all.
 _DRAINED = 64 * 2**20
 _HEADERS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,6 @@ from tests.support.serving import Room, Running, running, until
 
 PATH = "/v1/memories/mine/documents"
 LONG = 1200
-
-
-@pytest.fixture
-def own(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Room:
-    """Memories that a test may change."""
-    monkeypatch.chdir(room.folder)
-    return room.copied(tmp_path)
-
-
-@pytest.fixture
-def fresh(own: Room) -> Iterator[Running]:
-    with running(own) as found:
-        yield found
 
 
 def by_commands(room: Room, folder: Path, *changes: tuple[str, str | None]) -> Room:
