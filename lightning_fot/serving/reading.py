@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +95,7 @@ class Reading:
         self._stopping = False
         self._inbox: Inbox | None = None
         self.problem: str | None = None
-        """Why what the folder holds now is not shown."""
+        """Why what the folder holds now is not shown, or nothing can be added."""
         # Only the thread below touches these.
         self._memory = shelf.memory
         # Of what is half forgotten, the shelf has a part only.
@@ -107,8 +106,12 @@ class Reading:
 
     def start(self) -> None:
         """Begins; texts that an earlier server has left are read first."""
-        with suppress(SettingError):
+        try:
             self.open()
+        except BusyError:
+            pass  # Another server takes the documents; this one shows them.
+        except SettingError as error:
+            self.problem = str(error)
         self._thread.start()
 
     def stop(self) -> None:
@@ -245,11 +248,14 @@ class Reading:
 
     def _load(self) -> None:
         """Takes what the folder holds now."""
-        began, self.problem = time.monotonic(), None
-        self._stamp = self._library.stamp()
+        began = time.monotonic()
+        stamp = self._library.stamp()
+        if not stamp:
+            raise SettingError("MEMORY", str(self._library.path), "is gone", "Put it back, or end this server.")
         self._library.refresh()
         self._memory = self._library.load(self._lm)
         self._show()
+        self._stamp, self.problem = stamp, None
         self._look_at = time.monotonic() + (time.monotonic() - began) / _LOAD_SHARE
 
     def _show(self) -> None:

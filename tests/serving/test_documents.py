@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -150,6 +153,72 @@ def test_what_is_no_document_is_told_and_nothing_is_left_of_it(own: Room) -> Non
         assert strict.put("mine", "wide.txt", "\ufeffword5".encode("utf-16-le"))[1]["tokens"] == 5
         strict.until_read("mine")
     assert not (own.libraries["mine"].path / "inbox").exists()
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(own: Room) -> None:
+    inbox = own.libraries["mine"].path / "inbox"
+    with running(own, max_documents_waiting=1) as small:
+        host, _, port = urlsplit(small.address).netloc.partition(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), PATIENCE_S) as client:
+                head = f"PUT {PATH}?name=x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nword"
+                client.sendall(head.encode())
+                until(lambda: list(inbox.glob("*.part")))
+                assert small.put("mine", "y", b"word")[1]["error"]["code"] == "queue_full"
+            until(lambda: not list(inbox.glob("*.part")))
+        until(lambda: small.put("mine", "y", b"word")[0] == 202)
+
+
+def test_a_full_disk_is_told(own: Room, fresh: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_fot.library.inbox.sync", full)
+        status, told = fresh.put("mine", "new.txt", text(9))
+    assert (status, told["error"]["code"]) == (507, "not_kept")
+    assert "No space left" in told["error"]["message"]
+    assert [path.name for path in (own.libraries["mine"].path / "inbox").iterdir()] == [".lock"]
+    assert fresh.put("mine", "new.txt", text(9))[0] == 202
+    fresh.until_read("mine")
+    assert fresh.documents("mine")["new.txt"] == "ready"
+
+
+def test_what_cannot_be_read_is_told_and_the_next_one_is_read(own: Room, fresh: Running) -> None:
+    path = own.libraries["mine"].path
+    with Library.read(path).locked():
+        for number, name in ((7, "a.txt"), (8, "b.txt")):
+            assert fresh.put("mine", name, text(number))[0] == 202
+        (path / "inbox" / "00000001.text").unlink()
+    fresh.until_read("mine")
+    assert {name: status for name, status in fresh.documents("mine").items() if name in ("a.txt", "b.txt")} == {
+        "a.txt": "failed", "b.txt": "ready",
+    }  # fmt: skip
+    _, found = fresh.call("GET", f"{PATH}?name=a.txt")
+    assert "cannot be read any more (1 unreadable)" in found["data"][0]["detail"]
+    assert fresh.forget("mine", "a.txt")[0] == 200
+    assert "a.txt" not in fresh.documents("mine")
+
+
+def test_a_folder_that_is_damaged_or_gone_is_told_and_asked_as_it_was(room: Room, own: Room, fresh: Running) -> None:
+    def problem() -> str | None:
+        said: str | None = fresh.call("GET", PATH)[1]["problem"]
+        return said
+
+    path = own.libraries["mine"].path
+    kept = (path / "memory.json").read_bytes()
+    (path / "memory.json").write_text("{}", encoding="utf-8")
+    until(problem)
+    assert "memory.json" in str(problem())
+    assert answer(fresh) == alone(room)
+    (path / "memory.json").write_bytes(kept)
+    until(lambda: problem() is None)
+    path.rename(path.with_name("away"))
+    until(problem)
+    assert "is gone" in str(problem())
+    assert answer(fresh) == alone(room)
+    path.with_name("away").rename(path)
+    until(lambda: problem() is None)
 
 
 def test_what_waits_is_bounded_and_read_when_the_folder_is_free(own: Room) -> None:

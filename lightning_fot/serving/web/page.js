@@ -1,6 +1,7 @@
 // The page of a server. All that comes from documents and models is put in as text, never as HTML.
 
 const POLL_MS = 1000;
+const IDLE_POLL_MS = 5000;
 const AROUND = 400;
 
 const $ = (id) => document.getElementById(id);
@@ -109,10 +110,12 @@ async function* events(response) {
   }
 }
 
-function scrollDown() {
+// Keeps the end in sight, unless the reader has scrolled back.
+function follow(change) {
   const turns = $("turns");
-  turns.scrollTop = turns.scrollHeight;
-  turns.lastElementChild.scrollIntoView({block: "nearest"});
+  const atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
+  change();
+  if (atEnd) turns.scrollTop = turns.scrollHeight;
 }
 
 async function ask(question) {
@@ -121,11 +124,13 @@ async function ask(question) {
   turn.append(element("p", "question", question), answer);
   if (!messages.length) $("turns").replaceChildren();
   $("turns").append(turn);
-  scrollDown();
+  $("turns").scrollTop = $("turns").scrollHeight;
   const own = asking = new AbortController();
   busy(true);
   const asked = [...messages, {role: "user", content: question}];
   let passages = [];
+  let ended = false;
+  let failed = false;
   try {
     const response = await call("v1/chat/completions", {
       method: "POST",
@@ -135,14 +140,14 @@ async function ask(question) {
     });
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      answer.textContent += event.choices[0]?.delta.content ?? "";
+      follow(() => answer.textContent += event.choices[0]?.delta.content ?? "");
       passages = event.passages ?? passages;
-      scrollDown();
+      ended ||= Boolean(event.choices[0]?.finish_reason);
     }
-    if (!answer.textContent.trim()) answer.textContent = "(no answer)";
+    if (!ended) throw new Error("The answer broke off.");
   } catch (error) {
-    const stopped = error.name === "AbortError";
-    turn.append(element("p", stopped ? "hint" : "failed", stopped ? "Stopped." : error.message));
+    failed = error.name !== "AbortError";
+    follow(() => turn.append(element("p", failed ? "failed" : "hint", failed ? error.message : "Stopped.")));
   } finally {
     if (own === asking) {
       asking = null;
@@ -150,7 +155,9 @@ async function ask(question) {
     }
   }
   if (!turn.isConnected) return;
-  messages = [...asked, {role: "assistant", content: answer.textContent}];
+  // What failed, or said nothing, is no part of the conversation.
+  if (!failed && answer.textContent.trim()) messages = [...asked, {role: "assistant", content: answer.textContent}];
+  else if (!failed && ended) answer.replaceChildren(element("span", "hint", "(no answer)"));
   showPassages(turn, passages);
 }
 
@@ -171,8 +178,7 @@ function showPassages(turn, passages) {
     item.append(button);
     list.append(item);
   }
-  turn.append(list);
-  scrollDown();
+  follow(() => turn.append(list));
 }
 
 function busy(is) {
@@ -280,7 +286,8 @@ async function poll() {
     poll.lost = true;
     notice(error.name === "TypeError" ? "The server cannot be reached." : error.message);
   }
-  setTimeout(poll, POLL_MS);
+  // The list of a large memory is long.
+  setTimeout(poll, poll.lost || document.querySelector("#documents progress:not([hidden])") ? POLL_MS : IDLE_POLL_MS);
 }
 
 async function forgetDocument(name) {
@@ -358,6 +365,9 @@ document.ondrop = (event) => {
   document.body.classList.remove("over");
   send(event.dataTransfer.files);
 };
+
+// On a narrow screen the list is opened when it is wanted.
+$("heldMore").open = matchMedia("(min-width: 50.01rem)").matches;
 
 try {
   await loadMemories();
