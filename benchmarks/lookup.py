@@ -5,11 +5,13 @@
     python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --free top_k=32 dense_pairs=0  # all layers, untrained
     python benchmarks/lookup.py BOOK.txt --plain    # everything in the backbone's own context
     python benchmarks/lookup.py BOOK.txt --heads    # found, weighed: where the memory layers looked
+    python benchmarks/lookup.py BOOK.txt --tokens 65536 --retriever hnsw --log lookups.jsonl
+    python benchmarks/lookup.py --figure lookups.png --log lookups.jsonl        # of all that is in the log
 
 Neighbouring facts share their sentence and differ in the name alone, so that a model which cannot tell them apart gives
 one answer to all: distinct wrong answers are counted. Right is an answer all of whose tokens are the most likely ones.
 Facts and texts are those of the task ``evaluation.lookup``, which measures the same in a run; here the layers can be
-looked into as well.
+looked into as well. Times are processor time of one thread, which other jobs of the machine change least.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import support.openmp  # isort: skip # noqa: F401
 import argparse
 import copy
 import json
+import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.config.tasks import MOST_FACTS
+from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.tasks.parts.facts import Fact, make_facts, sentences_of, text_with
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
@@ -47,6 +52,9 @@ def read(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value
+
+
+PLAIN, FREE = "SmolLM2, all in its context", "SmolLM2, a memory in all layers"
 
 
 class Weights:
@@ -100,7 +108,9 @@ class Subject:
             self.lm = attach_memory(load_backbone(args.backbone), config)
         else:
             changes = {"top_k": args.top_k} if args.top_k else {}
-            self.lm = attach_pretrained(args.backbone, retriever="exact", score_factor=args.score_factor, **changes)
+            self.lm = attach_pretrained(
+                args.backbone, retriever=args.retriever, score_factor=args.score_factor, **changes
+            )
         self.begin = "\n" if args.newline else ""
 
     @torch.no_grad()
@@ -117,6 +127,12 @@ class Subject:
         self.cache: Any = DynamicCache()
         for start in range(0, ids.shape[1], 512):
             self.model(ids[:, start : start + 512], past_key_values=self.cache, logits_to_keep=1)
+
+    def bytes_a_token(self, tokens: int) -> int:
+        """What a token of the text takes in the cache, or in the memory."""
+        if self.plain:
+            return sum(2 * layer.keys.nbytes for layer in self.cache.layers) // tokens
+        return int(self.memory.nbytes) // tokens
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
@@ -197,8 +213,12 @@ def measure(subject: Subject, book: str, args: argparse.Namespace, seed: int) ->
     # The front matter of a book is left out.
     sentences = sentences_of(book[len(book) // 10 :])
     text, _ = text_with(facts, sentences, lambda one: len(ids_of(subject.tokenizer, one)), args.tokens, seed)
+    tokens = len(ids_of(subject.tokenizer, text))
+    began = time.process_time()
     subject.read(text)
-    outcome: dict[str, Any] = {"tokens": len(ids_of(subject.tokenizer, text))}
+    read = time.process_time() - began
+    outcome: dict[str, Any] = {"tokens": tokens, "who": who_of(args), "book": args.book.stem, "seed": seed}
+    outcome |= {"facts": len(facts), "read_ms": round(1000 * read / tokens, 2), "bytes": subject.bytes_a_token(tokens)}
     for way in ("told", "other"):
         right: dict[str, list[bool]] = defaultdict(list)
         losses, wrong = [], []
@@ -225,11 +245,50 @@ def measure(subject: Subject, book: str, args: argparse.Namespace, seed: int) ->
     return outcome
 
 
+def who_of(args: argparse.Namespace) -> str:
+    """What is asked, in a word of the figure's legend."""
+    if args.plain:
+        return PLAIN
+    if args.free is not None:
+        return FREE
+    return f"{args.backbone}, {args.retriever}" if not args.layers else f"{args.backbone}, layers {args.layers}"
+
+
+def draw(log: Path, file: Path) -> None:
+    """Share answered against tokens, one line for each of what was asked, with 95 % Wilson intervals."""
+    from matplotlib import pyplot
+
+    asked: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in log.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        # Texts of one size differ by a few tokens.
+        asked[one["who"]][2 ** round(math.log2(one["tokens"]))].append(one)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, way, words in zip(axes, ("told", "other"), ("the words they were told in", "other words"), strict=True):
+        for who, sizes in asked.items():
+            points = []
+            for tokens, lines in sorted(sizes.items()):
+                right, of = sum(one[way] for one in lines), sum(one["facts"] for one in lines)
+                points.append((tokens, 100 * right / of, *(100 * end for end in wilson(right, of))))
+            places, middle, low, high = (list(column) for column in zip(*points, strict=True))
+            size = [one["bytes"] for lines in sizes.values() for one in lines]
+            label = f"{who}: {sorted(size)[len(size) // 2] / 1000:.0f} KB a token"
+            (line_drawn,) = axis.plot(places, middle, marker="o", label=label)
+            axis.fill_between(places, low, high, alpha=0.15, color=line_drawn.get_color())
+        axis.set(xscale="log", ylim=(-2, 102), xlabel="tokens in memory or context", title=f"asked in {words}")
+        axis.set_xticks(sorted({tokens for sizes in asked.values() for tokens in sizes}))
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens // 1024:.0f}k")
+        axis.minorticks_off()
+    axes[0].set_ylabel("facts answered, %")
+    axes[1].legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
-    """Prints one JSON line a seed, and the sums."""
+    """Prints one JSON line a seed, and the sums; or draws what a log holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("book", type=Path)
-    parser.add_argument("--backbone", default="smollm2-135m-fot")
+    parser.add_argument("book", type=Path, nargs="?")
+    parser.add_argument("--backbone", help="smollm2-135m-fot, or what it was trained from where that is asked")
     parser.add_argument("--layers", default="", help="memory layers of an untrained backbone")
     parser.add_argument(
         "--free", nargs="*", metavar="NAME=VALUE", help="without training: the recipe, with these settings in its place"
@@ -245,7 +304,18 @@ def main() -> None:
     parser.add_argument("--newline", action="store_true", help="a line break before each question")
     parser.add_argument("--say", action="store_true", help="say what is answered in place of what is right")
     parser.add_argument("--heads", action="store_true", help="tell found and weighed pairs by layer")
+    parser.add_argument("--retriever", default="exact", help="of weights that were trained")
+    parser.add_argument("--log", type=Path, help="file that lines are added to")
+    parser.add_argument("--figure", type=Path, help="draws the log into this file, and measures nothing")
     args = parser.parse_args()
+    if args.figure is not None and args.log is not None:
+        draw(args.log, args.figure)
+        return
+    if args.book is None or args.figure is not None:
+        parser.error("give a book to tell facts in, or --figure FILE and --log FILE to draw what was measured")
+    if args.backbone is None:
+        untrained = args.plain or args.free is not None or args.layers
+        args.backbone = "smollm2-135m" if untrained else "smollm2-135m-fot"
     if args.facts > MOST_FACTS:
         parser.error(f"--facts: at most {MOST_FACTS}")
     book = args.book.read_text(encoding="utf-8", errors="replace")
@@ -254,6 +324,9 @@ def main() -> None:
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         outcomes.append(measure(subject, book, args, seed))
         print(json.dumps(outcomes[-1]), flush=True)
+        if args.log is not None:
+            with args.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(outcomes[-1]) + "\n")
     count = args.facts * len(outcomes)
     told, other = (sum(one[way] for one in outcomes) for way in ("told", "other"))
     print(f"{told} of {count} in told words, {other} of {count} in other words", flush=True)

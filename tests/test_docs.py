@@ -70,6 +70,7 @@ def test_it_takes_at_most_thirty_lines():
     assert len(blocks(OWN, "python")[0].splitlines()) <= 30
 
 
+@pytest.mark.slow
 def test_python_blocks_run_one_after_the_other(capsys):
     scope = {"__name__": "page"}
     for block in blocks(PAGE, "python"):
@@ -209,6 +210,7 @@ def test_commands_of_a_page_do_what_it_says(name, desk):
             _follow(words[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "concepts", "bring_your_model", "bring_your_documents", "tasks"])
 def test_python_of_a_page_runs(name, desk, capsys):
     for block in blocks(_page(name), "python"):

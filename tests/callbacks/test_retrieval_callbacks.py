@@ -107,6 +107,7 @@ def test_test_measures_as_validation_does_and_again_the_same(tmp_path: Path) -> 
     assert kept[0] == kept[1] == kept[2]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_is_the_same_with_and_without(tmp_path: Path, accumulate: int) -> None:

@@ -138,6 +138,7 @@ def test_sampling_is_asked_for_by_its_settings_and_seeded(capsys: pytest.Capture
     assert answered(capsys, *words[:3], "--top_k_tokens=1")["text"] == greedy["text"]
 
 
+@pytest.mark.slow
 def test_settings_of_the_search_may_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     # An index would take longer to build than a question to answer.
     assert answered(capsys, "mine", "What?")["model"]["memory"]["retriever"] == "exact"

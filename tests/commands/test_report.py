@@ -21,6 +21,7 @@ def _folder(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rebuilds_the_page_of_each_run(tmp_path, capsys):
     folders = [_folder(tmp_path / name / "hnsw") for name in ("a", "b")]
     assert main(["report", *map(str, folders)]) == 0
@@ -28,6 +29,7 @@ def test_rebuilds_the_page_of_each_run(tmp_path, capsys):
         assert str(folder / "report.html") in capsys.readouterr().out or (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_compares_runs_on_one_page(tmp_path, capsys):
     folders = [_folder(tmp_path / "a" / "hnsw", top_k=16), _folder(tmp_path / "b" / "hnsw", top_k=64)]
     out = tmp_path / "both"

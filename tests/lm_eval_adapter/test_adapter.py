@@ -121,6 +121,7 @@ def _task(folder: Path) -> str:
     return "fot_keys"
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_over_a_local_file(tmp_path, harness):
     name = _task(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

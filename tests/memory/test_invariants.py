@@ -132,6 +132,7 @@ def assert_same(memory, naive, generator, exact):
                         assert set(numbers) == set(products.topk(min(5, len(held))).indices.tolist())
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -177,6 +178,7 @@ def test_numbers_lead_to_their_pairs_after_any_history(name, capacity, seed, tmp
         assert sum(part.retriever.stats().fallbacks for part in memory.layers.values()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "mean", "largest"), [("float32", 0, 0), ("bfloat16", 5e-2, 0.25), ("int8", 5e-2, 0.5)]
 )

@@ -115,12 +115,14 @@ def test_a_crossbatch_is_reading(tmp_path: Path):
         assert float(torch.autograd.grad(rows[3].square().sum(), weight)[0].abs().max()) > 0
 
 
-@pytest.mark.parametrize("name", ["phi", "stablelm", "gemma4_text", "gpt_oss"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi", "stablelm", "gemma4_text", "gpt_oss", "deepseek_v3"])
 def test_other_forms_of_rotation_are_read_as_by_the_oracle(name):
     """A part of each head rotated, one tensor rotated at a time, scaled rotations and attention sinks."""
     assert deep_faults(tiny(name), 3, distance=DEEP_WINDOW - 1) == {}
 
 
+@pytest.mark.slow
 def test_norms_after_the_projection_are_before_the_rotation():
     assert deep_faults(tiny_qwen3(), 3, distance=DEEP_WINDOW - 1) == {}
 

@@ -32,6 +32,7 @@ def shared(model: PreTrainedModel) -> bool:
     return head.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "lfm2"])
 def test_half_precision_on_the_cpu_reads_as_single_does(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

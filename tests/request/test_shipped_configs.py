@@ -65,6 +65,7 @@ def test_those_in_folders_parse_and_say_how_to_run_them(name: str) -> None:
         assert cli.trainer.max_steps == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("retriever", ["exact", "scann", "hnsw", "faiss_ivf"])
 def test_another_retriever_replaces_the_old_one_with_its_arguments(name: str, retriever: str) -> None:

@@ -162,6 +162,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, registry.Retri
         return available_retrievers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LISTED)
 def test_broken_plugin_is_listed_and_stops_nothing(name: str, listed: dict[str, registry.RetrieverInfo]) -> None:
     info = listed[name]

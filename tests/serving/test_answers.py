@@ -125,6 +125,7 @@ def test_a_seed_gives_what_transformers_draws(room: Room, server: Running) -> No
     assert cold.choices[0].message.content == expected(room, "mine", FRAMED, 12)[0]
 
 
+@pytest.mark.slow
 def test_under_load_each_answer_is_that_given_alone(room: Room, server: Running) -> None:
     """More clients than places in the batch, several memories, prompts of one token and of several windows."""
     asked = [
@@ -195,6 +196,7 @@ def test_metrics_count_what_was_answered(room: Room) -> None:
             assert json.load(response) == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_finishes_what_it_has_begun(room: Room) -> None:
     text, _, _ = expected(room, "mine", "word5", 200)
     with running(room) as stopping:

@@ -43,7 +43,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
-    "v_head_dim": 16,
+    "v_head_dim": 12,
     "kv_lora_rank": 16,
     "q_lora_rank": 32,
 }
@@ -96,6 +96,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
                     "hidden_size_per_layer_input": 0, "enable_moe_block": False},
     "deepseek_v3": LATENT,
     "deepseek_v2": LATENT,
+    "axk1": LATENT,
+    "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "bailing_hybrid": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
     "glm4_moe_lite": LATENT,
     "minicpm3": LATENT,
     "youtu": LATENT,

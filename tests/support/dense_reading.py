@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_reading"
+_ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 Seen = Sequence[tuple[list[int], list[int]]]
 
 
@@ -33,6 +34,10 @@ class _Reading:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, more: dict[str, Any]
     ) -> Tensor:
         rotation, self.rotation = self.rotation, None
+        if rotation is not None and hasattr(module, "kv_lora_rank"):
+            # Multi-head latent attention rotates the end of a head: it is brought to the front.
+            width = rotation[3]
+            query, key = query.roll(width, -1), key.roll(width, -1)
         heads, groups = query.shape[1], key.shape[1]
         window, softcap, sinks = more.get("sliding_window"), more.get("softcap"), more.get("s_aux")
         rows = []
@@ -113,16 +118,16 @@ def _kept_from_rotating(function: Any) -> Any:
 @contextmanager
 def _unrotated(model: PreTrainedModel) -> Iterator[None]:
     files = {sys.modules[type(part).__module__] for part in model.modules() if "Attention" in type(part).__name__}
-    functions = {file: file.__dict__["apply_rotary_pos_emb"] for file in files if hasattr(file, "apply_rotary_pos_emb")}
+    functions = {(file, name): vars(file)[name] for file in files for name in _ROTARY if hasattr(file, name)}
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        for file, function in functions.items():
-            vars(file)["apply_rotary_pos_emb"] = _kept_from_rotating(function)
+        for (file, name), function in functions.items():
+            vars(file)[name] = _kept_from_rotating(function)
         yield
     finally:
-        for file, function in functions.items():
-            vars(file)["apply_rotary_pos_emb"] = function
+        for (file, name), function in functions.items():
+            vars(file)[name] = function
         model.set_attn_implementation(before)
 
 

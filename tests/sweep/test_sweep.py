@@ -67,6 +67,7 @@ def _sweep(config: Path, folder: Path, *words: str) -> int:
     return main(["sweep", "--config", str(config), f"--run_dir={folder}", *words])
 
 
+@pytest.mark.slow
 def test_every_cell_is_measured_against_exact_search_and_only_once(tmp_path, keys, capsys):
     config, folder = _config(tmp_path, keys, HNSW), tmp_path / "out"
     assert _sweep(config, folder, "--json") == 0
@@ -316,6 +317,7 @@ def test_grids_are_products():
     assert list(combinations({"a": [1, 2], "b": "x"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 
+@pytest.mark.slow
 def test_records_with_a_model_and_measures(tmp_path, capsys):
     words = ["--sweep.memory_tokens=[256]", "--sweep.tokens=256", "--sweep.queries=32", "--sweep.past=64"]
     # The first key of each of the 4 windows is not kept: 252, not 256, which is known only after reading.

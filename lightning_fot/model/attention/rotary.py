@@ -20,11 +20,34 @@ def find_rotary(attention: nn.Module) -> RotaryFn | None:
     None where there is none, or the layer is never given what to rotate by: some files have a function that their
     attention does not use (Jamba's).
     """
-    function: RotaryFn | None = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     given = "position_embeddings" in signature(attention.forward).parameters
+    if hasattr(attention, "expand_kv"):
+        return turn_last if given else None
+    function: RotaryFn | None = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if not callable(function) or not (given or any("Rotary" in type(part).__name__ for part in attention.modules())):
         return None
     return function
+
+
+def turn_last(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates the last R of D dimensions, as multi-head latent attention does.
+
+    Files that keep rotated dimensions in pairs bring them in the order of halves, also where nothing is rotated.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, T, D).
+        cos: (B or 1, T, R).
+        sin: (B or 1, T, R).
+    """
+    width = cos.shape[-1]
+
+    def turned(heads: Tensor) -> Tensor:
+        plain, part = heads[..., :-width], heads[..., -width:]
+        half = torch.cat([-part[..., width // 2 :], part[..., : width // 2]], -1)
+        return torch.cat([plain, part * cos[:, None] + half * sin[:, None]], -1)
+
+    return turned(query), turned(key)
 
 
 def fitted(function: RotaryFn, head_dim: int, width: int) -> RotaryFn:

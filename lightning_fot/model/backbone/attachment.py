@@ -25,6 +25,7 @@ from lightning_fot.model.backbone.layers import (
     attention_layers,
     chosen_layers,
     evaluation_mode,
+    expansion,
     layer_count,
     state_layers,
     text_config,
@@ -56,6 +57,7 @@ class Attachment:
         attentions: Attention layers by number.
         num_layers: Layers of the backbone, those without attention included.
         states: Layers that keep states.
+        latents: Layers that keep latents in place of keys and values.
         memory_layers: Numbers of the memory layers, counted from 0.
         way: How they attend.
 
@@ -86,11 +88,12 @@ class Attachment:
                 for index, layer in state_layers(model, self.num_layers).items()
             }
         )
+        self.latents = frozenset(index for index, layer in self.attentions.items() if expansion(layer) is not None)
         self.way = way_of(config)
         self.calls = Calls()
         self_test.refuse_sliding_layers(model, self.memory_layers)
         self_test.refuse_shared_layers(model, self.memory_layers)
-        self_test.refuse_latent_layers(model, self.attentions, self.memory_layers)
+        self_test.refuse_complex_rotation(model, self.attentions)
         self._original = self._implementation
         backends = {index: attention_function(self._original, layer) for index, layer in self.attentions.items()}
         self.hooks = Hooks(
@@ -174,7 +177,7 @@ class Attachment:
             config: Window, overlap and sinks.
             recorder: What is noted; None notes nothing.
         """
-        return MemoryCache(memory, config, self.num_layers, recorder, self.states)
+        return MemoryCache(memory, config, self.num_layers, recorder, self.states, self.latents)
 
     @property
     def _implementation(self) -> str:

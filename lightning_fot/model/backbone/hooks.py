@@ -20,6 +20,7 @@ from lightning_fot.model.backbone.layers import (
     check_replay,
     checkpointing,
     decoder_of,
+    expansion,
     following_length,
     forget_length,
     rotary_modules,
@@ -213,6 +214,7 @@ class Hooks:
 
     def _before_attention(self, index: int, layer: nn.Module) -> Any:
         rotary = find_rotary(layer)
+        expand = expansion(layer)
         is_memory_layer = index in self.memory_layers
         # In the form of Llama's, once the size of a head is known.
         fitting: list[RotaryFn] = []
@@ -223,7 +225,7 @@ class Hooks:
             # pass it is known to be ours: asking transformers' configuration takes longer than the rest of this hook.
             if state.current is None and not self._selected():
                 return None
-            call = LayerCall(index, self._backends[index], is_memory_layer=is_memory_layer)
+            call = LayerCall(index, self._backends[index], is_memory_layer=is_memory_layer, expand=expand)
             kwargs = {**kwargs, "fot_layer": call}
             embeddings: Embeddings | None = kwargs.get("position_embeddings")
             current = state.current
@@ -254,7 +256,11 @@ class Hooks:
                 kwargs["position_embeddings"] = tuple(torch.full_like(part, torch.nan) for part in embeddings)
                 return args, kwargs
             length = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-            facts = self.facts[index]
+            facts = self.facts.get(index)
+            if facts is None:
+                # Attention without a softmax, though it is named so: it is given its own tokens' embeddings alone.
+                kwargs["position_embeddings"] = tuple(half[:, -length:] for half in embeddings)
+                return args, kwargs
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self.positions != "none" or not is_memory_layer):
                 if not fitting and rotary is not None:
@@ -263,7 +269,7 @@ class Hooks:
                 call.plain_at_zero = facts.plain_at_zero
                 if is_memory_layer and self.distance is not None:
                     call.far = self._far(index, embeddings)
-            if is_memory_layer or current.unrotated:
+            if is_memory_layer or current.unrotated or expand is not None:
                 kwargs["position_embeddings"] = self._identity(embeddings, length)
             else:
                 cos, sin = embeddings

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lightning_fot.config.memory import MemoryConfig
-    from lightning_fot.model.passes.base import AttentionFn, Pass
+    from lightning_fot.model.passes.base import AttentionFn, ExpandFn, Pass
 
 
 # Kinds of layers, as configurations name them, whose attention sees all tokens.
@@ -147,6 +147,16 @@ def state_layers(model: PreTrainedModel, number: int) -> dict[int, Any]:
         return {}
     kept = enumerate(layers[:number])
     return {index: layer for index, layer in kept if isinstance(layer, LinearAttentionCacheLayerMixin)}
+
+
+def expansion(layer: nn.Module) -> ExpandFn | None:
+    """What makes keys and values of the latents that a layer keeps in a cache; None where it keeps these themselves.
+
+    Multi-head latent attention (DeepSeek V2 and after) compresses keys and values of all heads into one vector a token,
+    beside one rotated part of a key that all heads share.
+    """
+    expand: ExpandFn | None = getattr(layer, "expand_kv", None)
+    return expand if callable(expand) and isinstance(getattr(layer, "kv_lora_rank", None), int) else None
 
 
 def attention_function(implementation: str, layer: nn.Module) -> AttentionFn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone.layers import decoder_of, following_length, sees_all, text_config
+from lightning_fot.model.backbone.layers import decoder_of, expansion, following_length, sees_all, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
 from lightning_fot.model.passes.probe import LayerFacts
@@ -191,16 +192,15 @@ def refuse_shared_layers(model: PreTrainedModel, memory_layers: tuple[int, ...])
             )
 
 
-def refuse_latent_layers(model: PreTrainedModel, attentions: Mapping[int, nn.Module], layers: tuple[int, ...]) -> None:
-    """Raises: SettingError: A memory layer has multi-head latent attention (DeepSeek V2 and V3)."""
-    for index in layers:
-        if isinstance(getattr(attentions[index], "kv_lora_rank", None), int):
+def refuse_complex_rotation(model: PreTrainedModel, attentions: Mapping[int, nn.Module]) -> None:
+    """Raises: SettingError: Layers of latents rotate by complex numbers (DeepSeek V2)."""
+    for index, layer in attentions.items():
+        if expansion(layer) is not None and hasattr(sys.modules[type(layer).__module__], "apply_rotary_emb"):
             raise SettingError(
                 "model.backbone",
                 type(model).__name__,
-                f"layer {index} has multi-head latent attention, which rotates a part of the key that all heads share "
-                "before it is joined to the rest",
-                "Use a backbone whose keys are rotated as a whole after their projection.",
+                f"layer {index} has multi-head latent attention that rotates by complex numbers",
+                "Use a backbone that rotates by cosines and sines, as DeepSeek V3 does.",
             )
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
 AttentionFn = Callable[..., tuple[Tensor, Tensor | None]]
+# Latents (B, 1, S, C) and (B, 1, S, R) to keys (B, H, S, D) and values (B, H, S, E).
+ExpandFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StopForward(Exception):
@@ -45,6 +47,7 @@ class LayerCall:
             from their own.
         dropout: Share of attention weights that the backbone drops, 0 outside training.
         sinks: (H,) scores of a column without a value in each softmax, None without.
+        expand: Makes keys and values of the latents that the layer keeps in a cache; None where it keeps these.
         plain: The backbone's own attention for other queries, keys, values and an additive mask; its output is
             (B, T, H, D).
     """
@@ -62,6 +65,7 @@ class LayerCall:
     far: tuple[Tensor, Tensor] | None = None
     dropout: float = 0.0
     sinks: Tensor | None = None
+    expand: ExpandFn | None = None
     plain: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
 
     def local(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import RotaryFn, rotate, unrotate
-from lightning_fot.model.passes.base import LayerCall
+from lightning_fot.model.passes.base import ExpandFn, LayerCall
 from lightning_fot.model.passes.columns import Columns
 
 _FIRST_CAPACITY = 64
@@ -21,11 +21,12 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     A memory layer keeps keys in two forms: as they are stored in the memory, and rotated. Rotated ones serve every
     token until the window moves, and then are made anew. Another layer is given rotated keys and keeps only those; when
-    the window moves, the rotation is taken off again.
+    the window moves, the rotation is taken off again. A layer of latents is given latents, and keeps them, in the place
+    of both; what is rotated, attended to and stored is made of them.
 
     Args:
         columns: Tells which columns a forward adds.
-        is_memory_layer: Whether keys come without rotation, and are kept so.
+        unrotated: Whether keys come without rotation, and are kept so.
     """
 
     keys: Tensor
@@ -33,12 +34,13 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     values: Tensor
     """(B, G, S, D): a view."""
 
-    def __init__(self, columns: Columns, is_memory_layer: bool) -> None:
+    def __init__(self, columns: Columns, unrotated: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._columns = columns
-        self._given = "keys" if is_memory_layer else "rotated"
+        self._given = "keys" if unrotated else "rotated"
         self.angles: Angles | None = None
         self._rotary: RotaryFn | None = None
+        self._expand: ExpandFn | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -70,6 +72,7 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def rotate(self, call: LayerCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates queries (B, H, L, D) of the last L columns, and those of all keys (B, G, S, D) that are not yet."""
+        self._expand = call.expand
         if self._given == "rotated" or call.rotary is None or call.position_embeddings is None:
             return query, key
         start = self._columns.rotated
@@ -78,7 +81,8 @@ class LocalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def taken(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, not rotated, and values of the columns (B, n) int64, chosen for each row."""
-        return _gather(self._buffers["keys"], columns), _gather(self._buffers["values"], columns)
+        keys, values = _gather(self._buffers["keys"], columns), _gather(self._buffers["values"], columns)
+        return (keys, values) if self._expand is None else self._expand(keys, values)
 
     def arrange(self, columns: Tensor, width: int, moved: bool) -> None:
         """Makes the columns (B, n) int64, chosen for each row, the local ones, in that order.

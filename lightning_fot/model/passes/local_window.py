@@ -10,7 +10,7 @@ has padding in front, and moves its window when it is full itself, as it would a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,7 @@ class MemoryCache(Cache, TextPass):
         num_layers: Layers of the backbone.
         recorder: As for :class:`~lightning_fot.model.passes.window.WindowPass`.
         states: Which layers keep states, in place of keys or beside them; None means none.
+        latents: Layers that keep latents in place of keys and values.
     """
 
     is_compileable = False
@@ -54,11 +55,13 @@ class MemoryCache(Cache, TextPass):
         num_layers: int,
         recorder: Recorder | None = None,
         states: StateFacts | None = None,
+        latents: Collection[int] = (),
     ) -> None:
         self.columns = Columns(config.window)
         states = states or StateFacts()
         layers = [
-            new_layer(self.columns, index in memory.layers, states.layers.get(index)) for index in range(num_layers)
+            new_layer(self.columns, index in memory.layers or index in latents, states.layers.get(index))
+            for index in range(num_layers)
         ]
         self._one_by_one = states.one_by_one
         self.local_layers = {index: layer for index, layer in enumerate(layers) if isinstance(layer, LocalLayer)}

@@ -86,8 +86,8 @@ class StateLayer(LinearAttentionLayer):
 class StateAndLocalLayer(StateLayer, LocalLayer):  # type: ignore[override, no-untyped-call]
     """Of a layer that has both a state and attention."""
 
-    def __init__(self, columns: Columns, is_memory_layer: bool, number_of_states: int) -> None:
-        LocalLayer.__init__(self, columns, is_memory_layer)
+    def __init__(self, columns: Columns, unrotated: bool, number_of_states: int) -> None:
+        LocalLayer.__init__(self, columns, unrotated)
         StateLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -96,15 +96,15 @@ class StateAndLocalLayer(StateLayer, LocalLayer):  # type: ignore[override, no-u
             StateLayer.lazy_initialization(self, **kwargs)
 
 
-def new_layer(columns: Columns, is_memory_layer: bool, states: tuple[int, bool] | None) -> LocalLayer | StateLayer:
+def new_layer(columns: Columns, unrotated: bool, states: tuple[int, bool] | None) -> LocalLayer | StateLayer:
     """What a :class:`MemoryCache` keeps of one layer.
 
     Args:
         columns: Of the cache.
-        is_memory_layer: Whether the layer attends to the memory.
+        unrotated: Whether its keys come without rotation: those of memory layers, and latents.
         states: How many states it keeps, and whether it attends too; None keeps keys and values alone.
     """
     if states is None:
-        return LocalLayer(columns, is_memory_layer)
+        return LocalLayer(columns, unrotated)
     count, attends = states
-    return StateAndLocalLayer(columns, is_memory_layer, count) if attends else StateLayer(number_of_states=count)
+    return StateAndLocalLayer(columns, unrotated, count) if attends else StateLayer(number_of_states=count)

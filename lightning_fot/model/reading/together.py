@@ -147,7 +147,10 @@ class SideBySide(Cache, TextPass):
         for row, cache in enumerate(self.caches):
             local = cache.local_layers[call.layer_idx]
             own = self._of_row(call, row)
-            outputs.append(cache.attend(own, query[row : row + 1], local.keys, local.values, scale, softcap))
+            keys, values = local.keys, local.values
+            if call.expand is not None:
+                keys, values = call.expand(keys, values)
+            outputs.append(cache.attend(own, query[row : row + 1], keys, values, scale, softcap))
         return torch.cat(outputs)
 
     def _of_row(self, call: LayerCall, row: int) -> LayerCall:

@@ -40,6 +40,7 @@ def _clamped(frequencies: Tensor, limit: int):
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize("chunk", [1, 13, 512])
 def test_full_context_is_the_plain_backbone_in_one_call(make, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

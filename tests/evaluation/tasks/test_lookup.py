@@ -131,6 +131,7 @@ def _said(logits_of: Any, question: list[int], tokens: int) -> list[int]:
     return said
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rows_are_those_of_plain_forwards(lm) -> None:
     tokenizer = ByteTokenizer()

@@ -17,12 +17,16 @@ from tests.support.deep import deep_faults
 from tests.support.models import settings, tokens
 
 HYBRIDS = ["lfm2", "granitemoehybrid", "qwen3_next", "jamba", "bamba", "nemotron_h", "falcon_h1"]
+HYBRIDS += ["kimi_linear", "bailing_hybrid"]
 # Transformers goes on from their states one token at a time, and writes them in place.
 ONE_BY_ONE = {"jamba", "bamba"}
 # The head of the first calls itself a decoder; the others have learned positions, or sinusoidal ones.
 OTHERS = ["modernbert-decoder", "gpt2", "opt", "gpt_bigcode", "biogpt"]
 # A sink in each softmax; a part of each head rotated; one tensor rotated at a time; eager attention in other rounding.
 FORMS = ["gpt_oss", "phi", "stablelm", "persimmon", "gemma4_text", "nanochat", "vaultgemma"]
+# Caches hold latents: keys and values of all heads are made of them, and the end of a key is rotated, in one of two
+# orders of its dimensions.
+LATENTS = ["deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu", "axk1"]
 
 
 def _slow_but(names, quick):
@@ -30,9 +34,31 @@ def _slow_but(names, quick):
     return [pytest.param(name, marks=[pytest.mark.slow] * (name != quick)) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _slow_but(FORMS, "gpt_oss"))
 def test_other_forms_of_attention_are_read_as_by_the_oracle(name):
     assert deep_faults(tiny(name), 3) == {}
+
+
+@pytest.mark.parametrize("name", _slow_but(LATENTS, "deepseek_v3"))
+def test_latent_attention_is_read_as_by_the_oracle(name):
+    assert deep_faults(tiny(name), 3) == {}
+
+
+def test_pairs_of_latent_attention_are_whole_keys_and_values():
+    """A head's key has the part that all heads share behind its own; one value is narrower than a key."""
+    with attach_memory(tiny("deepseek_v3"), settings(memory_layers=[3])) as lm:
+        memory = lm.ingest(tokens(1, 40), lm.new_memory())
+        pairs = memory.layers[3]
+        assert (pairs.kv_heads, pairs.key_store.dim, pairs.value_store.dim) == (4, 16, 12)
+
+
+def test_latents_that_rotate_by_complex_numbers_are_refused():
+    model = tiny("deepseek_v2")
+    before = model(tokens(1, 8)).logits
+    with pytest.raises(SettingError, match="layer 0 has multi-head latent attention that rotates by complex numbers"):
+        attach_memory(model, settings(memory_layers=[3]))
+    assert torch.equal(model(tokens(1, 8)).logits, before)
 
 
 @pytest.mark.parametrize("name", _slow_but(HYBRIDS, "lfm2"))

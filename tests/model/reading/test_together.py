@@ -8,6 +8,7 @@ import torch
 from lightning_fot import attach_memory
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.reading.together import go_on
+from tests.support.decoder_types import tiny
 from tests.support.models import WINDOW, settings, tiny_llama, tiny_qwen3, tokens
 
 NEW = 24
@@ -52,6 +53,7 @@ def side_by_side(lm, prompts, memories, joins, traces=None):
         (tiny_llama, {}),
         (tiny_qwen3, {"overlap": 4, "sink_tokens": 2}),
         (tiny_llama, {"last_context_length": 7, "top_k": 3}),
+        pytest.param(lambda: tiny("deepseek_v3"), {"overlap": 4, "sink_tokens": 1}, id="latents"),
     ],
 )
 def test_each_text_gets_what_it_gets_alone(make, change):

@@ -100,6 +100,7 @@ def mixture(kind: str, generator: torch.Generator) -> Tensor:
     return keys[order][None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["half far", "half farther", "a tenth far", "tight clusters", "scales", "outliers", "filler"]
 )
@@ -275,6 +276,7 @@ def test_an_index_may_answer_in_any_order() -> None:
     assert float(share_found(retriever, keys, queries).min()) > 0.95
 
 
+@pytest.mark.slow
 def test_graphs_of_banks_that_grow_in_the_background() -> None:
     keys, queries, past = filler_and_needles()
     retriever = filled(keys[:, :3000], past, build="background")

@@ -87,6 +87,7 @@ class Model:
         self.banks = banks
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "file"])
