@@ -17,7 +17,7 @@ from lightning_fot.data.text.parts import EMPTY, leave_out
 from lightning_fot.data.text.readers import place_of
 
 if TYPE_CHECKING:
-    from lightning_fot.data.text.parts import DocumentSource, Found
+    from lightning_fot.data.text.parts import DocumentSource, Found, Skipped
     from lightning_fot.library.library import Entry, Library
 
 
@@ -67,7 +67,7 @@ def find_changes(found: Found, library: Library, paths: Iterable[str]) -> Change
     by_digest: dict[str, list[DocumentSource]] = {}
     now: dict[str, str] = {}
     for source in found.documents:
-        digest = _digest(source, found)
+        digest = digest_of(source, found.skipped)
         if digest is not None:
             by_digest.setdefault(digest, []).append(source)
             now[source.place] = digest
@@ -87,14 +87,19 @@ def find_changes(found: Found, library: Library, paths: Iterable[str]) -> Change
     return changes
 
 
-def _digest(source: DocumentSource, found: Found) -> str | None:
-    """SHA-256 of a document's text; None where there is none."""
-    digest, empty, before = hashlib.sha256(), True, found.skipped.total()
-    for piece in source.pieces(found.skipped):
+def digest_of(source: DocumentSource, skipped: Skipped) -> str | None:
+    """SHA-256 of a document's text; None where there is none.
+
+    Args:
+        source: The document; it is read once.
+        skipped: Counts what turns out to be no text.
+    """
+    digest, empty, before = hashlib.sha256(), True, skipped.total()
+    for piece in source.pieces(skipped):
         digest.update(piece.encode("utf-8", "surrogatepass"))
         empty = empty and not piece.strip()
-    if empty and found.skipped.total() == before:
-        leave_out(found.skipped, EMPTY, source.name)
+    if empty and skipped.total() == before:
+        leave_out(skipped, EMPTY, source.name)
     return None if empty else digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from lightning_fot.system.progress import JobProgress
 from lightning_fot.system.signals import StopGuard, Stopped
 
 if TYPE_CHECKING:
+    from lightning_fot.memory.memory import Memory
     from lightning_fot.model.lm import MemoryLM
 
 PHASE = "reading"
@@ -49,14 +50,22 @@ class Reader:
         progress: Shows what goes on.
         guard: Stops between windows.
         clock: Time source in seconds.
+        memory: The library's, where it is loaded already.
     """
 
     def __init__(
-        self, lm: MemoryLM, tokenizer: Any, library: Library, progress: JobProgress, guard: StopGuard, clock: Any = None
+        self,
+        lm: MemoryLM,
+        tokenizer: Any,
+        library: Library,
+        progress: JobProgress,
+        guard: StopGuard,
+        clock: Any = None,
+        memory: Memory | None = None,
     ) -> None:
         self.lm = lm
         self.library = library
-        self.memory = library.load(lm)
+        self.memory = library.load(lm) if memory is None else memory
         self.skipped = Skipped()
         self.tokens = 0
         """Tokens read so far by this reader."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -39,6 +39,10 @@ _READS = 20
 FORMAT = 2
 # Format 1 had no places.
 _READABLE = (1, 2)
+
+
+class BusyError(SettingError):
+    """Another process is writing to the folder."""
 
 
 @dataclass
@@ -284,12 +288,23 @@ class Library:
         """
         return lm.load_memory(self.path) if (self.path / MEMORY_FILE).is_file() else lm.new_memory(1)
 
+    def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
+        """What another process that writes into the folder changes: compared, it tells whether one has."""
+        files = (FILE, journal.JOURNAL, MEMORY_FILE)
+        found = []
+        for name in files:
+            with suppress(FileNotFoundError):
+                status = (self.path / name).stat()
+                found.append((name, status.st_ino, status.st_mtime_ns, status.st_size))
+        return tuple(found)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing into the folder.
 
         Raises:
-            SettingError: Another process is at it, or the folder cannot be written.
+            BusyError: Another process is at it.
+            SettingError: The folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -297,7 +312,7 @@ class Library:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         if held is None:
-            raise SettingError("MEMORY", str(self.path), "another process is writing to it", "Wait until it is done.")
+            raise BusyError("MEMORY", str(self.path), "another process is writing to it", "Wait until it is done.")
         with held:
             for left in [file for pattern in _UNFINISHED for file in self.path.glob(pattern)]:
                 left.unlink(missing_ok=True)
@@ -358,10 +373,11 @@ def size_of(path: Path) -> str:
     return f"{sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / 2**20:,.1f} MiB"
 
 
-def damaged(path: Path, file: str, error: Exception) -> SettingError:
+def damaged(
+    path: Path, file: str, error: Exception, fix: str = "Ingest the documents into a new memory."
+) -> SettingError:
     """The error for a file of the folder that cannot be understood."""
-    problem = f"{file} is damaged ({type(error).__name__}: {error})"
-    return SettingError("MEMORY", str(path), problem, "Ingest the documents into a new memory.")
+    return SettingError("MEMORY", str(path), f"{file} is damaged ({type(error).__name__}: {error})", fix)
 
 
 def _others() -> str:

@@ -19,9 +19,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from lightning_fot.serving.answers import Answers
+from lightning_fot.serving.documents import Documents
 from lightning_fot.serving.engine import Engine
 from lightning_fot.serving.guard import Guard, read_body
 from lightning_fot.serving.metrics import Metrics
+from lightning_fot.serving.page import page_routes
 from lightning_fot.serving.requests import ApiError, read_asked
 from lightning_fot.serving.settings import ServerSettings
 from lightning_fot.serving.shelf import Shelf, Shelves
@@ -136,17 +138,18 @@ def _described(shelf: Shelf) -> dict[str, Any]:
     }
 
 
-def make_app(shelves: Shelves, engine: Engine, settings: ServerSettings, metrics: Metrics) -> Any:
+def make_app(shelves: Shelves, engine: Engine, documents: Documents, settings: ServerSettings, metrics: Metrics) -> Any:
     """The application, to be run by Uvicorn.
 
     Args:
         shelves: The memories.
         engine: Started.
+        documents: What reads into the memories.
         settings: Key and limits.
         metrics: Counts.
     """
     app = Starlette(
-        routes=Routes(shelves, engine, settings, metrics).routes(),
+        routes=[*Routes(shelves, engine, settings, metrics).routes(), *documents.routes(), *page_routes()],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )
     return Guard(app, settings, metrics)

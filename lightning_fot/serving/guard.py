@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_fot.serving.metrics import Metrics
+from lightning_fot.serving.page import PATHS
 from lightning_fot.serving.requests import ApiError
 from lightning_fot.serving.settings import LOOPBACK, ServerSettings
 
 # They hold nothing of a memory: the page asks for the key itself.
-_OPEN = ("/", "/health")
+_OPEN = (*PATHS, "/health")
 # Bytes of a request that is too large which are read and thrown away: clients listen once they have said all.
 _DRAINED = 64 * 2**20
 _HEADERS = (
@@ -101,25 +103,32 @@ async def _refuse(error: ApiError, send: Send) -> None:
 
 
 async def read_body(request: Request, most: int, timeout: float) -> bytes:
-    """The body of a request.
+    """The body of a request; see :func:`receive`."""
+    parts: list[bytes] = []
+    await receive(request, most, timeout, parts.append)
+    return b"".join(parts)
+
+
+async def receive(request: Request, most: int, timeout: float, take: Callable[[bytes], object]) -> None:
+    """Hands on the body of a request as it comes.
 
     Args:
         request: Whose.
         most: Bytes that it may have.
         timeout: Seconds that it may take.
+        take: Gets its parts.
 
     Raises:
         ApiError: It is too large, too slow, or breaks off.
     """
-    parts: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(timeout):
             async for part in request.stream():
                 size += len(part)
                 if size <= most:
-                    parts.append(part)
-                elif size > _DRAINED:
+                    take(part)
+                elif size > most + _DRAINED:
                     break
     except TimeoutError:
         raise ApiError(408, f"The request was not complete after {timeout:g} seconds.", code="timeout") from None
@@ -127,4 +136,3 @@ async def read_body(request: Request, most: int, timeout: float) -> bytes:
         raise ApiError(400, "The request broke off.", code="incomplete") from None
     if size > most:
         raise ApiError(413, f"The request is larger than {most:,} bytes.", code="request_too_large")
-    return b"".join(parts)

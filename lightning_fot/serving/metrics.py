@@ -14,6 +14,8 @@ _HELP = {
     "fot_passages_seconds_total": "Time to find the passages of answers.",
     "fot_first_token_seconds_total": "Time from a request to its first token, summed.",
     "fot_first_tokens_total": "Answers that had a first token.",
+    "fot_documents_waiting": "Uploaded documents that are not read yet.",
+    "fot_document_tokens_total": "Tokens of uploaded documents read.",
     "fot_memory_bytes": "Bytes of a memory: pairs, indexes, text.",
     "fot_memory_tokens": "Tokens stored in a memory.",
 }

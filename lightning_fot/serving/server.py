@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lightning_fot.errors import SettingError
 from lightning_fot.serving.app import make_app
+from lightning_fot.serving.documents import Documents
 from lightning_fot.serving.engine import Engine
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.settings import ServerSettings
@@ -60,8 +61,9 @@ class Server:
             self._listening.close()
             raise
         self._engine = Engine(lm, tokenizer, settings.max_batch, settings.max_queue, self.metrics)
-        app = make_app(self._shelves, self._engine, settings, self.metrics)
-        self._uvicorn = _Uvicorn(app, settings, self._engine)
+        self._documents = Documents(self._shelves, settings, self.metrics)
+        app = make_app(self._shelves, self._engine, self._documents, settings, self.metrics)
+        self._uvicorn = _Uvicorn(app, settings, self._engine, self._documents)
 
     def run(self, ready: Callable[[str], None]) -> None:
         """Serves; signals are heard in the main thread alone.
@@ -72,12 +74,15 @@ class Server:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         self._uvicorn.when_ready = lambda: ready(f"http://{host}:{self._listening.getsockname()[1]}")
         self._engine.start()
+        self._documents.start()
         try:
             self._uvicorn.run(sockets=[self._listening])
         finally:
             self._listening.close()
+            self._documents.stop()
             self._engine.stop(0)
             self._engine.join()
+            self._documents.join()
             self._shelves.encoder.shutdown()
 
     def stop(self) -> None:
@@ -104,7 +109,7 @@ def _listen(settings: ServerSettings) -> socket.socket:
 class _Uvicorn(uvicorn.Server):
     """Uvicorn, which tells the engine to come to an end when it is told itself."""
 
-    def __init__(self, app: Any, settings: ServerSettings, engine: Engine) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, engine: Engine, documents: Documents) -> None:
         config = uvicorn.Config(
             app,
             http=_protocol(settings.timeout),
@@ -119,6 +124,7 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self.when_ready: Callable[[], None] = lambda: None
         self._engine = engine
+        self._documents = documents
         self._grace = settings.grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -128,7 +134,8 @@ class _Uvicorn(uvicorn.Server):
             self.when_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first lets answers finish, another one does not."""
+        """A signal: the first lets answers finish, another one does not. What is read stops at the next window."""
+        self._documents.stop()
         self._engine.stop(0 if self.should_exit else self._grace)
         super().handle_exit(sig, frame)
 

@@ -23,7 +23,9 @@ class ServerSettings:
         max_prompt_tokens: Longest prompt, the chat template included.
         max_tokens: Longest answer; what a request gets that does not say.
         max_body_bytes: Largest request.
-        max_document_bytes: Largest document.
+        max_document_bytes: Largest document that is uploaded.
+        max_document_tokens: Longest one.
+        max_documents_waiting: Uploaded documents that may wait to be read, for each memory.
         max_connections: Open connections.
         timeout: Seconds in which a client has to have sent its request.
         grace: Seconds in which answers are finished when the server is stopped.
@@ -41,6 +43,8 @@ class ServerSettings:
     max_tokens: int = 512
     max_body_bytes: int = 2**20
     max_document_bytes: int = 32 * 2**20
+    max_document_tokens: int = 10_000_000
+    max_documents_waiting: int = 64
     max_connections: int = 512
     timeout: float = 30.0
     grace: float = 30.0
@@ -49,8 +53,8 @@ class ServerSettings:
         if not 0 <= self.port < 2**16:
             raise SettingError("port", self.port, "must be from 0 to 65535", "Try 8000.")
         least = {"max_queue": 0}
-        for name in ("max_batch", "max_queue", "max_prompt_tokens", "max_tokens", "max_body_bytes",
-                     "max_document_bytes", "max_connections"):  # fmt: skip
+        for name in ("max_batch", "max_queue", "max_prompt_tokens", "max_tokens", "max_body_bytes", "max_connections",
+                     "max_document_bytes", "max_document_tokens", "max_documents_waiting"):  # fmt: skip
             value, minimum = getattr(self, name), least.get(name, 1)
             if value < minimum:
                 raise SettingError(name, value, f"must be at least {minimum}", "Correct it.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,26 @@ from lightning_fot.serving.requests import ApiError, Asked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lightning_fot.library.library import Entry
     from lightning_fot.memory.memory import Memory
     from lightning_fot.model.lm import MemoryLM
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A document that can be asked about.
+
+    Args:
+        name: Its name.
+        tokens: How many have been read.
+        stored: How many of them the memory still holds.
+        done: Whether it was read to its end.
+    """
+
+    name: str
+    tokens: int
+    stored: int
+    done: bool
 
 
 class Shelf:
@@ -25,15 +44,20 @@ class Shelf:
 
     Args:
         name: What clients call it.
-        memory: What it holds; None of the bare model, which has an empty one.
-        library: Its folder.
+        memory: What it holds: nothing, of the bare model.
+        library: Its folder; None of the bare model.
+        stamp: State of the folder that the memory was loaded from.
     """
 
-    def __init__(self, name: str, memory: Memory, library: Library | None) -> None:
+    def __init__(self, name: str, memory: Memory, library: Library | None, stamp: object = None) -> None:
         self.name = name
         self.library = library
+        self.stamp = stamp
         self._lock = threading.Lock()
         self._memory = memory
+        self._entries: dict[str, tuple[int | None, bool]] = {}
+        if library is not None:
+            self.show(memory, library.documents)
 
     @property
     def memory(self) -> Memory:
@@ -41,10 +65,37 @@ class Shelf:
         with self._lock:
             return self._memory.snapshot()
 
-    def show(self, memory: Memory) -> None:
-        """Puts another state in its place, for answers that begin from now on."""
+    @property
+    def documents(self) -> list[Shown]:
+        """What answers that begin now can attend to, in the order of reading."""
         with self._lock:
-            self._memory = memory
+            memory, entries = self._memory, self._entries
+        read = {one.name: one for one in memory.snapshot().documents}
+        found = []
+        for name, (tokens, done) in entries.items():
+            known = read.get(name)
+            if known is not None or done:
+                # A full memory drops the oldest pairs, and its log what has none left.
+                count = tokens if tokens is not None else known.tokens if known is not None else 0
+                found.append(Shown(name, count, 0 if known is None else known.stored, done))
+        return found
+
+    def show(self, memory: Memory, entries: Sequence[Entry]) -> None:
+        """Puts another state in its place, for answers that begin from now on.
+
+        Args:
+            memory: It is copied, and goes on as it is.
+            entries: Documents of the library; those that are being forgotten are not shown.
+        """
+        shown = memory.snapshot()
+        leaving = [entry.name for entry in entries if entry.leaving and shown.log.find(entry.name)]
+        for name in leaving:
+            shown.forget(name)
+        if leaving:
+            shown.flush()
+        listed = {entry.name: (entry.tokens, entry.done) for entry in entries if not entry.leaving}
+        with self._lock:
+            self._memory, self._entries = shown, listed
 
 
 class Shelves:
@@ -61,10 +112,13 @@ class Shelves:
         self.tokenizer: Any = tokenizer
         self.shelves: dict[str, Shelf] = {}
         for name, library in libraries.items():
+            # Another process may have written since the library was opened.
+            stamp = library.stamp()
+            library.refresh()
             memory = library.load(lm)
             # Whoever waits should wait here, not after the first question.
             memory.flush()
-            self.shelves[name] = Shelf(name, memory, library)
+            self.shelves[name] = Shelf(name, memory, library, stamp)
         backbone = Path(next(iter(libraries.values())).model.backbone).name
         self.bare = f"{backbone}:bare" if backbone in self.shelves else backbone
         """Name of the model without a memory."""

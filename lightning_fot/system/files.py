@@ -81,8 +81,8 @@ def append_bytes(path: Path, data: bytes, durable: bool) -> None:
     with path.open("ab") as file:
         file.write(data)
     if durable:
-        _sync(path)
-        _sync(path.parent)
+        sync(path)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,10 +162,10 @@ def publish(fresh: Path, target: Path, durable: bool = True) -> None:
     # for other threads.
     fresh.chmod(fresh.parent.stat().st_mode & 0o666)
     if durable:
-        _sync(fresh)
+        sync(fresh)
     os.replace(fresh, target)
     if durable:
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _publish_folder(fresh: Path, target: Path, old: Path) -> None:
@@ -173,8 +173,8 @@ def _publish_folder(fresh: Path, target: Path, old: Path) -> None:
     for path in fresh.rglob("*"):
         # As public as any folder, whatever the libraries that wrote into it do.
         path.chmod(mode & (0o777 if path.is_dir() else 0o666))
-        _sync(path)
-    _sync(fresh)
+        sync(path)
+    sync(fresh)
     if target.exists():
         target.rename(old)
     try:
@@ -183,7 +183,7 @@ def _publish_folder(fresh: Path, target: Path, old: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def clean(folder: Path, name: str | None = None) -> None:
@@ -266,7 +266,7 @@ def _hold(place: Path) -> int | None:
     return None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # folders cannot be opened there

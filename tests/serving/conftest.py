@@ -41,3 +41,17 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
 def server(room: Room) -> Iterator[Running]:
     with running(room, max_batch=4, max_tokens=10**6) as found:
         yield found
+
+
+@pytest.fixture
+def own(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Room:
+    """Memories that a test may change."""
+    monkeypatch.chdir(room.folder)
+    return room.copied(tmp_path)
+
+
+@pytest.fixture
+def fresh(own: Room) -> Iterator[Running]:
+    """A server of those."""
+    with running(own) as found:
+        yield found

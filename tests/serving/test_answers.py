@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from tests.support.markdown_blocks import ROOT, blocks
 from tests.support.patience import PATIENCE_S
-from tests.support.serving import EOS, Room, Running, running
+from tests.support.serving import EOS, Room, Running, running, until
 
 QUESTION = "What is word5?"
 FRAMED = f"[user] {QUESTION}\n[assistant]"
@@ -147,13 +146,6 @@ def test_under_load_each_answer_is_that_given_alone(room: Room, server: Running)
             choice = done.choices[0]
             assert done.usage is not None
             assert (choice.text, done.usage.completion_tokens, choice.finish_reason) == answers[one]
-
-
-def until(condition: Any) -> None:
-    ends = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < ends, "it takes for ever"
-        time.sleep(0.02)
 
 
 def endless(running: Running) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPConnection
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import openai
 import torch
@@ -44,9 +49,27 @@ class Room:
             )  # fmt: skip
         return out[0, len(ids) :].tolist(), trace
 
+    def copied(self, folder: Path) -> Room:
+        """The same memories in another folder, to be changed."""
+        shutil.copytree(self.folder / "memories", folder / "memories", ignore=shutil.ignore_patterns("inbox"))
+        libraries = {name: Library.read(folder / "memories" / name) for name in self.libraries}
+        return replace(self, folder=folder, libraries=libraries)
+
+    def seen_by_another(self) -> Room:
+        """The same memories, as another process sees them."""
+        return replace(self, libraries={name: Library.read(one.path) for name, one in self.libraries.items()})
+
     def text(self, ids: list[int]) -> str:
         """What they say."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for a condition."""
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < ends, "it takes for ever"
+        time.sleep(0.02)
 
 
 @dataclass
@@ -59,6 +82,37 @@ class Running:
     def client(self, key: str = "none") -> openai.OpenAI:
         """OpenAI's own client of it."""
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
+
+    def call(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON of a request made by hand."""
+        connection = HTTPConnection(urlsplit(self.address).netloc, timeout=PATIENCE_S)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def put(self, memory: str, name: str, text: str | bytes) -> tuple[int, Any]:
+        """Uploads a document."""
+        body = text if isinstance(text, bytes) else text.encode()
+        return self.call("PUT", f"/v1/memories/{memory}/documents?{urlencode({'name': name})}", body)
+
+    def forget(self, memory: str, name: str) -> tuple[int, Any]:
+        """Forgets a document."""
+        return self.call("DELETE", f"/v1/memories/{memory}/documents?{urlencode({'name': name})}")
+
+    def documents(self, memory: str) -> dict[str, str]:
+        """Status of each document; of two with one name, that of the later."""
+        status, content = self.call("GET", f"/v1/memories/{memory}/documents")
+        assert status == 200, content
+        return {one["name"]: one["status"] for one in content["data"]}
+
+    def until_read(self, memory: str) -> None:
+        """Waits until nothing waits any more."""
+        until(lambda: not {"waiting", "reading"} & set(self.documents(memory).values()))
 
     def number(self, name: str) -> float:
         """One of its metrics."""

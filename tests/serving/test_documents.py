@@ -1,0 +1,369 @@
+"""Documents over HTTP, against the commands that do the same to a memory on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from lightning_fot.cli import main
+from lightning_fot.library.library import Library
+from tests.support.memories import contents, text
+from tests.support.patience import PATIENCE_S
+from tests.support.serving import Room, Running, running, until
+
+PATH = "/v1/memories/mine/documents"
+LONG = 1200
+
+
+def by_commands(room: Room, folder: Path, *changes: tuple[str, str | None]) -> Room:
+    """A copy of the memories in which the commands have made changes: a name and its text, or None to forget it."""
+    folder.mkdir()
+    other = room.copied(folder)
+    for name, said in changes:
+        words = ["forget", str(folder / "memories" / "mine"), name]
+        if said is not None:
+            (folder / name).write_text(said, encoding="utf-8")
+            words = ["ingest", *words[1:2], str(folder / name)]
+        assert main(words) == 0
+    other.libraries["mine"] = Library.read(folder / "memories" / "mine")
+    return other
+
+
+def answer(running: Running, prompt: str = "word5", count: int = 20) -> str:
+    return running.client().completions.create(model="mine", prompt=prompt, max_tokens=count).choices[0].text
+
+
+def alone(room: Room, prompt: str = "word5", count: int = 20) -> str:
+    return room.text(room.alone("mine", prompt, count)[0])
+
+
+def test_an_upload_is_read_as_ingest_reads_it(room: Room, own: Room, fresh: Running, tmp_path: Path) -> None:
+    status, told = fresh.put("mine", "new.txt", text(9))
+    assert (status, told["name"], told["tokens"]) == (202, "new.txt", len(text(9)))
+    assert told["status"] in ("waiting", "reading", "ready")
+    fresh.until_read("mine")
+    assert fresh.documents("mine") == dict.fromkeys(
+        ["shelf/book0.txt", "shelf/book1.txt", "shelf/book2.txt", "new.txt"], "ready"
+    )
+    expected = by_commands(room, tmp_path / "other", ("new.txt", text(9)))
+    assert answer(fresh) == alone(expected) != alone(room)
+    assert contents(own.libraries["mine"].path) == contents(expected.libraries["mine"].path)
+    _, found = fresh.call("GET", f"{PATH}?name=new.txt")
+    (stored,) = (one.stored for one in expected.memory("mine").documents if one.name == "new.txt")
+    assert found["data"] == [
+        {"object": "document", "name": "new.txt", "status": "ready", "tokens": len(text(9)), "stored": stored}
+    ]
+    done: Any = fresh.client().completions.create(
+        model="mine", prompt=text(9)[:30], max_tokens=20, extra_body={"passages": 50}
+    )
+    assert "new.txt" in {passage["document"] for passage in done.passages}
+
+
+def test_another_text_of_the_same_name_replaces_it_and_forgetting_takes_it_out(
+    room: Room, own: Room, fresh: Running, tmp_path: Path
+) -> None:
+    for number in (9, 8):
+        assert fresh.put("mine", "new.txt", text(number))[0] == 202
+        fresh.until_read("mine")
+    expected = by_commands(room, tmp_path / "second", ("new.txt", text(8)))
+    assert answer(fresh) == alone(expected)
+    assert contents(own.libraries["mine"].path) == contents(expected.libraries["mine"].path)
+    assert fresh.forget("mine", "new.txt") == (200, {"object": "document", "name": "new.txt", "deleted": True})
+    assert "new.txt" not in fresh.documents("mine")
+    assert answer(fresh) == alone(room)
+    # Of what `ingest` had read, too.
+    assert fresh.forget("mine", "shelf/book1.txt")[0] == 200
+    expected = by_commands(room, tmp_path / "third", ("shelf/book1.txt", None))
+    assert answer(fresh) == alone(expected)
+    assert fresh.forget("mine", "shelf/book1.txt")[1]["error"]["code"] == "document_not_found"
+
+
+def test_a_text_that_is_known_is_not_read_again(fresh: Running) -> None:
+    assert fresh.put("mine", "copy.txt", text(0))[0] == 202
+    fresh.until_read("mine")
+    _, found = fresh.call("GET", f"{PATH}?name=copy.txt")
+    (copy,) = found["data"]
+    assert (copy["status"], copy["same_as"]) == ("known", "shelf/book0.txt")
+    assert fresh.number("fot_document_tokens_total") == 0
+    # The same again under its own name changes nothing.
+    assert fresh.put("mine", "shelf/book0.txt", text(0))[0] == 202
+    fresh.until_read("mine")
+    assert fresh.documents("mine")["shelf/book0.txt"] == "ready"
+    assert fresh.forget("mine", "copy.txt")[0] == 200
+    assert "copy.txt" not in fresh.documents("mine")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "..", "x" * 255, "ä 字.txt", "a?b=c&d", "00000001.json", "%2e"]
+)
+def test_names_are_labels(own: Room, fresh: Running, name: str) -> None:
+    def files() -> set[Path]:
+        kept = own.libraries["mine"].path
+        return {path for path in own.folder.rglob("*") if kept not in path.parents}
+
+    before = files()
+    assert fresh.put("mine", name, text(7))[0] == 202
+    fresh.until_read("mine")
+    assert fresh.documents("mine")[name] == "ready"
+    status, said = fresh.call("GET", f"/v1/memories/mine/text?name={quote(name, safe='')}&around=20")
+    assert (status, said["after"]) == (200, text(7)[:20])
+    assert fresh.forget("mine", name)[0] == 200
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["", "%20", "a%00b", "%ED%A0%80", "%FF", "x" * 256, "a%0Ab", "a%1B%5B2J", "a&nome=b", "%E2%80%AE"]
+)
+def test_what_is_no_name_is_told(fresh: Running, name: str) -> None:
+    for method, body in (("PUT", b"word"), ("DELETE", None)):
+        status, told = fresh.call(method, f"{PATH}?name={name}", body)
+        assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+        assert fresh.call(method, PATH, body)[0] == 400
+    assert len(fresh.documents("mine")) == 3
+
+
+def test_what_is_no_document_is_told_and_nothing_is_left_of_it(own: Room) -> None:
+    with running(own, max_document_bytes=1000, max_document_tokens=500) as strict:
+        for body, status, code in (
+            (b"", 400, "not_text"),
+            (b" \n ", 400, "not_text"),
+            (b"\xff\xfe\xff", 400, "not_text"),
+            (b"a\0b", 400, "not_text"),
+            (b"\xed\xa0\x80", 400, "not_text"),
+            (b"word " * 201, 413, "request_too_large"),
+            (b"word " * 101, 413, "document_too_long"),
+        ):
+            found, told = strict.put("mine", "x.txt", body)
+            assert (found, told["error"]["code"]) == (status, code)
+        status, told = strict.call("PUT", f"{PATH}?name=x", b"--x", {"Content-Type": "multipart/form-data; boundary=x"})
+        assert (status, told["error"]["code"]) == (415, "unsupported_media_type")
+        assert strict.put("nine", "x.txt", b"a")[0] == 404
+        assert strict.put("model", "x.txt", b"a")[1]["error"]["code"] == "no_memory"
+        assert len(strict.documents("mine")) == 3
+        assert [path.name for path in (own.libraries["mine"].path / "inbox").iterdir()] == [".lock"]
+        # UTF-16 is text too.
+        assert strict.put("mine", "wide.txt", "\ufeffword5".encode("utf-16-le"))[1]["tokens"] == 5
+        strict.until_read("mine")
+    assert not (own.libraries["mine"].path / "inbox").exists()
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(own: Room) -> None:
+    inbox = own.libraries["mine"].path / "inbox"
+    with running(own, max_documents_waiting=1) as small:
+        host, _, port = urlsplit(small.address).netloc.partition(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), PATIENCE_S) as client:
+                head = f"PUT {PATH}?name=x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nword"
+                client.sendall(head.encode())
+                until(lambda: list(inbox.glob("*.part")))
+                assert small.put("mine", "y", b"word")[1]["error"]["code"] == "queue_full"
+            until(lambda: not list(inbox.glob("*.part")))
+        until(lambda: small.put("mine", "y", b"word")[0] == 202)
+
+
+def test_a_full_disk_is_told(own: Room, fresh: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_fot.library.inbox.sync", full)
+        status, told = fresh.put("mine", "new.txt", text(9))
+    assert (status, told["error"]["code"]) == (507, "not_kept")
+    assert "No space left" in told["error"]["message"]
+    assert [path.name for path in (own.libraries["mine"].path / "inbox").iterdir()] == [".lock"]
+    assert fresh.put("mine", "new.txt", text(9))[0] == 202
+    fresh.until_read("mine")
+    assert fresh.documents("mine")["new.txt"] == "ready"
+
+
+def test_what_cannot_be_read_is_told_and_the_next_one_is_read(own: Room, fresh: Running) -> None:
+    path = own.libraries["mine"].path
+    with Library.read(path).locked():
+        for number, name in ((7, "a.txt"), (8, "b.txt")):
+            assert fresh.put("mine", name, text(number))[0] == 202
+        (path / "inbox" / "00000001.text").unlink()
+    fresh.until_read("mine")
+    assert {name: status for name, status in fresh.documents("mine").items() if name in ("a.txt", "b.txt")} == {
+        "a.txt": "failed", "b.txt": "ready",
+    }  # fmt: skip
+    _, found = fresh.call("GET", f"{PATH}?name=a.txt")
+    assert "cannot be read any more (1 unreadable)" in found["data"][0]["detail"]
+    assert fresh.forget("mine", "a.txt")[0] == 200
+    assert "a.txt" not in fresh.documents("mine")
+
+
+def test_a_folder_that_is_damaged_or_gone_is_told_and_asked_as_it_was(room: Room, own: Room, fresh: Running) -> None:
+    def problem() -> str | None:
+        said: str | None = fresh.call("GET", PATH)[1]["problem"]
+        return said
+
+    path = own.libraries["mine"].path
+    kept = (path / "memory.json").read_bytes()
+    (path / "memory.json").write_text("{}", encoding="utf-8")
+    until(problem)
+    assert "memory.json" in str(problem())
+    assert answer(fresh) == alone(room)
+    (path / "memory.json").write_bytes(kept)
+    until(lambda: problem() is None)
+    path.rename(path.with_name("away"))
+    until(problem)
+    assert "is gone" in str(problem())
+    assert answer(fresh) == alone(room)
+    path.with_name("away").rename(path)
+    until(lambda: problem() is None)
+
+
+def test_what_waits_is_bounded_and_read_when_the_folder_is_free(own: Room) -> None:
+    """Another process writes to the memory: what comes is kept, and waits; what cannot wait is refused."""
+    beside = Library.read(own.libraries["mine"].path)
+    with running(own, max_documents_waiting=2) as small, beside.locked():
+        for name, said in (("a.txt", text(7)), ("b.txt", text(8)), ("b.txt", text(8))):
+            status, told = small.put("mine", name, said)
+            # Places are counted before it is known that a text is there already.
+            assert (status, told.get("status")) in ((202, "waiting"), (429, None))
+        status, told = small.put("mine", "c.txt", text(9))
+        assert (status, told["error"]["code"]) == (429, "queue_full")
+        until(lambda: small.call("GET", f"{PATH}?name=a.txt")[1]["data"][0].get("detail"))
+        status, told = small.forget("mine", "shelf/book0.txt")
+        assert (status, told["error"]["code"]) == (409, "memory_busy")
+        assert small.documents("mine")["shelf/book0.txt"] == "ready"
+        assert small.number("fot_documents_waiting") == 2
+    with running(own) as small:
+        # What waited when the server stopped is read by the next one.
+        small.until_read("mine")
+        assert {small.documents("mine")[name] for name in ("a.txt", "b.txt")} == {"ready"}
+
+
+def test_a_document_that_is_being_read_can_be_forgotten(room: Room, own: Room, fresh: Running) -> None:
+    assert fresh.put("mine", "long.txt", text(5, LONG))[0] == 202
+    until(lambda: fresh.call("GET", f"{PATH}?name=long.txt")[1]["data"][0]["read"])
+    # Somebody else has to wait.
+    (own.folder / "z.txt").write_text("z", encoding="utf-8")
+    assert main(["ingest", str(own.libraries["mine"].path), str(own.folder / "z.txt")]) == 2
+    assert fresh.forget("mine", "shelf/book2.txt")[0] == 200
+    assert fresh.documents("mine").keys() == {"shelf/book0.txt", "shelf/book1.txt", "long.txt"}
+    assert fresh.documents("mine")["long.txt"] == "reading"
+    assert fresh.forget("mine", "long.txt")[0] == 200
+    assert fresh.documents("mine").keys() == {"shelf/book0.txt", "shelf/book1.txt"}
+    until(lambda: [one.name for one in Library.read(own.libraries["mine"].path).documents] ==
+          ["shelf/book0.txt", "shelf/book1.txt"])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_saves_what_it_has_read_and_goes_on(room: Room, own: Room, tmp_path: Path) -> None:
+    with running(own) as first:
+        assert first.put("mine", "long.txt", text(5, LONG))[0] == 202
+        until(lambda: first.call("GET", f"{PATH}?name=long.txt")[1]["data"][0]["read"])
+    assert not Library.read(own.libraries["mine"].path).documents[-1].done
+    with running(own) as second:
+        second.until_read("mine")
+        # Its start was read by the other server.
+        assert 0 < second.number("fot_document_tokens_total") < len(text(5, LONG))
+    expected = by_commands(room, tmp_path / "other", ("long.txt", text(5, LONG)))
+    assert contents(own.libraries["mine"].path) == contents(expected.libraries["mine"].path)
+
+
+@pytest.mark.slow
+def test_asks_go_on_while_documents_come_and_go(room: Room, own: Room, tmp_path: Path) -> None:
+    """Each answer is that given alone over documents as they were at some time."""
+    name, said, gone = "long.txt", text(5, LONG // 3), "shelf/book1.txt"
+    states = {
+        "before": room,
+        "without": by_commands(room, tmp_path / "without", (gone, None)),
+        "with": by_commands(room, tmp_path / "with", (name, said)),
+        "after": by_commands(room, tmp_path / "after", (name, said), (gone, None)),
+    }
+    prompts = ["word5", said[:90], text(1)[40:70]]
+    expected = {prompt: {state: alone(one, prompt) for state, one in states.items()} for prompt in prompts}
+    assert len(set(expected[prompts[1]].values())) > 2
+    with running(own, max_batch=4) as busy, ThreadPoolExecutor(len(prompts)) as pool:
+        ended = threading.Event()
+
+        def ask(prompt: str) -> list[str]:
+            answers = []
+            while not ended.is_set():
+                answers.append(answer(busy, prompt))
+            return [*answers, answer(busy, prompt)]
+
+        asked = [pool.submit(ask, prompt) for prompt in prompts]
+        try:
+            assert busy.put("mine", name, said)[0] == 202
+            until(lambda: busy.call("GET", f"{PATH}?name={name}")[1]["data"][0]["read"])
+            assert busy.forget("mine", gone)[0] == 200
+            assert busy.documents("mine")[name] == "reading"
+            busy.until_read("mine")
+        finally:
+            ended.set()
+        for prompt, one in zip(prompts, asked, strict=True):
+            answers = one.result(PATIENCE_S)
+            assert set(answers) <= set(expected[prompt].values())
+            assert (answers[0], answers[-1]) == (expected[prompt]["before"], expected[prompt]["after"])
+    assert contents(own.libraries["mine"].path) == contents(states["after"].libraries["mine"].path)
+
+
+def test_two_servers_of_one_folder(own: Room, tmp_path: Path) -> None:
+    """The first takes documents, the second shows what the first has saved."""
+    with running(own) as first, running(own.seen_by_another()) as second:
+        status, told = second.put("mine", "new.txt", text(9))
+        assert (status, told["error"]["code"]) == (409, "memory_busy")
+        assert first.put("mine", "new.txt", text(9))[0] == 202
+        first.until_read("mine")
+        until(lambda: second.documents("mine").get("new.txt") == "ready")
+        assert answer(second) == answer(first)
+        # Forgetting needs no turn of its own.
+        assert second.forget("mine", "new.txt")[0] == 200
+        until(lambda: "new.txt" not in first.documents("mine"))
+        assert first.put("mine", "newer.txt", text(8))[0] == 202
+        first.until_read("mine")
+    with running(own) as third:
+        assert third.documents("mine").keys() == {f"shelf/book{number}.txt" for number in range(3)} | {"newer.txt"}
+
+
+def test_what_ingest_reads_beside_a_server_is_shown(own: Room, fresh: Running) -> None:
+    (own.folder / "beside.txt").write_text(text(6), encoding="utf-8")
+    before = answer(fresh)
+    assert main(["ingest", str(own.libraries["mine"].path), str(own.folder / "beside.txt")]) == 0
+    until(lambda: fresh.documents("mine").get("beside.txt") == "ready")
+    own.libraries["mine"] = Library.read(own.libraries["mine"].path)
+    assert answer(fresh) == alone(own) != before
+
+
+def test_a_passage_is_read_at_its_place(room: Room, server: Running) -> None:
+    said = text(0)
+    path = "/v1/memories/mine/text?name=shelf%2Fbook0.txt"
+    status, found = server.call("GET", f"{path}&start=50&stop=80&around=20")
+    assert status == 200
+    assert (found["before"], found["text"], found["after"]) == (said[30:50], said[50:80], said[80:100])
+    assert (found["first"], found["start"], found["stop"], found["last"]) == (30, 50, 80, 100)
+    assert found["tokens"] == len(said)
+    # Beyond its end.
+    _, found = server.call("GET", f"{path}&start=100000&stop=100001")
+    assert (found["text"], found["before"]) == ("", said[-300:])
+    for query, status in (
+        ("start=-1", 400),
+        ("start=x", 400),
+        ("start=5&stop=4", 400),
+        ("around=100000", 400),
+        ("stop=1e3", 400),
+        ("start=" + "9" * 5000, 400),
+        ("place=3", 400),
+    ):
+        assert server.call("GET", f"{path}&{query}")[0] == status
+    assert server.call("GET", "/v1/memories/mine/text?name=nine")[1]["error"]["code"] == "document_not_found"
+
+
+def test_a_character_that_is_cut_goes_with_what_follows(fresh: Running) -> None:
+    said = "aä字😀b"
+    assert fresh.put("mine", "wide.txt", said)[0] == 202
+    fresh.until_read("mine")
+    for start in range(len(said.encode())):
+        _, found = fresh.call("GET", f"/v1/memories/mine/text?name=wide.txt&start={start}&stop={start + 1}")
+        assert found["before"] + found["text"] + found["after"] == said
