@@ -27,7 +27,7 @@ _OPTIONS = (
            group="limits"),
     Option("max_body_bytes", "largest request (default 1048576)", int, 2**20, group="limits"),
     Option("max_document_bytes", "largest document (default 33554432)", int, 32 * 2**20, group="limits"),
-    Option("max_connections", "open connections (default 512); more are refused (503)", int, 512, group="limits"),
+    Option("max_connections", "requests at once (default 512); more are refused (503)", int, 512, group="limits"),
     Option("timeout", "seconds in which a client has to have sent its request (default 30)", float, 30.0,
            group="limits"),
     Option("grace", "seconds to finish answers in when stopped (default 30)", float, 30.0, group="limits"),

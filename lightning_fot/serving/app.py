@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from lightning_fot.serving.answers import Answers
 from lightning_fot.serving.engine import Engine
-from lightning_fot.serving.guard import Guard, read_body
+from lightning_fot.serving.guard import Crowd, Guard, read_body
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.requests import ApiError, read_asked
 from lightning_fot.serving.settings import ServerSettings
@@ -149,7 +149,7 @@ def make_app(shelves: Shelves, engine: Engine, settings: ServerSettings, metrics
         routes=Routes(shelves, engine, settings, metrics).routes(),
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )
-    return Guard(app, settings, metrics)
+    return Guard(Crowd(app, settings.max_connections), settings, metrics)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ class ServerSettings:
         max_tokens: Longest answer; what a request gets that does not say.
         max_body_bytes: Largest request.
         max_document_bytes: Largest document.
-        max_connections: Open connections.
+        max_connections: Requests under way at once, and open connections as far as they ask for something.
         timeout: Seconds in which a client has to have sent its request.
         grace: Seconds in which answers are finished when the server is stopped.
 
