@@ -212,7 +212,9 @@ def test_commands_of_a_page_do_what_it_says(name, desk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart", "concepts", "bring_your_model", "bring_your_documents", "tasks"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "concepts", "bring_your_model", "bring_your_documents", "tasks", "ecosystem"]
+)
 def test_python_of_a_page_runs(name, desk, capsys):
     for block in blocks(_page(name), "python"):
         smaller = re.sub("smollm2-135m(-fot)?", "tiny-random-llama", block).replace("[17, 18, 20, 21]", "[1, 3]")

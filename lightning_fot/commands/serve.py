@@ -30,7 +30,7 @@ _OPTIONS = (
     Option("max_document_tokens", "longest document to upload (default 10000000)", int, 10_000_000, group="limits"),
     Option("max_documents_waiting", "uploads that may wait to be read, for each memory (default 64)", int, 64,
            group="limits"),
-    Option("max_connections", "open connections (default 512); more are refused (503)", int, 512, group="limits"),
+    Option("max_connections", "requests at once (default 512); more are refused (503)", int, 512, group="limits"),
     Option("timeout", "seconds in which a client has to have sent its request (default 30)", float, 30.0,
            group="limits"),
     Option("grace", "seconds to finish answers in when stopped (default 30)", float, 30.0, group="limits"),

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.pretrained.card import CARD, CARD_DIGEST, HINT, write_card
 from lightning_fot.pretrained.folder import DIGESTS, check_target, portable_settings
 from lightning_fot.pretrained.longllama import FORMAT, GATES_FILE, SETTINGS_FILE, longllama_keys
 from lightning_fot.system.digests import file_digest, write_sealed
@@ -52,10 +53,14 @@ def _write(
         tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = str(attached.model.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config | longllama_keys(attached.config, attached.memory_layers, dtype))
+    # Whoever prints the configuration of what transformers opens reads where the memory is.
+    keys = longllama_keys(attached.config, attached.memory_layers, dtype) | {"memory_hint": f"open with {HINT}"}
+    write_json(folder / "config.json", config | keys)
     if len(attached.gates):
         gates = {str(layer): gate.detach().cpu().contiguous() for layer, gate in attached.gates.items()}
         save_tensors(folder / GATES_FILE, gates)
     names = sorted(path.name for path in folder.iterdir())
-    content = {"format": FORMAT, "memory": settings, "files": sorted([*names, SETTINGS_FILE])}
+    card = write_card(folder, str(attached.model.config.name_or_path), settings)
+    files = sorted([*names, CARD, SETTINGS_FILE])
+    content = {"format": FORMAT, "memory": settings, "files": files, CARD_DIGEST: card}
     write_sealed(folder / SETTINGS_FILE, {**content, DIGESTS: {name: file_digest(folder / name) for name in names}})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_fot.config.memory import MemoryConfig
 
 WEIGHTS_FILE = "delta.safetensors"
+CONFIG_FILE = "config.json"
 FORMAT = 1
 # Names of those that come with the package, and their folders in it.
 SHIPPED = {"smollm2-135m-fot": shipped("weights", "smollm2_135m_fot")}
@@ -138,8 +139,9 @@ def write_delta(
     """
     import torch
 
+    from lightning_fot.pretrained.card import CARD, CARD_DIGEST, HINT, write_card
     from lightning_fot.pretrained.folder import check_target, portable_settings
-    from lightning_fot.system.files import replacing
+    from lightning_fot.system.files import replacing, write_json
     from lightning_fot.system.tensor_files import save_tensors
 
     changes = {}
@@ -153,7 +155,11 @@ def write_delta(
     settings = {"format": FORMAT, "base": base, "memory": portable_settings(memory), **facts}
     with replacing(target) as fresh:
         save_tensors(fresh / WEIGHTS_FILE, changes, {"format": "pt"})
-        write_sealed(fresh / DELTA_FILE, {**settings, "files": [DELTA_FILE, WEIGHTS_FILE]})
+        # Transformers names the type of a model that it does not know: whoever opens the folder so reads what to do.
+        write_json(fresh / CONFIG_FILE, {"model_type": f"a difference from a backbone: open it with {HINT}"})
+        card = write_card(fresh, base, settings["memory"], delta=True)
+        files = [DELTA_FILE, WEIGHTS_FILE, CONFIG_FILE, CARD]
+        write_sealed(fresh / DELTA_FILE, {**settings, CARD_DIGEST: card, "files": files})
     return target
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.memory import OF_THE_MACHINE, without_later
 from lightning_fot.errors import SettingError
+from lightning_fot.pretrained.card import CARD, is_own
 from lightning_fot.pretrained.longllama import SETTINGS_FILE
 from lightning_fot.system.digests import check_files, read_sealed
 
@@ -87,7 +88,8 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     written = set[str]()
     for file in (SETTINGS_FILE, DELTA_FILE):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            written |= set(json.loads((target / file).read_text(encoding="utf-8"))["files"])
+            said = json.loads((target / file).read_text(encoding="utf-8"))
+            written |= set(said["files"]) - (set() if is_own(target, said) else {CARD})
     foreign = sorted({path.name for path in target.iterdir()} - written)
     if foreign:
         raise SettingError(

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from lightning_fot.serving.answers import Answers
 from lightning_fot.serving.documents import Documents
 from lightning_fot.serving.engine import Engine
-from lightning_fot.serving.guard import Guard, read_body
+from lightning_fot.serving.guard import Crowd, Guard, read_body
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.page import page_routes
 from lightning_fot.serving.requests import ApiError, read_asked
@@ -152,7 +152,7 @@ def make_app(shelves: Shelves, engine: Engine, documents: Documents, settings: S
         routes=[*Routes(shelves, engine, settings, metrics).routes(), *documents.routes(), *page_routes()],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )
-    return Guard(app, settings, metrics)
+    return Guard(Crowd(app, settings.max_connections), settings, metrics)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

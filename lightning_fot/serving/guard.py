@@ -84,6 +84,32 @@ class Guard:
                 raise ApiError(401, "Give the API key as 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
+class Crowd:
+    """Refuses requests while so many others are under way.
+
+    Args:
+        app: What answers.
+        most: Requests at once.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._there = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if self._there >= self._most:
+            error = ApiError(503, f"{self._there:,} requests are under way. Try again later.", code="overloaded")
+            await _refuse(error, send)
+            return
+        self._there += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._there -= 1
+
+
 def _name(host: str) -> str:
     """The host of ``Host``, without its port."""
     try:
@@ -98,6 +124,8 @@ async def _refuse(error: ApiError, send: Send) -> None:
                (b"connection", b"close")]  # fmt: skip
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if error.status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -112,13 +112,12 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, app: Any, settings: ServerSettings, engine: Engine, documents: Documents) -> None:
         config = uvicorn.Config(
             app,
-            http=_protocol(settings.timeout),
+            http=_protocol(settings),
             ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=int(settings.grace) + _AFTER_GRACE_S,
         )
         super().__init__(config)
@@ -140,13 +139,29 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _protocol(timeout: float) -> type[H11Protocol]:
-    """HTTP for which a connection that does not ask for anything in time is closed: Uvicorn's own waits for ever."""
+def _protocol(settings: ServerSettings) -> type[H11Protocol]:
+    """HTTP in which connections that ask for nothing keep nobody out.
+
+    Uvicorn's own waits for ever for the first request of a connection, and counts connections that say nothing among
+    those that it serves. Here they are closed after a time, and sooner where there would be too many: the one that has
+    been there longest first.
+    """
+    there: dict[H11Protocol, None] = {}
 
     class Impatient(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.loop.call_later(timeout, self._end_if_silent)
+            self.loop.call_later(settings.timeout, self._end_if_silent)
+            if len(there) >= settings.max_connections:
+                idle = next((one for one in there if _idle(one)), None)
+                if idle is not None:
+                    del there[idle]
+                    idle.transport.close()
+            there[self] = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            there.pop(self, None)
+            super().connection_lost(exc)
 
         def _end_if_silent(self) -> None:
             # Uvicorn's types leave out that there is none before the first request.
@@ -155,3 +170,8 @@ def _protocol(timeout: float) -> type[H11Protocol]:
                 self.transport.close()
 
     return Impatient
+
+
+def _idle(connection: Any) -> bool:
+    """Whether no request of a connection is under way."""
+    return connection.cycle is None or bool(connection.cycle.response_complete)

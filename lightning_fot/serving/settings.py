@@ -26,7 +26,7 @@ class ServerSettings:
         max_document_bytes: Largest document that is uploaded.
         max_document_tokens: Longest one.
         max_documents_waiting: Uploaded documents that may wait to be read, for each memory.
-        max_connections: Open connections.
+        max_connections: Requests under way at once, and open connections as far as they ask for something.
         timeout: Seconds in which a client has to have sent its request.
         grace: Seconds in which answers are finished when the server is stopped.
 

@@ -21,6 +21,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 from lightning_fot.pretrained.memory_settings import pretrained_settings
 from lightning_fot.retrievers import create_retriever
+from tests.support.markdown_blocks import blocks
 from tests.support.models import settings, tiny_llama, tokens
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,6 +102,7 @@ def test_the_configuration_has_longllamas_names_and_nothing_of_the_attachment(sa
     assert (config["architectures"], config["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
     assert (config["mem_layers"], config["mem_positionals"]) == ([1, 3], False)
     assert (config["mem_dtype"], config["last_context_length"]) == ("bfloat16", 16)
+    assert "attach_pretrained" in config.pop("memory_hint")
     assert "lightning_fot" not in json.dumps(config)
     assert "attn_implementation" not in json.dumps(config)
 
@@ -122,6 +124,37 @@ def test_settings_and_logits_with_memory_come_back(saved, name):
         assert torch.equal(lm(ids[:, :5], memory=lm.load_memory(root / f"{name} memory")).logits, continued)
     with attach_pretrained(str(root / name), weights, top_k=2, memory_layers=[2]) as lm:
         assert (lm.memory_layers, lm.config.top_k, lm.config.positions) == ((2,), 2, "none")
+
+
+def test_the_card_says_how_the_folder_is_opened_and_its_python_runs(tmp_path):
+    config = settings(memory_layers=[1, 3])
+    model = tiny_llama()
+    model.config.name_or_path = str(tmp_path / "private")
+    attach_memory(model, config).save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lightning-fot", "focused-transformer", "memory", "long-context"],
+    }
+    assert "private" not in text
+    assert f"| `window` | `{config.window}` |" in body
+    (block,) = blocks(body, "python")
+    scope = {"document_ids": tokens(1, 60), "question_ids": tokens(1, 5)}
+    exec(block.replace("FOLDER", str(tmp_path / "model")), scope)
+    assert len(scope["memory"]) == 60
+    # Edited, it does not keep the model from being opened.
+    (tmp_path / "model" / "README.md").write_text("mine")
+    attach_pretrained(str(tmp_path / "model")).detach()
+
+
+def test_the_card_names_a_backbone_of_the_hub(tmp_path):
+    model = tiny_llama()
+    model.config.name_or_path = "someone/a-model"
+    attach_memory(model, settings()).save_pretrained(tmp_path / "model")
+    head = (tmp_path / "model" / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1]
+    assert yaml.safe_load(head)["base_model"] == "someone/a-model"
 
 
 def test_every_setting_is_written(tmp_path):
@@ -242,6 +275,8 @@ class TestTarget:
 
     def test_a_folder_that_holds_anything_else_is_left_alone(self, tmp_path):
         lm = attach_memory(tiny_llama(), settings())
+        lm.save_pretrained(tmp_path / "model")
+        # As it was written it is made anew; a card that somebody has worked on is theirs.
         lm.save_pretrained(tmp_path / "model")
         (tmp_path / "model" / "README.md").write_text("mine")
         with pytest.raises(SettingError, match=r"holds README\.md, which would be lost"):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from lightning_fot import MemoryConfig, attach_pretrained
 from lightning_fot.cli import main
@@ -82,6 +83,13 @@ class TestRoundTrip:
         assert check_backbone(str(delta)).num_layers == 4
         with attach_pretrained(str(delta)) as lm:
             assert lm.memory_layers == (1, 3)
+
+    def test_transformers_and_the_card_say_what_opens_it(self, delta):
+        with pytest.raises(ValueError, match=r"open it with lightning_fot\.attach_pretrained"):
+            AutoModelForCausalLM.from_pretrained(delta)
+        card = (delta / "README.md").read_text(encoding="utf-8")
+        assert "what training changed in `tiny-random-llama`" in card
+        assert "attach_pretrained" in card
 
     def test_a_delta_of_a_delta(self, delta, tmp_path):
         name = "model.norm.weight"

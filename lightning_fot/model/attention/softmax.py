@@ -110,6 +110,9 @@ def _local(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     """The mask as (B or 1, H or 1, T, S) numbers to add, in fp32."""
+    if mask is None and query.shape[2] == 1:
+        # A single query is the last: it sees every key. Decoding asks this of each text and layer.
+        return torch.zeros(1, 1, 1, key.shape[2], dtype=torch.float32, device=query.device)
     if mask is None:
         mask = causal_mask(query.shape[2], key.shape[2], query.device)[None, None]
     if mask.dtype == torch.bool:
