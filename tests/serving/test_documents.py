@@ -67,6 +67,7 @@ def test_an_upload_is_read_as_ingest_reads_it(room: Room, own: Room, fresh: Runn
     assert "new.txt" in {passage["document"] for passage in done.passages}
 
 
+@pytest.mark.slow
 def test_another_text_of_the_same_name_replaces_it_and_forgetting_takes_it_out(
     room: Room, own: Room, fresh: Running, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_what_cannot_be_read_is_told_and_the_next_one_is_read(own: Room, fresh: 
     assert "a.txt" not in fresh.documents("mine")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_damaged_or_gone_is_told_and_asked_as_it_was(room: Room, own: Room, fresh: Running) -> None:
     def problem() -> str | None:
         said: str | None = fresh.call("GET", PATH)[1]["problem"]
@@ -258,6 +260,19 @@ def test_a_document_that_is_being_read_can_be_forgotten(room: Room, own: Room, f
 
 
 @pytest.mark.slow
+def test_of_several_versions_the_last_one_counts(room: Room, own: Room, fresh: Running, tmp_path: Path) -> None:
+    first, second = text(5, LONG // 3), text(8)
+    assert fresh.put("mine", "new.txt", first)[0] == 202
+    until(lambda: fresh.call("GET", f"{PATH}?name=new.txt")[1]["data"][0]["read"])
+    for said in (second, first, second, first):
+        assert fresh.put("mine", "new.txt", said)[0] == 202
+    fresh.until_read("mine")
+    expected = by_commands(room, tmp_path / "other", ("new.txt", first))
+    assert answer(fresh) == alone(expected)
+    assert list((own.libraries["mine"].path / "inbox").iterdir()) == [own.libraries["mine"].path / "inbox" / ".lock"]
+
+
+@pytest.mark.slow
 def test_a_server_that_stops_saves_what_it_has_read_and_goes_on(room: Room, own: Room, tmp_path: Path) -> None:
     with running(own) as first:
         assert first.put("mine", "long.txt", text(5, LONG))[0] == 202
@@ -309,6 +324,7 @@ def test_asks_go_on_while_documents_come_and_go(room: Room, own: Room, tmp_path:
     assert contents(own.libraries["mine"].path) == contents(states["after"].libraries["mine"].path)
 
 
+@pytest.mark.slow
 def test_two_servers_of_one_folder(own: Room, tmp_path: Path) -> None:
     """The first takes documents, the second shows what the first has saved."""
     with running(own) as first, running(own.seen_by_another()) as second:
