@@ -29,7 +29,7 @@ Usage: {program} VERB [--config NAME|FILE] [--key.sub=value ...]
   report      rebuild the page of runs, or compare them: report RUN… --out FOLDER
   bench       recall and speed of retrievers on keys and queries in a file
   ingest      read documents into a named memory on disk: ingest MEMORY PATH…
-  ask         ask that memory a question: ask MEMORY "question"
+  ask         ask that memory a question, or one of a server (--url): ask MEMORY "question"
   serve       memories over HTTP, for OpenAI's clients: serve MEMORY… --port 8000
   memories    the memories here, or the documents of one: memories [MEMORY]
   forget      take documents out of a memory: forget MEMORY DOCUMENT…

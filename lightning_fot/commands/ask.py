@@ -1,4 +1,4 @@
-"""``lightning ask``: asks a model a question beside a memory on disk, and shows where in it the model looked."""
+"""``lightning ask``: asks a question beside a memory, on disk or of a server, and shows where the model looked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.attending.renamed import OLD_KEYS
 from lightning_fot.errors import SettingError
+from lightning_fot.library.answer import Answer
 from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_with
 from lightning_fot.request.request import RETRIEVER, make_request
 from lightning_fot.request.words import Option, Verb, assignments, read
+from lightning_fot.serving.remote import Remote
+from lightning_fot.serving.settings import read_key
 
 if TYPE_CHECKING:
-    from lightning_fot.library.answering import Answer, Answerer
+    from lightning_fot.library.answering import Answerer
 
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
 _FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
 # Scores divided by less overflow.
 _COLDEST = 0.001
+_PASSAGE_TOKENS = 64
 _OPTIONS = (
     Option("max_new_tokens", "longest answer (default 100)", int, 100),
     Option("temperature", "sample, at this temperature (default: greedy)", float),
@@ -35,8 +39,11 @@ _OPTIONS = (
     Option("top_k_tokens", "sample among this many likeliest tokens", int),
     Option("seed", "of sampling (default: a new one each time)", int),
     Option("passages", "passages shown, 0 for none (default 5)", int, 5),
-    Option("passage_tokens", "tokens of a passage (default 64)", int, 64),
+    Option("passage_tokens", "tokens of a passage (default 64)", int, _PASSAGE_TOKENS),
     Option("raw", "continue the text as it is, without the chat template", None, False),
+    Option("url", "ask this server of `serve`, where MEMORY is a name; no model is loaded here", str),
+    Option("api_key", "of that server", str),
+    Option("api_key_file", "file with that key, which others do not see among the processes", str, metavar="FILE"),
     Option("json", "print one JSON object instead, when the answer is complete", None, False),
 )
 VERB = Verb(
@@ -44,12 +51,16 @@ VERB = Verb(
     _OPTIONS,
     settings=("model.",),
     plain=("MEMORY", "[QUESTION…]"),
-    plain_about=("a name below memories/, or a folder", "- reads it from standard input"),
+    plain_about=(
+        "a name below memories/, or a folder; with --url a name of that server",
+        "- reads it from standard input",
+    ),
     about="Asks a memory that `ingest` made, and shows the passages that the answer attended to.",
     epilog=f"Settings of the memory that may be given: {', '.join(f'--model.memory.{name}' for name in _FREE)}.\n"
     "Without a question, on a terminal: a conversation, one line a question; an empty line or Ctrl-D ends it.\n"
     "A single question is searched exactly; a conversation first builds the memory's own index. Nothing that is asked "
-    "or answered is added to the memory on disk.\n\n"
+    "or answered is added to the memory on disk.\n"
+    "With --url a running `serve` answers, by its own settings of the memory.\n\n"
     f"The passages are those that the answer's tokens attended to, across memory layers and heads: {NOTE}.",
 )
 
@@ -76,6 +87,11 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     options = given.options
     _check(options)
     memory, *asked = given.plain
+    key = read_key(options.api_key, options.api_key_file)
+    if options.url is not None:
+        return _ask_server(memory, asked, options, given.settings, key)
+    if key is not None:
+        raise SettingError("api_key", "…", "is that of a server, and none is named", "Give --url.")
     library = existing(memory)
     library.refuse_foreign(given=any(name == RETRIEVER for name, _ in assignments(given.settings)))
     if not Saved.read(library.path).stored:
@@ -88,7 +104,36 @@ def ask(words: Sequence[str], program: str, debug: bool = False) -> int:
     if question is not None and not any(word.startswith("--model.memory.retriever") for word in given.settings):
         # An index takes minutes to build for a million tokens; a single question is answered sooner without.
         library.model = replace(library.model, memory={**library.model.memory, "retriever": "exact"})
-    return _run(library, options, question, debug)
+
+    def answer() -> int:
+        with quietly(debug):
+            return _answer(library, options, question)
+
+    return _stoppable(answer)
+
+
+def _ask_server(
+    memory: str, asked: Sequence[str], options: SimpleNamespace, settings: Sequence[str], key: str | None
+) -> int:
+    """Asks a memory of a server."""
+    given = [("top_k_tokens", options.top_k_tokens), *assignments(settings)]
+    if options.passage_tokens != _PASSAGE_TOKENS:
+        given.append(("passage_tokens", options.passage_tokens))
+    for name, value in given:
+        if value is not None:
+            raise SettingError(name, value, "cannot be chosen when a server is asked", "Leave it out.")
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    remote = Remote(options.url, memory, **sampling, passages=options.passages, raw=options.raw, key=key)
+    question = _question(asked, options.json)
+
+    def answer() -> int:
+        held = remote.look()
+        if held is not None:
+            _say(f"{count(held['tokens'], 'token')} of {count(held['documents'], 'document')} at {options.url}.\n")
+        about = {"memory": memory, "url": options.url}
+        return _answer_with(remote, options, question, about, {})
+
+    return _stoppable(answer)
 
 
 def _ingest(program: str) -> str:
@@ -155,14 +200,14 @@ def _question(asked: Sequence[str], alone: bool) -> str | None:
     return text.strip()
 
 
-def _run(library: Library, options: SimpleNamespace, question: str | None, debug: bool) -> int:
+def _stoppable(answer: Callable[[], int]) -> int:
+    """What comes of an answer: its exit code, or that of the signal that stopped it."""
     from lightning_fot.system.signals import StopGuard, Stopped
 
     with StopGuard(_say) as guard:
         del guard  # a signal stops at once: there is nothing to save
         try:
-            with quietly(debug):
-                return _answer(library, options, question)
+            return answer()
         except Stopped as stopped:
             sys.stdout.flush()
             _say("\nStopped.")
@@ -186,16 +231,45 @@ def _answer(library: Library, options: SimpleNamespace, question: str | None) ->
         + (f"; {unread:,} not read to the end yet" if unread else "")
         + ".\n"
     )
+    return _answer_with(answerer, options, question, {"memory": str(library.path)}, {"model": asdict(library.model)})
+
+
+def _answer_with(
+    answerer: Answerer | Remote,
+    options: SimpleNamespace,
+    question: str | None,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> int:
+    """Answers a question, or a conversation, with what a JSON object says before the answer and after it."""
     if question is None:
         return _talk(answerer)
     if options.json:
-        print(json.dumps(_report(library, answerer.ask(question)), indent=2))
+        answer = asdict(answerer.ask(question))
+        print(json.dumps({"schema": 1, **before, **answer, "note": f"Passages: {NOTE}.", **after}, indent=2))
         return 0
-    _show(answerer.ask(question, _write))
+    _show(_shown(answerer, question))
     return 0
 
 
-def _talk(answerer: Answerer) -> int:
+def _shown(answerer: Answerer | Remote, question: str) -> Answer:
+    """Answers a question on screen."""
+    written = False
+
+    def write(text: str) -> None:
+        nonlocal written
+        written = True
+        _write(text)
+
+    try:
+        return answerer.ask(question, write)
+    except SettingError:
+        if written:  # what is wrong gets a line of its own
+            print(flush=True)
+        raise
+
+
+def _talk(answerer: Answerer | Remote) -> int:
     """Asks for questions until there is none."""
     with suppress(ImportError):  # not on this system
         import readline  # noqa: F401  (lines can be edited and called back)
@@ -210,7 +284,7 @@ def _talk(answerer: Answerer) -> int:
             continue
         if not question:
             return 0
-        _show(answerer.ask(question, _write))
+        _show(_shown(answerer, question))
         print()
 
 
@@ -243,13 +317,3 @@ def _show(answer: Answer) -> None:
         )
         text = _printable(" ".join(passage.text.split()))
         print(textwrap.fill(text, width, initial_indent="   ", subsequent_indent="   "))
-
-
-def _report(library: Library, answer: Answer) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "memory": str(library.path),
-        **asdict(answer),
-        "note": f"Passages: {NOTE}.",
-        "model": asdict(library.model),
-    }

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from pathlib import Path
 
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.library.library import Library, existing
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.words import Option, Verb, read
-from lightning_fot.serving.settings import ServerSettings
+from lightning_fot.serving.settings import ServerSettings, read_key
 
 _INSTALL = "pip install 'lightning-fot[serve]'"
 _NEEDED = ("starlette", "uvicorn")
@@ -71,25 +70,10 @@ def serve(words: Sequence[str], program: str, debug: bool = False) -> int:
         if find_spec(library) is None:
             raise MissingLibraryError(library, _INSTALL, "lightning serve")
     options = given.options
-    options.api_key = _key(options.api_key, options.api_key_file)
+    options.api_key = read_key(options.api_key, options.api_key_file)
     settings = ServerSettings(**{field.name: getattr(options, field.name) for field in fields(ServerSettings)})
     libraries = _libraries(given.plain)
     return _run(libraries, settings, debug)
-
-
-def _key(key: str | None, file: str | None) -> str | None:
-    if file is None:
-        return key
-    if key is not None:
-        raise SettingError("api_key_file", file, "is given beside api_key", "Give one of them.")
-    try:
-        read = Path(file).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise SettingError("api_key_file", file, f"cannot be read ({reason})", "Give a file with the key.") from error
-    if not read:
-        raise SettingError("api_key_file", file, "is empty", "Write a key into it.")
-    return read
 
 
 def _libraries(names: Sequence[str]) -> dict[str, Library]:

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
+from lightning_fot.library.answer import Answer, AttendedPassage
 from lightning_fot.library.words import Words
 
 if TYPE_CHECKING:
@@ -53,54 +54,6 @@ class AnswerSettings:
     def sampled(self) -> bool:
         """Whether answers are drawn."""
         return any(value is not None for value in (self.temperature, self.top_p, self.top_k_tokens))
-
-
-@dataclass(frozen=True)
-class AttendedPassage:
-    """A stretch of a document, ready to be shown.
-
-    Args:
-        document: Its name.
-        start: Position of its first token in the document.
-        stop: Position behind its last token.
-        tokens: Tokens of the document.
-        share: Its part of all attention that the answer gave to the memory, 0 to 1.
-        rank_share: Its part of what passages are ranked by, 0 to 1: see :mod:`lightning_fot.memory.passages`.
-        text: What it says.
-    """
-
-    document: str
-    start: int
-    stop: int
-    tokens: int
-    share: float
-    rank_share: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer.
-
-    Args:
-        question: What was asked.
-        text: The answer.
-        complete: Whether the model ended it, not the limit of tokens.
-        prompt_tokens: Tokens of what the model read: the chat template and the conversation so far included.
-        answer_tokens: Tokens generated.
-        seconds: Time from question to answer.
-        seed: Of sampling; None for a greedy answer.
-        passages: Best first; None where none were wanted.
-    """
-
-    question: str
-    text: str
-    complete: bool
-    prompt_tokens: int
-    answer_tokens: int
-    seconds: float
-    seed: int | None
-    passages: list[AttendedPassage] | None
 
 
 class Answerer:

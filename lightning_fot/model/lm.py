@@ -328,6 +328,41 @@ class MemoryLM:
                 cache.memory = kept
         return generated
 
+    def beside(self, memory: Memory) -> dict[str, Any]:
+        """Arguments with which transformers' own ``generate``, or a pipeline, continues one text beside a memory.
+
+        For programs that call the backbone themselves. Up to a prompt of one window the continuation is that of
+        :meth:`generate`; longer ones are read in equal parts, so that windows begin at other places. :meth:`generate`
+        does more: it refuses options that cannot work here, repeats the memory for beams, may add to it, and cuts
+        prompts as ``config.last_context_length`` says.
+
+        Args:
+            memory: What was read, a row for each of the batch and each of its beams; it stays as it is.
+
+        Returns:
+            ``past_key_values``, good for one call, and ``prefill_chunk_size``, so that a prompt may be longer than the
+            window.
+
+        Raises:
+            SettingError: The memory is another model's, or the way of attending cannot go on token by token.
+
+        Example:
+            >>> import torch
+            >>> from lightning_fot import attach_pretrained
+            >>> with attach_pretrained("tiny-random-llama", memory_layers=[1], window=16) as lm:
+            ...     memory = lm.ingest(torch.arange(40)[None], lm.new_memory())
+            ...     out = lm.model.generate(torch.arange(30)[None], max_new_tokens=4, **lm.beside(memory))
+            >>> out.shape
+            torch.Size([1, 34])
+        """
+        self.attachment.way.settings.check_goes_on("generating")
+        self.attachment.check_attached()
+        check_memory(memory, memory.batch_size, self._memory_shape(), self._identity.now())
+        config = while_generating(self.config)
+        cache = self.attachment.new_cache(memory.snapshot(), config, self.recorder)
+        chunk = config.window - config.sink_tokens - config.overlap
+        return {"past_key_values": cache, "prefill_chunk_size": chunk}
+
     def continuation(self, prompt: Sequence[int], memory: Memory, trace: AttentionTrace | None = None) -> Continuation:
         """A text that goes on side by side with others: see :mod:`lightning_fot.model.reading.together`.
 

@@ -272,6 +272,8 @@ class PerBankRetriever(Retriever):
         finally:
             self._stats.wait_seconds += job.seconds
             self._collect(bank)
+        if extends is not None and extends.unfit:
+            self._begin(bank, length, None, wait)
 
     def _collect(self, bank: int) -> None:
         """Take into use what was built of a bank; drop what does not fit the keys any more."""
@@ -324,7 +326,7 @@ class PerBankRetriever(Retriever):
         built.gate.enter()
         try:
             size, apart, apart_keys, hidden = built.size, built.apart, built.apart_keys, built.hidden
-            groups = built.groups
+            groups, largest = built.groups, built.largest
             if groups is not None and 2 * k >= len(groups.first):
                 answer: Rows | None = np.tile(np.arange(len(groups.first)), (len(queries), 1))
             else:
@@ -339,7 +341,7 @@ class PerBankRetriever(Retriever):
         keys = self._store.flat(bank)
         raw = partial(self._store.take, bank) if keys is None else keys
         if groups is not None:
-            chosen = _reaching(groups, built.transform, queries, raw, answer, k)
+            chosen = _reaching(groups, largest, built.transform, queries, raw, answer, k)
             many = 2 * np.where(chosen < 0, 0, groups.counts.take(chosen)).sum(axis=1) > size
             if many.any():
                 # Most keys are of the kinds that were found: a scan takes no longer.
@@ -415,15 +417,20 @@ class PerBankRetriever(Retriever):
 
 def _reaching(
     groups: Groups,
+    largest: Tensor | None,
     transform: FittedTransform,
     queries: Tensor,
     keys: Tensor | Callable[[Tensor], Tensor],
     found: Rows,
     k: int,
 ) -> Rows:
-    """Of groups (q, m) that were found those whose rows may be among the k best, -1 for the others."""
+    """Of groups (q, m) that were found and the largest ones: those with rows among the k best, -1 for the others."""
+    assert largest is not None
+    found = np.where(np.isin(found, groups.largest), -1, found)
     first = torch.from_numpy(np.where(found < 0, -1, groups.first.take(found))).to(queries.device)
-    scores, order = rescore(queries, keys, first).sort(dim=1, descending=True)
+    beside = queries @ largest.to(queries.device).T
+    scores, order = torch.cat((rescore(queries, keys, first), beside), 1).sort(dim=1, descending=True)
+    found = np.concatenate((found, np.broadcast_to(groups.largest, beside.shape)), axis=1)
     slack = groups.distance**0.5 * transform.lengths(queries)
     ordered = np.take_along_axis(found, order.cpu().numpy(), axis=1)
     return groups.reaching(ordered, scores.cpu().numpy(), slack, k)

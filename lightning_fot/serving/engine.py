@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.answering import AttendedPassage, attended_passages, ends_of
+from lightning_fot.library.answer import AttendedPassage
+from lightning_fot.library.answering import attended_passages, ends_of
 from lightning_fot.library.words import Words
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.reading.together import go_on

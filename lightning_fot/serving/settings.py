@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_fot.errors import SettingError
 
@@ -60,11 +61,39 @@ class ServerSettings:
         for name in ("timeout", "grace"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise SettingError(name, getattr(self, name), "must be seconds above 0", "Try 30.")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and
-                                             self.api_key.strip() == self.api_key != ""):  # fmt: skip
-            raise SettingError("api_key", "…", "must be printable ASCII without spaces around it", "Choose another.")
+        check_key(self.api_key)
         if self.api_key is None and self.host not in LOOPBACK:
             raise SettingError(
                 "host", self.host, "can be reached by others, who could read and change the memories",
                 "Give --api_key or --api_key_file, or leave --host out.",
             )  # fmt: skip
+
+
+def check_key(key: str | None) -> None:
+    """Refuses an API key that a header cannot carry; None is no key.
+
+    Raises:
+        SettingError: It cannot.
+    """
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise SettingError("api_key", "…", "must be printable ASCII without spaces around it", "Choose another.")
+
+
+def read_key(key: str | None, file: str | None) -> str | None:
+    """The API key that a command line gives, by itself or in a file; None without.
+
+    Raises:
+        SettingError: Both are given, or the file holds none.
+    """
+    if file is None:
+        return key
+    if key is not None:
+        raise SettingError("api_key_file", file, "is given beside api_key", "Give one of them.")
+    try:
+        read = Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingError("api_key_file", file, f"cannot be read ({reason})", "Give a file with the key.") from error
+    if not read:
+        raise SettingError("api_key_file", file, "is empty", "Write a key into it.")
+    return read

@@ -66,6 +66,28 @@ def test_later_texts_are_coded_as_well_as_if_they_came_first(first: str, later: 
     assert bool(torch.isfinite(store.view()).all())
 
 
+@pytest.mark.parametrize("first", ["one token", "almost one token", "zeros", "tiny", "an outlier"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_few_vectors_that_are_unlike_all_before_are_coded_as_well(first: str, count: int) -> None:
+    outlier = torch.randn(1, 22, 16, generator=torch.Generator().manual_seed(1))
+    outlier[0, 0, 3] = 3e4
+    store = KeyStore(16, dtype=torch.int8)
+    store.append(outlier if first == "an outlier" else FIRST[first])
+    few = torch.randn(1, count, 16, generator=torch.Generator().manual_seed(2)) * 1e5
+    store.append(few)
+    stored = store.rows(0, store.lengths_list[0] - count, store.lengths_list[0])
+    assert float((stored - few[0]).abs().max()) < 0.05 * float(few.abs().max())
+
+
+def test_vectors_that_vary_around_nothing_leave_much_smaller_ones_their_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    store = KeyStore(16, dtype=torch.int8)
+    store.append(1e4 * torch.randn(1, 20, 16, generator=generator))
+    small = torch.randn(1, 40, 16, generator=generator)
+    store.append(small)
+    assert float((store.rows(0, 20, 60) - small[0]).abs().max()) < 0.05 * float(small.abs().max())
+
+
 def test_texts_that_take_turns_do_not_code_all_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     store, anew, work = KeyStore(16, dtype=torch.int8), [0], KeyStore._code_anew
 

@@ -17,7 +17,7 @@ from lightning_fot import attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.fingerprint import sampled
 from lightning_fot.model.lm import MemoryLM
-from lightning_fot.system.digests import KEY
+from lightning_fot.system.digests import KEY, write_sealed
 from tests.support.models import settings, tiny_llama, tokens
 
 IDS, QUESTION = tokens(1, 60), tokens(1, 9, seed=1)
@@ -63,7 +63,25 @@ def new_layer(model: Any) -> None:
     layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.LayerNorm(64))
 
 
-CHANGES = [one_number, by_way_of_data, data_exchanged, new_parameter, new_bias, new_layer, embeddings, buffer]
+def fused_step(model: Any) -> None:
+    """Writes to one row of the embeddings, as training on few tokens does, by a kernel that counts no version."""
+    weight = model.get_input_embeddings().weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[IDS[0, 0]] = 1.0
+    torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=True).step()
+
+
+CHANGES = [
+    one_number,
+    fused_step,
+    by_way_of_data,
+    data_exchanged,
+    new_parameter,
+    new_bias,
+    new_layer,
+    embeddings,
+    buffer,
+]
 
 
 def keys_of(lm: MemoryLM) -> torch.Tensor:
@@ -111,6 +129,41 @@ def test_a_memory_of_another_attachment_is_refused_by_what_differs(change: Calla
     change(other)
     with attach_memory(tiny_llama(), settings()) as first, attach_memory(other, settings()) as second:
         refuses(second, first.ingest(IDS, first.new_memory()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rms_norm_eps", 0.5), ("hidden_act", "gelu")], ids=["epsilon", "activation"]
+)
+def test_the_same_weights_that_compute_otherwise_are_another_model(tmp_path: Path, name: str, value: Any) -> None:
+    with attach_memory(tiny_llama(), settings()) as lm, attach_memory(tiny_llama(**{name: value}), settings()) as other:
+        memory = lm.ingest(IDS, lm.new_memory())
+        memory.save(tmp_path)
+        assert not torch.allclose(keys_of(other), memory.layers[3].keys)
+        with pytest.raises(SettingError, match=rf"config\.{name}: .* there, {value} here"):
+            other(QUESTION, memory=memory)
+        with pytest.raises(SettingError, match=rf"config\.{name} differ"):
+            other.load_memory(tmp_path)
+
+
+def test_what_a_configuration_says_of_other_things_does_not_count(tmp_path: Path) -> None:
+    changes = {"use_cache": False, "attention_dropout": 0.5, "pretraining_tp": 2}
+    with attach_memory(tiny_llama(), settings()) as lm, attach_memory(tiny_llama(**changes), settings()) as other:
+        other.model.config.pad_token_id = 3
+        memory = lm.ingest(IDS, lm.new_memory())
+        memory.save(tmp_path)
+        assert torch.equal(other(QUESTION, memory=memory).logits, lm(QUESTION, memory=memory).logits)
+        other.load_memory(tmp_path)
+        # One that says nothing of it, as those of earlier versions, or of what this version of transformers has not.
+        index = json.loads((tmp_path / "memory.json").read_text())
+        told = index["fingerprint"]
+        index["fingerprint"] = {name: each for name, each in told.items() if not name.startswith("config.")}
+        assert len(index["fingerprint"]) < len(told)
+        for more in ({}, {"config.something": 7}):
+            index["fingerprint"] |= more
+            del index[KEY]
+            write_sealed(tmp_path / "memory.json", index)
+            lm.load_memory(tmp_path)
+            index = json.loads((tmp_path / "memory.json").read_text())
 
 
 @pytest.mark.parametrize("overlap", [0, 4])

@@ -7,6 +7,7 @@ written to, a few of their numbers, and which adapters are at work.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -34,6 +35,15 @@ WEIGHTS_FORMAT = 2
 _CHUNK = 1 << 24  # bytes digested in one thread at a time
 _WORKING = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of a layer of peft
 _SAMPLED = 1024  # of version 0.1
+_CONFIG = "config."
+# What of a model's configuration changes no pair: names of tokens, the head, training, sizes that weights tell, what
+# is said elsewhere here, and how outputs are given. Whatever else a model class may have counts.
+_NO_PAIRS = re.compile(
+    r"_.*|.*(token_ids?|dropout|pdrop|loss_coef|jitter_noise)|(output|return|initializer|router_z|rope|num_labels|use_flash).*"
+    r"|final_logit_softcapping|logit_scale|logits_scaling|vocab_size.*|max_position_embeddings|num_hidden_layers|layerdrop"
+    r"|tie_word_embeddings|use_cache|pretraining_tp|chunk_size_feed_forward|is_decoder|is_encoder_decoder|architectures"
+    r"|dtype|torch_dtype|transformers_version|model_type|tokenizer_class|problem_type|prefix|.*implementation"
+)
 
 Fingerprint = dict[str, Any]
 
@@ -209,6 +219,11 @@ class Identity:
         if isinstance(written, dict) and "weights_format" not in written:
             del made["weights_format"]
             made["weights"] = sampled(self.attached)
+        if isinstance(written, dict):
+            # Versions of transformers differ in what they keep, and earlier memories say nothing of it.
+            named = {name: value for name, value in written.items() if name.startswith(_CONFIG)}
+            own = {name: value for name, value in made.items() if not name.startswith(_CONFIG)}
+            made = {**own, **{name: made.get(name, value) for name, value in named.items()}}
         return made
 
     def _settings(self) -> Fingerprint:
@@ -218,6 +233,7 @@ class Identity:
         return {
             # Memories at the queries' own distances do not say so, as none did before there was another.
             **({} if far is None else {"distance": far}),
+            **_computing(config, attached),
             "model_type": str(config.model_type),
             "memory_layers": list(attached.memory_layers),
             "kv_heads": [attached.facts[index].kv_heads for index in attached.memory_layers],
@@ -249,6 +265,22 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
     if not any(module is embeddings for module in decoder.modules()):
         yield from ((f"input.{name}", tensor) for name, tensor in embeddings.named_parameters())
     yield from ((f"gate.{index}", gate) for index, gate in attached.gates.items() if index < attached.memory_layers[-1])
+
+
+def _computing(config: Any, attached: Attachment) -> Fingerprint:
+    """What a configuration says of how layers compute, such as the epsilon of norms: no weight tells it."""
+    found: Fingerprint = {}
+    for name, value in vars(config).items():
+        if _NO_PAIRS.fullmatch(name) or not isinstance(value, (bool, int, float, str, list)):
+            continue
+        if isinstance(value, list):
+            if not all(isinstance(one, (bool, int, float, str)) for one in value):
+                continue
+            if len(value) == attached.num_layers:
+                # Of each layer: those above the memory do not count.
+                value = value[: max(attached.memory_layers, default=-1) + 1]
+        found[f"{_CONFIG}{name}"] = copy.copy(value)
+    return found
 
 
 def _follows(module: nn.Module, name: str) -> bool:

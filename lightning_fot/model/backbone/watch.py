@@ -2,7 +2,8 @@
 
 Every call with a memory asks. So what was found by walking through the model is kept, and only this is looked at: that
 the modules hold the same modules, parameters and buffers, how often each tensor was written to, where it lies, and a
-few of its numbers, since what is written by way of ``.data`` counts no version.
+few of its numbers, since what is written by way of ``.data`` counts no version. Nor does what fused optimizers write:
+so a version is counted here after each step of any optimizer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 _NOTED = 8  # numbers of each tensor that are looked at again
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _version = attrgetter("_version")
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def own_part(tensor: Tensor) -> Tensor:

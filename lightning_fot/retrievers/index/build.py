@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fot.config.retriever import TransformSpec
 from lightning_fot.retrievers.index.built import Built, Index, flags_of, prepare, union
-from lightning_fot.retrievers.index.duplicates import find_duplicates, harmless, reach
+from lightning_fot.retrievers.index.duplicates import Groups, find_duplicates, harmless, reach
 from lightning_fot.retrievers.index.hubs import HubDetector, fit_hubs
 from lightning_fot.retrievers.index.isolated import LonelyDetector, fit_lonely
 from lightning_fot.retrievers.index.jobs import Job, check_job
@@ -21,6 +21,7 @@ from lightning_fot.retrievers.index.transforms import FittedTransform, fit_trans
 from lightning_fot.retrievers.keys.store import KeyStore
 
 _PIECE = 1 << 16  # rows added at once to a new index of a long bank
+_NEARER = np.array([1.0, 1 / 16, 1 / 256])  # parts of the distance that are tried, one after the other
 AT_ONCE = 1 << 21  # rows of a bank that are in memory as float32 at a time: 512 MiB of 64 coordinates
 
 
@@ -62,18 +63,32 @@ def build(recipe: Recipe, store: KeyStore, bank: int, length: int, past: Tensor)
         return _build_in_pieces(recipe, AT_ONCE, store, bank, length, past)
     keys = store.rows(bank, 0, length).cpu()
     transform, hubs, lonely, moved, apart = _learn(recipe, keys, past)
-    same = reach(moved, recipe.duplicate_distance)
     others = torch.from_numpy(np.flatnonzero(~flags_of(length, apart)))
-    groups = find_duplicates(moved[others], same, others.numpy()) if same else None
-    if groups is not None and len(groups.first) < recipe.smallest:
-        groups = None
-    if groups is not None:
-        asked = torch.from_numpy(transform.queries(past.cpu().clone()))
-        if not harmless(groups, moved[others], others.numpy(), asked, len(transform.mean)):
-            groups, same = None, 0.0
+    same, groups = _group(recipe, moved, others, transform, past)
     index = recipe.new_index(transform.dim)
     index.add(moved.numpy() if groups is None else moved.numpy()[groups.first])
-    return Built(index, transform, hubs, lonely, length, length, apart, keys[apart].float(), same, groups)
+    largest = None if groups is None else keys[torch.from_numpy(groups.first[groups.largest])].float()
+    return Built(index, transform, hubs, lonely, length, length, apart, keys[apart].float(), same, groups, largest)
+
+
+def _group(
+    recipe: Recipe, moved: Tensor, others: Tensor, transform: FittedTransform, past: Tensor
+) -> tuple[float, Groups | None]:
+    """Groups of rows that may be indexed once, and the squared distance within which they count as the same.
+
+    Where keys are lost by it, only what is nearer still counts: text that repeats itself word by word does.
+    """
+    for share in recipe.duplicate_distance * _NEARER:
+        same = reach(moved, float(share))
+        groups = find_duplicates(moved[others], same, others.numpy()) if same else None
+        if groups is None or len(groups.first) < recipe.smallest:
+            return same, None
+        asked = torch.from_numpy(transform.queries(past.cpu().clone()))
+        _, group = groups.of_rows()
+        firsts = moved[torch.from_numpy(groups.first)]
+        if harmless(firsts, torch.from_numpy(group), moved[others], asked, len(transform.mean)):
+            return same, groups
+    return 0.0, None
 
 
 def _build_in_pieces(recipe: Recipe, at_once: int, store: KeyStore, bank: int, length: int, past: Tensor) -> Built:
@@ -150,7 +165,7 @@ class BuildJob(Job[Owner]):
 
 def _work(store: KeyStore, bank: int, past: Tensor, job: BuildJob) -> None:
     if job.extends is not None:
-        while job.extends.size < job.length:
+        while job.extends.size < job.length and not job.extends.unfit:
             job.extends.extend(store, bank, min(job.length, job.extends.size + AT_ONCE), job)
         return
     job.built = build(job.waiting().build_recipe(), store, bank, job.length, past)

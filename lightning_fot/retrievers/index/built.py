@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fot.retrievers.index.answers import Rows, checked_rows
-from lightning_fot.retrievers.index.duplicates import Groups, repeats
+from lightning_fot.retrievers.index.duplicates import Groups, harmless, repeats, some_of
 from lightning_fot.retrievers.index.hubs import HubDetector
 from lightning_fot.retrievers.index.isolated import LonelyDetector
 from lightning_fot.retrievers.index.jobs import Gate, Job
@@ -23,6 +23,7 @@ from lightning_fot.retrievers.keys.store import KeyStore
 
 _FIRST_STEP, _LEAST_A_STEP, _MOST_A_STEP = 16, 4, 4096
 _STEP_SECONDS = 0.0005  # a search that comes during an extension waits for one step
+_TRIED = 1 << 17  # rows that came since the building, on which groups are tried
 
 
 class Index(Protocol):
@@ -47,7 +48,7 @@ class Index(Protocol):
 class Built:
     """An index over rows 0..size-1. Nobody begins to extend it while several retrievers own it.
 
-    ``size``, ``apart``, ``apart_keys`` and ``groups`` change together with the index, behind the gate.
+    ``size``, ``apart``, ``apart_keys``, ``groups`` and ``largest`` change together with the index, behind the gate.
 
     Attributes:
         index: What the backend made.
@@ -62,8 +63,10 @@ class Built:
         same: Squared distance within which transformed keys count as the same; 0 where that is not asked for.
         groups: Rows but those apart, by kinds of the same, of which the index holds one each; None where it holds every
             row.
+        largest: (b, D) float32: the raw keys of the firsts of the largest groups.
         hidden: (n,) bool, n at least ``size``: True for rows in ``apart``. Replaced when rows come, never changed.
         broken: An extension failed half-way: the index cannot be used.
+        unfit: Rows have come that its groups do not suit: it answers for those it covers, and is to be built anew.
         owners: Retrievers that answer with it.
         gate: Keeps searches and extensions apart.
     """
@@ -78,7 +81,9 @@ class Built:
     apart_keys: Tensor
     same: float = 0.0
     groups: Groups | None = None
+    largest: Tensor | None = None
     broken: bool = False
+    unfit: bool = False
     owners: WeakSet[object] = field(default_factory=WeakSet)
     gate: Gate = field(default_factory=Gate)
     hidden: NDArray[np.bool_] = field(init=False)
@@ -124,10 +129,12 @@ class Built:
         """Whether what was learned at training (cells, mean, radius, groups) suits a bank of ``length`` keys."""
         # More than is set apart at a time: 64 and one in 32 that are lonely, one in 64 that are hubs, few outliers.
         few_apart, few_repeated = len(self.apart) <= 128 + self.size // 16, 3 * self._repeated <= self.size
-        return length < 2 * self.trained_at and few_apart and few_repeated
+        return length < 2 * self.trained_at and few_apart and few_repeated and not self.unfit
 
     def extend(self, store: KeyStore, bank: int, length: int, job: Job[Any]) -> None:
         """Takes in the rows up to ``length``, a few at a time: searches wait for a few only.
+
+        Where its groups do not suit them it takes in none, and is unfit from now on.
 
         Raises:
             StoppedError: The job is not wanted any more; what was taken in until then counts, but for groups.
@@ -156,6 +163,10 @@ class Built:
             return
         others = np.flatnonzero(~flags)
         groups, new = self.groups.extended(others + done, moved[torch.from_numpy(others)])
+        if not self._suits(groups, store, bank):
+            self.unfit = True
+            return
+        largest = store.take(bank, torch.from_numpy(groups.first[groups.largest])).cpu().float()
         try:
             for _ in self._added(new, job):
                 pass
@@ -163,8 +174,24 @@ class Built:
             self.broken = True  # it holds vectors of no group
             raise
         with self.gate:
-            self.groups = groups
+            self.groups, self.largest = groups, largest
             take(0, length - done)
+
+    def _suits(self, groups: Groups, store: KeyStore, bank: int) -> bool:
+        """Whether groups find what there is among the rows that came since the building.
+
+        How near is nearly the same was learned from others: of a smaller scale, keys that differ would be one kind.
+        """
+        assert groups.vectors is not None
+        rows, group = groups.of_rows()
+        new = int(np.searchsorted(rows, self.trained_at))
+        tried = some_of(torch.arange(new, len(rows)), _TRIED)
+        if not len(tried):
+            return True
+        vectors, _ = self.transform.keys(store.take(bank, torch.from_numpy(rows)[tried]).cpu())
+        kinds, of_kind = torch.unique(torch.from_numpy(group)[tried], return_inverse=True)
+        nothing = vectors.new_zeros(0, vectors.shape[1])
+        return harmless(groups.vectors[kinds], of_kind, vectors, nothing, len(self.transform.mean))
 
     def _added(self, vectors: Tensor, job: Job[Any]) -> Iterator[tuple[int, int]]:
         """Adds vectors to the index, some at a time; yields which, behind the gate."""

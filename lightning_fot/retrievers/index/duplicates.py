@@ -27,6 +27,7 @@ _LARGEST_CELL = 1 << 14
 _EXTENDABLE = 1 << 14  # groups: new keys are compared with all of them
 _SPREAD_SAMPLE = 1 << 16
 _SPREAD_QUANTILE = 0.999
+_BESIDE = 64  # groups
 _ASKED, _WANTED = 64, 32  # queries that groups are tried with, of each sort, and neighbours of each
 _MOST_LOST = 0.005  # recall
 
@@ -100,6 +101,21 @@ class Groups:
         rows = self.members.take(np.where(beyond, 0, self._starts.take(chosen) + inside))
         rows[beyond] = -1
         return rows
+
+    @cached_property
+    def largest(self) -> NDArray[np.int64]:
+        """Numbers of the groups with the most rows, sorted, at most 64: of one row is none of them.
+
+        They are scored beside the index: a few vectors far from all others are hard to reach in a graph, however many
+        rows they stand for.
+        """
+        most = self.counts.argsort(kind="stable")[-_BESIDE:]
+        return np.sort(most[self.counts[most] > 1])
+
+    def of_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All rows (n,), sorted, and the number of the group of each (n,)."""
+        order = self.members.argsort()
+        return self.members[order], np.repeat(np.arange(len(self.first)), self.counts)[order]
 
     def extended(self, rows: NDArray[np.int64], vectors: Tensor) -> tuple[Groups, Tensor]:
         """The groups with more rows: each joins the group of the nearest first, or begins one.
@@ -175,31 +191,26 @@ def find_duplicates(vectors: Tensor, distance: float, rows: NDArray[np.int64] | 
     return _groups(numbers[first.numpy()], numbers, of_member.numpy(), distance, vectors[first])
 
 
-def harmless(groups: Groups, vectors: Tensor, numbers: NDArray[np.int64], queries: Tensor, real: int) -> bool:
+def harmless(firsts: Tensor, group: Tensor, vectors: Tensor, queries: Tensor, real: int) -> bool:
     """Whether neighbours are found by groups as they are without: asked, not assumed.
 
     How near is nearly the same cannot be told from distances alone: a few keys far out make near neighbours of all the
     others look alike, and kinds of one text may lie as close as the keys of another.
 
     Args:
-        groups: Of the vectors.
+        firsts: (g, dim) the vectors that stand for groups, as the index has them.
+        group: (n,) int64, which of them stands for each vector.
         vectors: (n, dim) as an index gets them.
-        numbers: (n,) int64, sorted: their row numbers.
         queries: (m, dim) past queries, as the index gets them; few or none are known.
         real: Coordinates that queries have; the others are zero.
     """
     k = min(_WANTED, max(1, len(vectors) // 8))
     some = some_of(vectors, _ASKED)
     around = some - vectors.mean(dim=0)
-    spread = some_of(vectors, _SPREAD_SAMPLE).std(dim=0)
+    spread = some_of(vectors, _SPREAD_SAMPLE).std(dim=0, correction=0)
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(_ASKED, vectors.shape[1], generator=generator, dtype=torch.float32)
     sorts = [around, random, random * spread, some_of(queries, _ASKED)]
-    place = np.searchsorted(numbers, groups.first)
-    firsts = vectors[torch.from_numpy(place)]
-    of_row = np.empty(len(vectors), dtype=np.int64)
-    of_row[np.searchsorted(numbers, groups.members)] = np.repeat(np.arange(len(groups.first)), groups.counts)
-    group = torch.from_numpy(of_row)
     for asked in sorts:
         asked = torch.nn.functional.pad(asked[:, :real], (0, vectors.shape[1] - real))
         lost = []

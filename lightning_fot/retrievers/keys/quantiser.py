@@ -11,6 +11,8 @@ _LEVELS = 127
 _ENOUGH_TO_FIT = 16
 _LEAST_SPREAD = 0.01  # of the size of the vectors: a text that repeats one token has no spread of its own
 _NARROW = 16.0  # spreads that the largest coordinate of a typical vector has where the spreads are not its own
+_FAR = 32.0  # the same of hardly any vectors: of some texts the first token is far from all others
+_OFF = 0.5  # spreads: a mean that is nearer to zero is none, and would cost vectors that are much smaller their bits
 _LARGEST_SCALE = 60000.0  # just below what half precision holds
 
 
@@ -41,8 +43,8 @@ class Quantiser:
             sample = vectors[bank, :count].double()
             size = float(sample.square().mean().sqrt()) if count else 0.0
             if count >= _ENOUGH_TO_FIT and size:
-                centre[bank] = sample.mean(0)
-                deviation = sample.std(0)
+                mean, deviation = sample.mean(0), sample.std(0)
+                centre[bank] = mean.masked_fill(mean.abs() < _OFF * deviation, 0.0)
                 # A coordinate that happens not to vary yet may do so later.
                 spread[bank] = deviation.clamp_min(max(0.05 * float(deviation.mean()), _LEAST_SPREAD * size))
             else:
@@ -70,7 +72,7 @@ class Quantiser:
             enough = count >= _ENOUGH_TO_FIT
             if (
                 not bool((top / _LEVELS < _LARGEST_SCALE).all())
-                or (enough and float(top.median()) > _NARROW)
+                or float(top.median()) > (_NARROW if enough else _FAR)
                 or (enough and stored[bank] <= few and self._guessed(bank))
             ):
                 found.append(bank)
@@ -87,7 +89,8 @@ class Quantiser:
         return Quantiser(centre, spread)
 
     def _guessed(self, bank: int) -> bool:
-        return not bool(self.centre[bank].any())
+        spread = self.spread[bank]
+        return not bool(self.centre[bank].any()) and bool((spread == spread[0]).all())
 
     def select(self, banks: Tensor) -> Quantiser:
         """The quantiser of other banks, (n,) numbers."""

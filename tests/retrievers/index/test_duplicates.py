@@ -96,31 +96,63 @@ def mixture(kind: str, generator: torch.Generator) -> Tensor:
     elif kind == "filler":
         keys = 0.001 * keys + torch.randn(30, 16, generator=generator).repeat(100, 1)
         keys[:100] = torch.randn(100, 16, generator=generator)
+    elif kind == "filler and a far cloud":
+        keys[:1500] = 0.001 * keys[:1500] + torch.randn(30, 16, generator=generator).repeat(50, 1)
+        keys[1500:] += 100 * torch.randn(16, generator=generator)
     order = torch.randperm(3000, generator=generator)
     return keys[order][None]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["half far", "half farther", "a tenth far", "tight clusters", "scales", "outliers", "filler"]
-)
-def test_grouping_costs_no_recall_on_any_mixture(kind: str) -> None:
-    generator = torch.Generator().manual_seed(7)
-    keys = mixture(kind, generator)
-    queries = torch.randn(1, 100, 16, generator=generator)
+def recalls(keys: Tensor, queries: Tensor, step: int) -> list[float]:
+    """Of the 16 best, without groups and with them, where keys come by so many at a time."""
     true = queries[0] @ keys[0].T
-    least = true.topk(16, dim=1).values[:, -1:]
-    recall = []
+    least = true.topk(16, dim=1).values[:, -1:] - 1e-5 * true.abs().amax(dim=1, keepdim=True)
+    found = []
     for distance in (0.0, None):
         spec = {"name": "hnsw", "min_index_size": 256, "build": "blocking", "num_threads": 1, "ef_search": 64,
                 "duplicate_distance": distance}  # fmt: skip
         retriever = create_retriever(spec, dim=16)
-        retriever.add(keys)
+        for part in torch.split(keys, step, dim=1):
+            retriever.add(part)
+            retriever.flush()
         rows = retriever.search(queries, 16)[0]
-        recall.append(float((true.gather(1, rows) >= least - 1e-4).float().mean()))
+        assert retriever.indexed.tolist() == [keys.shape[1]]
+        found.append(float((true.gather(1, rows) >= least).float().mean()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [
+        (kind, 7)
+        for kind in ("half far", "half farther", "a tenth far", "tight clusters", "scales", "outliers", "filler")
+    ]
+    + [("half far", 102), ("filler and a far cloud", 100), ("filler and a far cloud", 103)],
+)
+def test_grouping_costs_no_recall_on_any_mixture(kind: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = mixture(kind, generator)
+    recall = recalls(keys, torch.randn(1, 100, 16, generator=generator), len(keys[0]))
     assert recall[1] >= recall[0] - 0.01, recall
     # Scales that differ by ten thousand are hard for a graph, with groups or without.
     assert recall[1] >= 0.9 or kind == "scales", recall
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new", ["kinds", "cloud"])
+def test_keys_of_another_scale_that_come_later_are_not_taken_for_duplicates(new: str) -> None:
+    generator = torch.Generator().manual_seed(11)
+    kinds = 10 * torch.randn(30, 16, generator=generator)
+    if new == "cloud":
+        kinds += 100 * torch.eye(16)[0]
+    known = kinds.repeat(40, 1) + 0.001 * torch.randn(1200, 16, generator=generator)
+    others = torch.randn(1000, 16, generator=generator)
+    if new == "kinds":
+        others = 0.3 * others + 10 * torch.randn(10, 16, generator=generator).repeat(100, 1)
+    others = others[torch.randperm(1000, generator=generator)]
+    recall = recalls(torch.cat((known, others))[None], (others[:100] - others.mean(dim=0))[None], 220)
+    assert recall[1] >= max(0.95, recall[0] - 0.01), recall
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8, 0.98, 1.0])
