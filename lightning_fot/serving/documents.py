@@ -25,10 +25,10 @@ from lightning_fot.library.inbox import source_of
 from lightning_fot.library.library import BusyError
 from lightning_fot.serving.guard import receive
 from lightning_fot.serving.metrics import Metrics
-from lightning_fot.serving.reading import Job, Reading
+from lightning_fot.serving.reading import Reading
 from lightning_fot.serving.requests import ApiError
 from lightning_fot.serving.settings import ServerSettings
-from lightning_fot.serving.shelf import Shelf, Shelves, Shown
+from lightning_fot.serving.shelf import Job, Shelf, Shelves, Shown
 
 _LONGEST_NAME = 255
 _MOST_TOKENS = 4096
@@ -69,9 +69,9 @@ class Documents:
 
     def join(self) -> None:
         """Waits until what was read is saved."""
+        self._checker.shutdown()
         for reading in self._readings.values():
             reading.join()
-        self._checker.shutdown()
 
     def routes(self) -> list[Route]:
         """What is answered at which path."""

@@ -20,17 +20,17 @@ from rich.console import Console
 from lightning_fot.errors import SettingError
 from lightning_fot.library.changes import Unread
 from lightning_fot.library.forget import forget
-from lightning_fot.library.inbox import Handed, Inbox
+from lightning_fot.library.inbox import Inbox
 from lightning_fot.library.ingest import Reader
 from lightning_fot.library.library import BusyError, Entry
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.requests import ApiError
+from lightning_fot.serving.shelf import Job, Shelf
 from lightning_fot.system.progress import JobProgress
 from lightning_fot.system.signals import StopGuard, Stopped
 
 if TYPE_CHECKING:
     from lightning_fot.model.lm import MemoryLM
-    from lightning_fot.serving.shelf import Shelf
 
 # Between two looks at what other processes have saved, and two tries to get at a folder that another one writes to.
 WATCH_S = 1.0
@@ -38,25 +38,6 @@ WATCH_S = 1.0
 _LOAD_SHARE = 0.1
 # Texts kept in the list that turned out to be those of documents with another name.
 _MOST_KNOWN = 100
-
-
-@dataclass(eq=False)
-class Job:
-    """A text on its way into a memory.
-
-    Args:
-        handed: The text.
-        state: ``waiting``, ``reading``, ``failed``, ``ready``, or ``known``: it is that of a document of another name.
-        read: Tokens of it read so far.
-        detail: Why it failed, what it waits for, or the name of the document that it is.
-        cancelled: Whether nobody wants it any more.
-    """
-
-    handed: Handed
-    state: str = "waiting"
-    read: int = 0
-    detail: str | None = None
-    cancelled: bool = False
 
 
 @dataclass(eq=False)
@@ -176,10 +157,10 @@ class Reading:
         """
         inbox = self.open()
         with self._changed:
-            for job in self._jobs:
-                same = (job.handed.name, job.handed.digest) == (name, digest)
-                if same and job.state in ("waiting", "reading") and not job.cancelled:
-                    return job
+            coming = [one for one in self._jobs if one.handed.name == name and one.state in ("waiting", "reading")]
+            # Of several versions of a document the last one counts.
+            if coming and coming[-1].handed.digest == digest and not coming[-1].cancelled:
+                return coming[-1]
         job = Job(inbox.add(part, name, digest, tokens))
         with self._changed:
             earlier = [one for one in self._jobs if one.handed.name == name and one.state != "reading"]

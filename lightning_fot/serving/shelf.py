@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import encoded, framed
+from lightning_fot.library.inbox import Handed
 from lightning_fot.library.library import Library
 from lightning_fot.serving.requests import ApiError, Asked
 
@@ -37,6 +38,25 @@ class Shown:
     tokens: int
     stored: int
     done: bool
+
+
+@dataclass(eq=False)
+class Job:
+    """A text on its way into a memory.
+
+    Args:
+        handed: The text.
+        state: ``waiting``, ``reading``, ``failed``, ``ready``, or ``known``: it is that of a document of another name.
+        read: Tokens of it read so far.
+        detail: Why it failed, what it waits for, or the name of the document that it is.
+        cancelled: Whether nobody wants it any more.
+    """
+
+    handed: Handed
+    state: str = "waiting"
+    read: int = 0
+    detail: str | None = None
+    cancelled: bool = False
 
 
 class Shelf:

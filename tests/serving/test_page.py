@@ -78,7 +78,8 @@ def test_a_memory_is_asked_and_a_passage_read_at_its_place(room: Room, own: Room
         page.locator("#documents li").nth(2).wait_for()
         assert taken(wrong, "status of 401") == 2
         assert page.locator("#memory option").all_text_contents() == ["mine", "other", "model (no memory)"]
-        assert page.locator("#sum").text_content() == f"3 documents, {len(room.memory('mine'))} tokens stored"
+        held = f"3 documents {len(room.memory('mine'))} tokens stored"
+        assert page.locator("#held summary").text_content() == held
 
         page.get_by_role("textbox", name="Question").fill("What is word5?")
         page.keyboard.press("Enter")
@@ -182,11 +183,11 @@ def test_everything_fits(fresh: Running, browser: Any, tmp_path: Path, name: str
     folder = Path(os.environ.get("FOT_SCREENSHOTS", tmp_path))
     page.screenshot(path=folder / f"{name}.png")
     if name == "phone":
-        page.get_by_text("Documents", exact=True).click()
+        page.locator("#held summary").click()
     page.locator("#documents li").nth(3).wait_for()
     page.screenshot(path=folder / f"{name}-documents.png")
     if name == "phone":
-        page.get_by_text("Documents", exact=True).click()
+        page.locator("#held summary").click()
     page.locator(".passages button").first.click()
     page.locator("#place[open]").wait_for()
     page.screenshot(path=folder / f"{name}-passage.png")

@@ -18,6 +18,7 @@ from urllib.parse import urlencode, urlsplit
 import openai
 import torch
 
+from lightning_fot.cli import main
 from lightning_fot.library.library import Library
 from lightning_fot.serving.server import Server
 from lightning_fot.serving.settings import ServerSettings
@@ -134,3 +135,25 @@ def running(room: Room, **changes: Any) -> Iterator[Running]:
         server.stop()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def by_commands(room: Room, folder: Path, *changes: tuple[str, str | None]) -> Room:
+    """A copy of the memories in which the commands have made changes: a name and its text, or None to forget it."""
+    folder.mkdir()
+    other = room.copied(folder)
+    for name, said in changes:
+        words = ["forget", str(folder / "memories" / "mine"), name]
+        if said is not None:
+            (folder / name).write_text(said, encoding="utf-8")
+            words = ["ingest", *words[1:2], str(folder / name)]
+        assert main(words) == 0
+    other.libraries["mine"] = Library.read(folder / "memories" / "mine")
+    return other
+
+
+def answer(running: Running, prompt: str = "word5", count: int = 20) -> str:
+    return running.client().completions.create(model="mine", prompt=prompt, max_tokens=count).choices[0].text
+
+
+def alone(room: Room, prompt: str = "word5", count: int = 20) -> str:
+    return room.text(room.alone("mine", prompt, count)[0])

@@ -264,7 +264,8 @@ function showDocuments(found) {
   });
   const read = found.filter((one) => "stored" in one);
   const stored = read.reduce((sum, one) => sum + one.stored, 0);
-  $("sum").textContent = `${count(read.length, "document")}, ${count(stored, "token")} stored`;
+  $("heldName").textContent = count(read.length, "document");
+  $("sum").textContent = `${count(stored, "token")} stored`;
 }
 
 async function refresh() {
