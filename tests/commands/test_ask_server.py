@@ -18,7 +18,7 @@ import pytest
 
 from lightning_fot.cli import main
 from lightning_fot.library.library import Library
-from lightning_fot.serving.remote import Remote
+from lightning_fot.library.remote import Remote
 from tests.support.memories import SETTINGS, backbone, books
 from tests.support.patience import PATIENCE_S
 from tests.support.serving import Room, Running, running
