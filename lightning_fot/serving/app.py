@@ -23,10 +23,10 @@ from lightning_fot.serving.documents import Documents
 from lightning_fot.serving.engine import Engine
 from lightning_fot.serving.guard import Crowd, Guard, read_body
 from lightning_fot.serving.metrics import Metrics
-from lightning_fot.serving.page import page_routes
 from lightning_fot.serving.requests import ApiError, read_asked
 from lightning_fot.serving.settings import ServerSettings
 from lightning_fot.serving.shelf import Shelf, Shelves
+from lightning_fot.serving.web.page import page_routes
 
 
 class Routes:

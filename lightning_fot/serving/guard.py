@@ -12,9 +12,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_fot.serving.metrics import Metrics
-from lightning_fot.serving.page import PATHS
 from lightning_fot.serving.requests import ApiError
 from lightning_fot.serving.settings import LOOPBACK, ServerSettings
+from lightning_fot.serving.web.page import PATHS
 
 # They hold nothing of a memory: the page asks for the key itself.
 _OPEN = (*PATHS, "/health")

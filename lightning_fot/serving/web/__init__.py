@@ -1,0 +1,1 @@
+"""The page of a server, and what hands it out."""
