@@ -93,7 +93,7 @@ def _is_whole(recording: Path) -> bool:
 
     try:
         load_tensors(recording)
-        return load_metadata(recording).get("file", recording.name) == recording.name
+        return bool(load_metadata(recording).get("file", recording.name) == recording.name)
     except (OSError, ValueError):
         return False
 
