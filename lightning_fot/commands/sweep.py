@@ -85,16 +85,17 @@ def sweep(words: Sequence[str], program: str, debug: bool = False) -> int:
 
 
 def _is_whole(recording: Path) -> bool:
-    """Whether a recording is there and is what was written."""
+    """Whether a recording is there, and is what was written under this name."""
     if not recording.is_file():
         return False
+    from lightning_fot.bench.measure import load_metadata
     from lightning_fot.system.tensor_files import load_tensors
 
     try:
         load_tensors(recording)
+        return bool(load_metadata(recording).get("file", recording.name) == recording.name)
     except (OSError, ValueError):
         return False
-    return True
 
 
 class _Sweep:
@@ -246,7 +247,7 @@ class _Sweep:
         """Removes a recording that is not what was written: it is made again."""
         with self.folder.claim(target.stem) as ours:
             if ours and target.is_file() and not _is_whole(target):
-                print(f"{target} was altered since it was written: recording it again.", file=sys.stderr)
+                print(f"{target} is not what was written: recording it again.", file=sys.stderr)
                 target.unlink()
 
     @contextlib.contextmanager

@@ -180,7 +180,15 @@ def _merge(request: Request) -> None:
         merged = _overlay(merged, loaded)
     _keep_index_size(request, OmegaConf.select(merged, f"{RETRIEVER}.min_index_size"))
     for key, value in _values(request.overrides):
-        OmegaConf.update(merged, key, value, merge=False, force_add=True)
+        try:
+            OmegaConf.update(merged, key, value, merge=False, force_add=True)
+        except (OmegaConfBaseException, RecursionError) as error:
+            # Such as a date, a list that holds itself, or half a reference.
+            problem = "nested without end" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+            raise SettingError(
+                key, value if isinstance(value, str) else str(value)[:80], f"cannot be a setting ({problem})",
+                "Give a number, true or false, a list, or a text in quotes.",
+            ) from None  # fmt: skip
     try:
         settings = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

@@ -20,6 +20,7 @@ from lightning_fot.system.digests import read_sealed, write_sealed
 
 STALE_S = 60.0
 _BEAT_S = 5.0
+_KEY = "cell"
 
 
 class SweepFolder:
@@ -39,15 +40,17 @@ class SweepFolder:
         self._stale = stale_s
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """What is known of a cell; None where nothing is, or where the file was damaged or altered."""
+        """What is known of a cell; None where nothing is, or where the file was damaged, altered or another's."""
         try:
-            return read_sealed(self.cells / f"{key}.json")
+            cell = read_sealed(self.cells / f"{key}.json")
         except (OSError, ValueError):
             return None
+        # Cells of earlier versions do not say whose they are.
+        return cell if cell.pop(_KEY, key) == key else None
 
     def write(self, key: str, cell: dict[str, Any]) -> None:
         """Keeps a cell."""
-        write_sealed(self.cells / f"{key}.json", cell)
+        write_sealed(self.cells / f"{key}.json", {**cell, _KEY: key})
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -33,3 +33,10 @@ def test_one_path_needs_no_brackets(tmp_path):
     check_settings(read_request("run", ["--config", "smoke", f"--data.paths={tmp_path}"]))
     with pytest.raises(SettingError, match=r"data\.paths"):
         check_settings(read_request("run", ["--config", "smoke", "--data.paths=3"]))
+
+
+@pytest.mark.parametrize("value", ["2020-01-01", "&a [*a]", "${model.memory.window"])
+@pytest.mark.parametrize("name", ["model", "model.memory.top_k", "data.paths", "nothing"])
+def test_what_yaml_reads_and_no_setting_can_be_is_named(name, value):
+    with pytest.raises(SettingError, match=rf"^{name}=.*cannot be a setting"):
+        read_request("run", ["--config", "smoke", f"--{name}={value}"])

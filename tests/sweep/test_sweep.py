@@ -191,6 +191,19 @@ def test_a_damaged_cell_is_measured_again(tmp_path, keys):
     assert json.loads(path.read_text())["rows"]
 
 
+def test_a_cell_under_the_name_of_another_is_measured_again(tmp_path, keys):
+    config, folder = _config(tmp_path, keys, HNSW), tmp_path / "out"
+    assert _sweep(config, folder) == 0
+    files = sorted((folder / "cells").glob("*.json"))
+    before = [json.loads(file.read_text())["settings"] for file in files]
+    assert len({str(each) for each in before}) == len(files) > 1
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, contents[1:] + contents[:1], strict=True):
+        file.write_bytes(content)
+    assert _sweep(config, folder) == 0
+    assert [json.loads(file.read_text())["settings"] for file in files] == before
+
+
 @pytest.mark.parametrize(
     ("section", "setting"),
     [
@@ -326,7 +339,17 @@ def test_records_with_a_model_and_measures(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)["sweep"]["cells"]
     assert {row["layer"] for row in rows} == {1, 3}
     assert {row["memory_tokens"] for row in rows} == {252}
-    assert len(list((tmp_path / "out" / "recordings").glob("*.safetensors"))) == 1
+    (recording,) = (tmp_path / "out" / "recordings").glob("*.safetensors")
+    # One of other numbers under this name is another's, though nothing in it was altered.
+    whole = recording.read_bytes()
+    more = ["--sweep.tokens=320", *words[:1], *words[2:]]
+    assert main(["sweep", "--config", "sweeps/smoke", f"--run_dir={tmp_path / 'out'}", *more]) == 0
+    (other,) = set((tmp_path / "out" / "recordings").glob("*.safetensors")) - {recording}
+    recording.write_bytes(other.read_bytes())
+    assert main(["sweep", "--config", "sweeps/smoke", f"--run_dir={tmp_path / 'out'}", *words]) == 0
+    assert "recording it again" in capsys.readouterr().err
+    assert {len(each["keys"][0]) for each in load_qk(recording).values()} == {252}
+    assert len(recording.read_bytes()) == len(whole)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ UNREADABLE = "unreadable"
 EMPTY = "empty"
 # Names kept of what was left out for one reason.
 _NAMED = 10
+_BEFORE_A_BYTE = re.compile(r"\\+(?=x[0-9a-f]{2}|[\udc80-\udcff])")
 # The longer marks first: that of UTF-32 begins like one of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -67,8 +68,11 @@ def leave_out(skipped: Counter[str] | None, reason: str, name: str) -> None:
 
 
 def readable(name: str) -> str:
-    """A file's name as text: bytes of it that are no UTF-8 are written out as in a Python string."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name as text: bytes of it that are no UTF-8 are written out as in a Python string.
+
+    Different names stay different: backslashes before such a byte, or before what looks like one, are doubled.
+    """
+    return os.fsencode(_BEFORE_A_BYTE.sub(r"\g<0>\g<0>", name)).decode("utf-8", "backslashreplace")
 
 
 def check_text(text: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ SOURCE_SUFFIXES = frozenset(
     )
 )
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_LIKE_A_LINE = re.compile(r"(?i)\.(jsonl|ndjson):\d+$")
 _LONG_MODULE_BYTES = 16 * 1024
 _JOINED_MODULES_BYTES = 64 * 1024
 
@@ -304,5 +306,9 @@ def _listed(record: dict[str, Any]) -> str:
 
 
 def place_of(path: Path) -> str:
-    """Where a file or folder stands, whatever links lead to it."""
-    return readable(os.path.realpath(path))
+    """Where a file or folder stands, whatever links lead to it.
+
+    A file that is named like a line of a ``.jsonl`` file gets a separator behind, as no such line has.
+    """
+    place = readable(os.path.realpath(path))
+    return place + os.sep if _LIKE_A_LINE.search(place) else place

@@ -1,7 +1,8 @@
 """Token ids on disk: pieces of text as they were encoded, and whole documents too large to be kept in memory.
 
-A file holds ids, int32, and then their SHA-256. One that was cut short or altered counts as absent: what it held is
-encoded again. Files of versions before 0.2 (``.npy``, ``.int32``) have no digest and are taken as they are.
+A file holds ids, int32, and then the SHA-256 of its key and of them. One that was cut short, altered or given another's
+name counts as absent: what it held is encoded again. Files of versions before 0.2 (``.npy``, ``.int32``) have no digest
+and are taken as they are.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class TokenCache:
         except OSError:
             return self._load_old(self._folder, key)
         ids, written = content[:-_DIGEST], content[-_DIGEST:]
-        if len(ids) % _ID or hashlib.sha256(ids).digest() != written:
+        if len(ids) % _ID or hashlib.sha256(key.encode() + ids).digest() != written:
             return None  # cut short by a full disk, or altered: encode again
         return np.frombuffer(ids, np.int32)
 
@@ -75,19 +76,19 @@ class TokenCache:
             if not path.is_file():
                 return np.memmap(self._path(self._folder, f"{key}.int32"), np.int32, mode="r")
             tokens, rest = divmod(path.stat().st_size - _DIGEST, _ID)
-            if rest or tokens < 0 or not self._is_whole(path, _ID * tokens):
+            if rest or tokens < 0 or not self._is_whole(path, key, _ID * tokens):
                 return None
             return np.memmap(path, np.int32, mode="r", shape=(tokens,)) if tokens else np.empty(0, np.int32)
         except (OSError, ValueError):
             return None
 
-    def _is_whole(self, path: Path, length: int) -> bool:
-        """Whether the file's first bytes have the digest that follows them; each file is read once for it."""
+    def _is_whole(self, path: Path, key: str, length: int) -> bool:
+        """Whether the file's key and first bytes have the digest that follows; each file is read once for it."""
         state = path.stat()
         seen = (str(path), state.st_ino, state.st_size, state.st_mtime_ns)
         if seen in self._checked:
             return True
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(key.encode())
         with path.open("rb") as file:
             while length and (block := file.read(min(length, _BLOCK))):
                 digest.update(block)
@@ -114,7 +115,7 @@ class TokenCache:
         try:
             # After a power cut it may be missing or wrong, and then it is made again.
             with writing(self._path(folder, name), durable=False) as fresh, fresh.open("wb") as file:
-                digest = hashlib.sha256()
+                digest = hashlib.sha256(Path(name).stem.encode())
                 for part in parts():
                     content = np.ascontiguousarray(part, np.int32).data
                     digest.update(content)

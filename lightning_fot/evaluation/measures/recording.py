@@ -228,7 +228,8 @@ class Recording:
         """
         tensors = self.tensors()
         try:
-            save_tensors(path, tensors, self.metadata(model, text))
+            # Its own name: a sweep tells by it whether another recording has got there.
+            save_tensors(path, tensors, {**self.metadata(model, text), "file": path.name})
         except OSError as error:
             raise SettingError("record", str(path), f"cannot be written ({error})", "Choose another file.") from error
         return tensors

@@ -118,6 +118,21 @@ def test_names_that_are_no_text_are_written_out(tmp_path: Path) -> None:
     }
 
 
+def test_names_that_differ_stay_different(tmp_path: Path) -> None:
+    """A byte that is no UTF-8 is written out as another file may be called; a line is named as another file may be."""
+    folder = os.fsencode(tmp_path)
+    names = [b"\xff.txt", b"\\xff.txt", b"\\\xff.txt", b"\\\\xff.txt", b"a.jsonl", b"a.jsonl:1", b"a.NDJSON:12"]
+    for number, name in enumerate(names):
+        content = f"text {number}"
+        Path(os.fsdecode(folder + b"/" + name)).write_text(
+            f'{{"text": "{content}"}}' if name == b"a.jsonl" else content
+        )
+    for given in ([str(tmp_path)], [os.fsdecode(folder + b"/" + name) for name in names]):
+        documents = find_documents(given).documents
+        assert len({source.place for source in documents}) == len(documents) == len(names)
+        assert {source.name.rpartition("/")[2] for source in documents} >= {"\\xff.txt", "\\\\xff.txt"}
+
+
 def test_a_character_across_the_end_of_the_looked_at_part_is_no_error(tmp_path: Path) -> None:
     text = "a" * (64 * 1024 - 1) + "é and more"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")

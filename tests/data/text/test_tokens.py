@@ -202,6 +202,23 @@ def test_an_altered_document_on_disk_is_encoded_again(tmp_path: Path) -> None:
     assert file.read_bytes() != bytes(content)
 
 
+def test_a_cache_file_under_the_name_of_another_is_encoded_again(tmp_path: Path) -> None:
+    texts, found = [TEXT, TEXT[::-1]], []
+    for text in texts:
+        encoder = TextEncoder(ByteTokenizer(), tmp_path)
+        found.append((encoder.encode([text])[0].copy(), np.array(encoder.encode_on_disk(lambda text=text: [text]))))
+    for suffix in ("piece", "document"):
+        files = sorted(tmp_path.rglob(f"*.{suffix}"))
+        assert len(files) >= 2
+        contents = [file.read_bytes() for file in files]
+        for file, content in zip(files, contents[1:] + contents[:1], strict=True):
+            file.write_bytes(content)
+    for text, (ids, document) in zip(texts, found, strict=True):
+        encoder = TextEncoder(ByteTokenizer(), tmp_path)
+        assert np.array_equal(encoder.encode([text])[0], ids)
+        assert np.array_equal(encoder.encode_on_disk(lambda text=text: [text]), document)
+
+
 def test_a_cache_of_older_versions_is_read(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     ids, _ = TextEncoder(tokenizer, tmp_path).encode([TEXT])
