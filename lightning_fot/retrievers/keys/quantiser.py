@@ -13,6 +13,7 @@ _LEAST_SPREAD = 0.01  # of the size of the vectors: a text that repeats one toke
 _NARROW = 16.0  # spreads that the largest coordinate of a typical vector has where the spreads are not its own
 _FAR = 32.0  # the same of hardly any vectors: of some texts the first token is far from all others
 _OFF = 0.5  # spreads: a mean that is nearer to zero is none, and would cost vectors that are much smaller their bits
+_MOST_LOST = 0.03  # of a vector's largest coordinate: rounding of vectors that are much smaller than a mean
 _LARGEST_SCALE = 60000.0  # just below what half precision holds
 
 
@@ -55,8 +56,8 @@ class Quantiser:
     def misfits(self, vectors: Tensor, counts: list[int], stored: list[int], few: int) -> list[int]:
         """Banks whose new vectors (banks, n, dim), ``counts[b]`` of them, need other spreads.
 
-        That is where scales would leave half precision, where typical vectors would lose bits, and where the spreads
-        were guessed from hardly any vectors and little is stored.
+        That is where scales would leave half precision, where typical vectors would lose bits, to spreads or to a mean
+        that is not theirs, and where the spreads were guessed from hardly any vectors and little is stored.
 
         Args:
             vectors: To be added.
@@ -74,19 +75,32 @@ class Quantiser:
                 not bool((top / _LEVELS < _LARGEST_SCALE).all())
                 or float(top.median()) > (_NARROW if enough else _FAR)
                 or (enough and stored[bank] <= few and self._guessed(bank))
+                or float(self._lost(bank, vectors[bank, :count]).median()) > _MOST_LOST
             ):
                 found.append(bank)
         return found
 
-    def refitted(self, bank: int, vectors: Tensor) -> Quantiser:
-        """With the spreads of one bank such that vectors (1, n, dim), old and new, are coded well."""
-        fitted = Quantiser.fit(vectors, [vectors.shape[1]])
+    def refitted(self, bank: int, old: Tensor, new: Tensor) -> Quantiser:
+        """With the spreads of one bank such that vectors (n, dim), old and new, are coded well."""
+        both = torch.cat((old, new))
+        fitted = Quantiser.fit(both[None], [len(both)])
         centre, spread = self.centre.clone(), self.spread.clone()
         centre[bank] = fitted.centre[0]
         # Never narrower, but for a guess: texts that take turns end in one quantiser.
         guessed = self._guessed(bank)
         spread[bank] = fitted.spread[0] if guessed else torch.maximum(spread[bank], fitted.spread[0])
-        return Quantiser(centre, spread)
+        again = Quantiser(centre, spread)
+        if float(again._lost(bank, new).median()) > _MOST_LOST:
+            # Much smaller than the old: around nothing, with one spread, each is as exact as its own size allows.
+            centre[bank] = 0.0
+            spread[bank] = both.double().square().mean().sqrt().clamp_min(2**-100)
+        return again
+
+    def _lost(self, bank: int, vectors: Tensor) -> Tensor:
+        """(n,) the most that rounding can change a coordinate of vectors (n, dim), by their largest coordinates."""
+        steps = ((vectors.float() - self.centre[bank]) / self.spread[bank]).abs().amax(-1) / _LEVELS
+        own = vectors.float().abs().amax(-1)
+        return (steps * self.spread[bank].max() / 2 / own.clamp_min(2**-100)).masked_fill(own == 0, 0.0)
 
     def _guessed(self, bank: int) -> bool:
         spread = self.spread[bank]

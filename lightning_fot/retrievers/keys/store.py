@@ -248,7 +248,7 @@ class KeyStore:
                 stored, new = self._lengths[bank], source[bank, : counts[bank]].float()
                 wanted = min(stored, max(_FITTED_TO, counts[bank]), _CHEAP_TO_COPY)
                 rows = torch.linspace(0, max(0, stored - 1), wanted, dtype=torch.float64, device=self.device).long()
-                quantiser = quantiser.refitted(bank, torch.cat((self.take(bank, rows), new))[None])
+                quantiser = quantiser.refitted(bank, self.take(bank, rows), new)
         codes, scales = quantiser.encode(source)
         if not bool(torch.isfinite(scales).all()) or float(source.abs().max()) > _LARGEST_CODED:
             raise SettingError(
