@@ -280,7 +280,8 @@ def draw(log: Path, file: Path) -> None:
         axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens // 1024:.0f}k")
         axis.minorticks_off()
     axes[0].set_ylabel("facts answered, %")
-    axes[1].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=150)
 
 
