@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fot.system.digests import file_digest
+from lightning_fot.system.files import write_text
 
 CARD = "README.md"
 # In the settings file of the folder: the digest of the card as it was written. One that differs is the user's own.
@@ -73,7 +74,7 @@ On the command line: `lightning ingest NAME book.txt --model.backbone=FOLDER`, t
 
 Training data, measures and limits are for whoever trained it to add here.
 """
-    (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
+    write_text(folder / CARD, text)
     return file_digest(folder / CARD)
 
 

@@ -48,6 +48,7 @@ def test_size_is_that_of_the_memory(tmp_path: Path) -> None:
     assert logged["memory/process_peak_bytes"] > memory.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_training_logs_them_and_is_the_same_without(tmp_path: Path) -> None:
     states = []

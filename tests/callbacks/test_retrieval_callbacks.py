@@ -197,6 +197,7 @@ def test_of_several_loaders_the_first_is_measured(tmp_path: Path) -> None:
         assert {**one, "add_s": 0} == {**other, "add_s": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"dtype": "int8"}, {"capacity": 40}, {"overlap": 4, "sink_tokens": 2}])
 def test_every_kind_of_memory_is_measured(tmp_path: Path, settings: dict[str, Any]) -> None:
     metrics = trainer(tmp_path, [RetrievalRecall(**SMALL)]).validate(module(**settings), loader(), verbose=False)[0]

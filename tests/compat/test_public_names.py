@@ -93,6 +93,7 @@ def test_keys_of_settings(section: str) -> None:
     assert set(THEN["schemas"][section]) <= set(public.schemas()[section])
 
 
+@pytest.mark.slow
 def test_retrievers_of_other_distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plugged.py").write_text(
         "from lightning_fot.retrievers import ExactRetriever\n\n\nclass Plugged(ExactRetriever):\n    pass\n",

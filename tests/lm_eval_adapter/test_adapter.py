@@ -133,6 +133,7 @@ def test_a_task_of_ones_own_over_a_local_file(tmp_path, harness):
         assert sample["acc"] == float((second > first) == sample["target"])
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     name = _task(tmp_path / "tasks")

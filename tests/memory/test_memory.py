@@ -334,6 +334,7 @@ def test_eight_bits_a_coordinate_stay_close():
     assert sizes["int8"] * 64 == sizes["float32"] * 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["values", "all"])
 def test_memory_in_a_file_answers_as_in_ram(tmp_path, offload):
     ids, question = tokens(2, 700), tokens(2, 16, seed=1)
@@ -385,6 +386,7 @@ def test_pairs_that_do_not_fit_are_refused_and_leave_no_trace(lm):
         memory.append({1: good, 3: good}, torch.tensor([5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retriever", ["exact", "hnsw", "faiss_ivf"])
 def test_chosen_rows_share_what_is_stored_and_go_on_apart(retriever):
     with (

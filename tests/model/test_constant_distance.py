@@ -35,6 +35,7 @@ def oracle(model: Any, ids: Tensor, distance: int, top_k: int | None = None, **s
     return logits_of(model, ids.tolist(), seen, range(4), "constant", distance, top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "distance", "changes"),
     [

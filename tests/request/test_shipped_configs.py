@@ -51,6 +51,7 @@ def test_parses_and_says_how_to_run_it(name: str) -> None:
     assert data.prev_windows == cli.model.crossbatch_config.w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FOLDERS)
 def test_those_in_folders_parse_and_say_how_to_run_them(name: str) -> None:
     path, _ = find_config(f"configs/{name}.yaml")

@@ -93,6 +93,7 @@ def test_ways_to_name_a_retriever() -> None:
         create_retriever(lambda dim, banks: 3, dim=4)
 
 
+@pytest.mark.slow
 def test_plugin_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "fot_mine_ok", PLUGIN)
     info = available_retrievers()["mine"]

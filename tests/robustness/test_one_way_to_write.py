@@ -57,8 +57,8 @@ def _stray(path: Path) -> list[str]:
     return found
 
 
-# Files that hold nothing that lasts, or that grow: a lock, a claim, the output of a process, the null device.
-NOT_WHOLE = {"sweep/folder.py": 1, "sweep/runs.py": 1, "system/output.py": 1}
+# Files that hold nothing that lasts, or that grow: a lock, a claim, an upload that comes in, the null device.
+NOT_WHOLE = {"sweep/folder.py": 1, "sweep/runs.py": 1, "serving/documents.py": 1, "system/output.py": 1}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

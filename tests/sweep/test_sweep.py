@@ -191,6 +191,7 @@ def test_a_damaged_cell_is_measured_again(tmp_path, keys):
     assert json.loads(path.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_a_cell_under_the_name_of_another_is_measured_again(tmp_path, keys):
     config, folder = _config(tmp_path, keys, HNSW), tmp_path / "out"
     assert _sweep(config, folder) == 0

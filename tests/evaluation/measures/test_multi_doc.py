@@ -164,6 +164,7 @@ def test_a_memory_of_other_weights_or_a_damaged_one_is_read_again(lm, tmp_path):
     assert losses(folder) == whole
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_within_the_phase_goes_on_in_it(lm, tmp_path):
     documents = _documents(5, 200)
     others = select_distractors(documents, documents[:2], CONFIG)

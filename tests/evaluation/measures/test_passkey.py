@@ -50,6 +50,7 @@ def test_split_keeps_every_token_and_room_for_the_answer(length: int, local: int
     assert len(kept) == min(length + 2, max(local, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_shared_memories_equal_separate_ones(lm: MemoryLM, data: st.DataObject) -> None:

@@ -39,6 +39,7 @@ def _ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 200, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_every_step_of_every_memory_kind_is_divided_and_the_parts_are_the_whole(lm):
     config = EvaluationConfig(
         context_tokens=[128, 256], target_tokens=70, documents=1, passkey_tokens=[], retrieval_queries=8,

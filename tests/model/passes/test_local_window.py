@@ -162,6 +162,7 @@ def test_the_order_of_the_memory_changes_nothing(kv_heads, positions, dtype, top
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 @pairwise
 @pytest.mark.parametrize(("overlap", "sinks", "top_k"), [(0, 0, 4096), (0, 0, 8), (4, 1, 8)])
 def test_a_token_changes_nothing_before_it(kv_heads, positions, dtype, overlap, sinks, top_k):
@@ -197,6 +198,7 @@ def test_a_row_of_a_crossbatch_changes_nothing_before_it(positions, layout):
     assert (float(difference[3].max()) > 0) == (layout == "packed")
 
 
+@pytest.mark.slow
 @pairwise
 @pytest.mark.parametrize(("overlap", "sinks"), [(0, 0), (4, 1)])
 def test_rows_of_a_batch_do_not_see_each_other(kv_heads, positions, dtype, overlap, sinks):

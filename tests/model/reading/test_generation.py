@@ -120,6 +120,7 @@ def test_a_question_to_each_row_of_a_filled_memory_equals_each_alone():
             assert torch.equal(together[row, -20:], single[0, -20:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"overlap": 4, "sink_tokens": 2, "skip_window_start": 1}])
 def test_rows_that_end_early_store_what_they_would_alone(changes):
     ids, mask = left_padded([9, 30, 17])

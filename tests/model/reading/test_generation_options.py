@@ -30,6 +30,7 @@ class Streamer:
         self.ended = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

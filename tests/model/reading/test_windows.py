@@ -126,6 +126,7 @@ def test_the_loss_is_that_of_a_dense_pass_over_each_row(kind, keep, positions):
     assert float(out.loss) == pytest.approx(float(torch.cat(losses).mean()), abs=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "left", "right", "holes"])
 @pytest.mark.parametrize("overlap", [0, 4])
 def test_kept_logits_are_the_last_columns_of_all(kind, overlap):

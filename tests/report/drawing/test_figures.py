@@ -158,6 +158,7 @@ def test_nothing_measured_is_said() -> None:
     assert "Nothing was measured" in printed({})
 
 
+@pytest.mark.slow
 def test_reports_are_rebuilt_from_their_folders(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
