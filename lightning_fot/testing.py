@@ -100,7 +100,8 @@ class RetrieverContract:
         if self.repeatable:
             assert torch.equal(rows, others)
         else:
-            assert float((rows.unsqueeze(3) == others.unsqueeze(2)).any(dim=3).float().mean()) > 0.9
+            # Of two builds either may miss what the other finds: some find 95 of 100, and so agree on 90.
+            assert float((rows.unsqueeze(3) == others.unsqueeze(2)).any(dim=3).float().mean()) > 0.8
 
     @pytest.mark.parametrize("head", ["L10h0", "L20h1"])
     def test_mass_recall_on_real_keys(self, head: str) -> None:
