@@ -62,5 +62,5 @@ def _write(
     names = sorted(path.name for path in folder.iterdir())
     card = write_card(folder, str(attached.model.config.name_or_path), settings)
     files = sorted([*names, CARD, SETTINGS_FILE])
-    content = {"format": FORMAT, "memory": settings, "files": files, CARD_DIGEST: card}
+    content = {"format": FORMAT, "memory": settings, CARD_DIGEST: card, "files": files}
     write_sealed(folder / SETTINGS_FILE, {**content, DIGESTS: {name: file_digest(folder / name) for name in names}})

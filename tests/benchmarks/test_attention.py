@@ -61,8 +61,8 @@ def test_every_section_prints_finite_ratios(quick, section, fields):
     rows = kept["sections"][section]["rows"]
     for field in fields:
         for value in numbers(rows, field):
-            # On a busy machine a time over a time may be anything.
-            assert 0 < value < math.inf, (field, value)
+            # On a busy machine a time over a time may be anything, and what one costs over another below nothing.
+            assert math.isfinite(value), (field, value)
 
 
 @pytest.mark.slow
