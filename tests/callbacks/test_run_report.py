@@ -72,6 +72,7 @@ def test_it_needs_neither_logger_nor_other_callbacks_and_validation_alone_writes
     assert any(row["name"].startswith("test/") for row in results["metrics"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_what_was_kept_goes_on_with_a_resumed_training(tmp_path: Path) -> None:
     run = _fit(tmp_path / "a", [RunReport()], max_steps=2)

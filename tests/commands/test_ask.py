@@ -71,6 +71,7 @@ def expected(name: str, prompt: str, count: int, **options: Any) -> tuple[str, l
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), passages, tokenizer
 
 
+@pytest.mark.slow
 def test_the_greedy_answer_and_its_passages_are_those_of_a_direct_call(capsys: pytest.CaptureFixture[str]) -> None:
     text, passages, tokenizer = expected("mine", "What is word5?", 12)
     words = ["mine", "What is word5?", "--max_new_tokens=12", "--passages=3", "--passage_tokens=20"]
@@ -119,6 +120,7 @@ def test_the_chat_template_frames_the_question_unless_raw(capsys: pytest.Capture
     assert answered(capsys, "chat", "What?", "--max_new_tokens=8", "--raw")["text"] == raw
 
 
+@pytest.mark.slow
 def test_sampling_is_asked_for_by_its_settings_and_seeded(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["mine", "What?", "--max_new_tokens=12", "--temperature=1.5", "--top_p=0.9", "--top_k_tokens=50"]
     first = answered(capsys, *words, "--seed=3")

@@ -35,6 +35,7 @@ def test_bench_prints_a_table(recorded: Path, capsys: pytest.CaptureFixture[str]
     assert "left" in said.err
 
 
+@pytest.mark.slow
 def test_bench_writes_json(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", str(recorded), "--retriever", '{"name": "hnsw", "M": 4}', "--k", "8", "--repeats", "1"]
     assert main([*words, "--json", "-"]) == 0

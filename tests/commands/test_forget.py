@@ -57,6 +57,7 @@ def _is(after: Contents, documents: list[tuple[object, ...]], pairs: dict[str, t
         assert torch.equal(after.pairs[name], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["shelf/book0.txt"], ["shelf/book3.txt", "shelf/book1.txt", "shelf/book3.txt"]])
 def test_documents_go_and_the_rest_stays_as_it_was(
     here: Path, capsys: pytest.CaptureFixture[str], names: list[str]

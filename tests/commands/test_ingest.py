@@ -285,6 +285,7 @@ def test_settings_are_the_memorys_and_others_are_refused_by_name(
     assert (model.memory["window"], model.memory["capacity"], model.memory["offload_dir"]) == (32, 4000, ".")
 
 
+@pytest.mark.slow
 def test_the_oldest_go_beyond_the_capacity_and_are_not_read_again(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_memory_that_is_being_written_is_refused(here: Path, capsys: pytest.Ca
     assert ingest("mine", "shelf") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "part"),
     [

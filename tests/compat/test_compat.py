@@ -268,6 +268,7 @@ def test_training_goes_on(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert now["training"] == pytest.approx(then["training"], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "gate", "lora"])
 def test_a_checkpoint_is_validated(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if name == "lora":

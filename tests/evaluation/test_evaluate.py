@@ -207,6 +207,7 @@ def test_the_lengths_that_exact_search_answers_may_need_no_index(
     assert not progress.units.get("passkey: exact")
 
 
+@pytest.mark.slow
 def test_below_the_size_of_an_index_exact_is_the_same_and_says_so(
     attach: Any, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:

@@ -25,6 +25,7 @@ def answer(stops: tuple[str, ...], template: str | None, count: int = 24) -> tup
     return said.text, pieces, said.complete, said.answer_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [1, 4, 9])
 def test_an_answer_ends_before_a_stop_and_is_the_beginning_of_what_it_would_be(place: int) -> None:
     template = "Q: {{ messages[-1]['content'] }} A:"

@@ -112,6 +112,7 @@ def test_what_cannot_be_held_is_refused_with_the_dtype() -> None:
     assert torch.equal(store.view(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_start", [0, 1])
 def test_a_memory_that_begins_with_one_token_goes_on(window_start: int, tmp_path: Any) -> None:
     model = tiny_llama()

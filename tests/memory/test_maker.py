@@ -102,6 +102,7 @@ def refuses(lm: MemoryLM, memory: Any) -> None:
     assert memory.lengths.tolist() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_memory_of_other_weights_is_refused_at_use_and_at_load(tmp_path: Path, change: Callable[[Any], None]) -> None:
     model = tiny_llama()

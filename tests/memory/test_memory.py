@@ -170,6 +170,7 @@ def test_folders_without_a_memory_or_with_a_broken_index(lm, tmp_path):
             lm.load_memory(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retriever", ["exact", "faiss_ivf", "hnsw", "scann"])
 def test_every_retriever_serves_a_memory_through_snapshot_save_and_load(retriever, tmp_path):
     spec = {"name": retriever, "min_index_size": 64}

@@ -62,6 +62,7 @@ def test_the_window_is_the_distance_where_none_is_given():
         assert float((lm(ids).logits[0] - oracle(model, ids[0], WINDOW)).abs().max()) < ANGLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_pairs", [0, 4096])
 def test_texts_of_a_batch_go_on_token_by_token_as_by_the_formula(dense_pairs):
     """Prompts of two lengths, padded on the left; windows move while they go on."""

@@ -107,6 +107,7 @@ def test_the_configuration_has_longllamas_names_and_nothing_of_the_attachment(sa
     assert "attn_implementation" not in json.dumps(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_settings_and_logits_with_memory_come_back(saved, name):
     root, _, _ = saved

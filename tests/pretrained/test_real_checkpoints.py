@@ -50,6 +50,7 @@ def test_half_precision_on_the_cpu_reads_as_single_does(name: str, dtype: torch.
     assert float(errors / expected.var()) ** 0.5 < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_heads_are_tied_or_not_after_a_round_trip(tied: bool, tmp_path: Path) -> None:
     model, ids = tiny("qwen3", tie_word_embeddings=tied), tokens(1, 30)

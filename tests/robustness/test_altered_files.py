@@ -291,6 +291,7 @@ def _alter(name: str, source: Path, target: Path, times: int, seed: int) -> list
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_altered_bytes_are_told(name: str, written: Callable[[str], Path], tmp_path: Path) -> None:
     assert _alter(name, written(name), tmp_path / "copy", SHORT, seed=1) == []

@@ -180,6 +180,7 @@ def run(spec: Any, dtype: torch.dtype, capacity: int | None, folder: Path, seed:
         each.check(draw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [None, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("name", SPECS)

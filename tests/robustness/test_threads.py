@@ -118,6 +118,7 @@ def test_each_answer_is_the_one_given_alone(changes: dict[str, Any]) -> None:
             assert equal(pairs(known), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_a_memory_is_asked_while_others_read_into_it(dtype: str | None) -> None:
     """Each answer is that of some state between two windows; texts that come at once are read one after the other."""

@@ -86,6 +86,7 @@ def test_dynamic_positions_are_those_of_the_whole_text_in_every_chunk(monkeypatc
             assert torch.equal(model(ids[:, :20]).logits, short)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_rectified_distances_are_clamped(chunk: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:

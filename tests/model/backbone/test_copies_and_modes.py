@@ -183,6 +183,7 @@ def test_gates_made_in_inference_mode_are_trained() -> None:
     lm.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["exact", "hnsw", "faiss_ivf"])
 def test_the_default_dtype_is_the_callers_affair(dtype: torch.dtype, name: str) -> None:

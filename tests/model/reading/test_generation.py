@@ -82,6 +82,7 @@ def test_logits_equal_the_oracle_over_many_strides(overlap, sinks, skip, positio
     assert memory.tokens_seen.tolist() == [67]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -169,6 +170,7 @@ def test_rows_ended_by_a_criterion_of_the_user_store_nothing_more():
             assert_same_row(memory, row, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"overlap": 4}, {"overlap": 4, "sink_tokens": 2}, {"skip_window_start": 2}])
 @pytest.mark.parametrize("length", [17, 50])
 def test_last_context_length_is_ingesting_what_comes_before(changes, length):

@@ -15,6 +15,7 @@ from lightning_fot.report.content import curves, read, scales
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_write_report_lists_what_it_wrote(results: dict[str, Any], run_dir: Path) -> None:
     import matplotlib as mpl
 

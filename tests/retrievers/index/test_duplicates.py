@@ -254,6 +254,7 @@ def test_groups_grow_with_their_bank() -> None:
     assert int(retriever.indexed[0]) == keys.shape[1] + 10
 
 
+@pytest.mark.slow
 def test_filler_that_comes_later_is_noticed() -> None:
     qk = real_qk()["L20h1"]
     filler, queries, past = filler_and_needles()
