@@ -89,12 +89,11 @@ class Quantiser:
         # Never narrower, but for a guess: texts that take turns end in one quantiser.
         guessed = self._guessed(bank)
         spread[bank] = fitted.spread[0] if guessed else torch.maximum(spread[bank], fitted.spread[0])
-        again = Quantiser(centre, spread)
-        if float(again._lost(bank, new).median()) > _MOST_LOST:
+        if float(Quantiser(centre, spread)._lost(bank, new).median()) > _MOST_LOST:
             # Much smaller than the old: around nothing, with one spread, each is as exact as its own size allows.
             centre[bank] = 0.0
             spread[bank] = both.double().square().mean().sqrt().clamp_min(2**-100)
-        return again
+        return Quantiser(centre, spread)
 
     def _lost(self, bank: int, vectors: Tensor) -> Tensor:
         """(n,) the most that rounding can change a coordinate of vectors (n, dim), by their largest coordinates."""
