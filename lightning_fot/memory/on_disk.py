@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_fot.memory.layer import MemoryLayer
     from lightning_fot.retrievers.keys.store import KeyStore
 
-FORMAT = 2
+FORMATS = (2, 3)
 INDEX_FILE = "memory.json"
 # A folder of more data files than this is written anew as one.
 MOST_FILES = 64
@@ -88,7 +88,8 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
         log, documents = memory.log.state()
         log_file = _write(target, "log", _log_entries(memory, log))
         index = {
-            "format": FORMAT,
+            # In eight bits, a scale below zero says that a vector is coded alone: earlier versions must not read it.
+            "format": FORMATS[1] if memory.shape.dtype == torch.int8 else FORMATS[0],
             "fingerprint": fingerprint,
             "rows": len(lengths),
             "lengths": lengths,
@@ -258,9 +259,10 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
         written = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
-    if written != FORMAT:
+    if written not in FORMATS:
+        readable = " and ".join(map(str, FORMATS))
         raise SettingError(
-            "folder", str(folder), f"has format {written}, this version reads {FORMAT}", "Ingest the documents again."
+            "folder", str(folder), f"has format {written}, this version reads {readable}", "Ingest the documents again."
         )
     missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
     if missing:

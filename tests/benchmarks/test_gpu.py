@@ -32,6 +32,7 @@ def test_what_is_done_is_brought_back_and_not_done_again(tmp_path):
     assert said(tmp_path, "--only", "passkey").stdout.startswith("| passkey | done before | 0.0 | passkey 512")
 
 
+@pytest.mark.slow
 def test_a_step_without_time_is_stopped_and_named(tmp_path):
     stopped = said(tmp_path, "--only", "passkey", "--minutes", "0.05")
     assert "| passkey | out of time" in stopped.stdout

@@ -218,6 +218,7 @@ def test_other_documents_of_the_same_name_are_kept_and_told(here: Path, capsys: 
     assert sorted(_held(here).values()) == ["of a", "of b, later"]
 
 
+@pytest.mark.slow
 def test_a_deleted_document_is_told_and_can_be_forgotten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     books(here / "shelf", 3)
     # Too short to store anything beyond what skip_window_start leaves out.

@@ -232,6 +232,7 @@ def test_keys_are_recorded_as_before(folder: Path) -> None:
         torch.testing.assert_close(now[name], tensor, atol=1e-3, rtol=2e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep() -> None:
     cells = {path.name: path.read_bytes() for path in Path("sweep/cells").glob("*.json")}
     now = answers.sweep_answer()

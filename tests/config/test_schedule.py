@@ -181,6 +181,7 @@ def run(folder, schedule, steps, watch, ckpt=None, **changes):
 # What follows depends on the step, not on the batches.
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 class TestTraining:
+    @pytest.mark.slow
     def test_a_metric_switches_and_a_checkpoint_of_that_very_moment_knows(self, tmp_path):
         schedule = ScheduleConfig("metric", [1, 3], at=[0.5], metric="val/progress")
         straight = Watch()

@@ -104,6 +104,7 @@ def without_times(result: Any) -> Any:
     return [without_times(item) for item in result] if isinstance(result, list) else result
 
 
+@pytest.mark.slow
 def test_all_rows_are_there_and_say_how_many(
     lm: MemoryLM, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:

@@ -172,6 +172,7 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
     assert _state(Library.read(library.path)) == _state(library)
 
 
+@pytest.mark.slow
 def test_readers_beside_a_writer_see_what_was_written(tmp_path: Path) -> None:
     """Also while the journal is joined into the list: no document is missing in between."""
     import threading

@@ -80,7 +80,7 @@ CHANGES: dict[str, Callable[[Memory], Any]] = {
     [
         pytest.param("exact", id="exact"),
         pytest.param(HNSW, id="hnsw", marks=pytest.mark.slow),
-        pytest.param(OwnKeys, id="own keys"),
+        pytest.param(OwnKeys, id="own keys", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("change", CHANGES)

@@ -85,6 +85,7 @@ def test_texts_of_a_batch_go_on_token_by_token_as_by_the_formula(dense_pairs):
         assert float((torch.stack(out.logits, 1)[row] - expected).abs().max()) < ANGLES
 
 
+@pytest.mark.slow
 def test_a_saved_memory_answers_as_it_did(tmp_path: Path):
     """Beside the same distance alone; keys on the disk are not rotated, as those of other positions."""
     model, ids, question = tiny_llama().double(), tokens(1, 3 * WINDOW), tokens(1, 6, seed=1)

@@ -68,6 +68,7 @@ def test_text_in_them_is_no_markup(results: dict[str, Any], run_dir: Path) -> No
     assert not any(tag == "img" for tag, _ in reader.tags)
 
 
+@pytest.mark.slow
 def test_the_csv_has_all_of_it_unrounded(results: dict[str, Any], run_dir: Path) -> None:
     assert run_dir / "time_split.csv" in write_report(results, run_dir)
     rows = list(csv.DictReader(io.StringIO((run_dir / "time_split.csv").read_text(encoding="utf-8"))))

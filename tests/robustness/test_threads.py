@@ -97,7 +97,13 @@ SPECS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", SPECS, ids=["plain", "overlap", "int8", "index"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(change, id=name, marks=[] if name == "index" else pytest.mark.slow)
+        for name, change in zip(["plain", "overlap", "int8", "index"], SPECS, strict=True)
+    ],
+)
 def test_each_answer_is_the_one_given_alone(changes: dict[str, Any]) -> None:
     with attach_memory(tiny_llama(), settings(**changes)) as lm:
         known = lm.ingest(tokens(1, 120, 30), lm.new_memory(), document="known")

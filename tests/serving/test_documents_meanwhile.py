@@ -40,6 +40,7 @@ def test_a_folder_that_is_damaged_or_gone_is_told_and_asked_as_it_was(room: Room
     until(lambda: problem() is None)
 
 
+@pytest.mark.slow
 def test_what_waits_is_bounded_and_read_when_the_folder_is_free(own: Room) -> None:
     """Another process writes to the memory: what comes is kept, and waits; what cannot wait is refused."""
     beside = Library.read(own.libraries["mine"].path)
@@ -160,6 +161,7 @@ def test_two_servers_of_one_folder(own: Room, tmp_path: Path) -> None:
         assert third.documents("mine").keys() == {f"shelf/book{number}.txt" for number in range(3)} | {"newer.txt"}
 
 
+@pytest.mark.slow
 def test_what_ingest_reads_beside_a_server_is_shown(own: Room, fresh: Running) -> None:
     (own.folder / "beside.txt").write_text(text(6), encoding="utf-8")
     before = answer(fresh)

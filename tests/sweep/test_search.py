@@ -295,6 +295,7 @@ def test_a_trial_of_a_process_that_has_gone_is_tried_again_and_one_that_failed_i
     assert Search(config, folder, "other").ended == 0
 
 
+@pytest.mark.slow
 @needs_optuna
 def test_a_storage_that_cannot_be_opened_is_named(tmp_path, keys, capsys):
     config = _config(tmp_path, keys, 2, storage="sqlite:////nowhere/at/all.db")

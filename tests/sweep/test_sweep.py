@@ -182,6 +182,7 @@ def test_a_claim_that_nobody_refreshes_is_taken_over(tmp_path):
         assert ours
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_measured_again(tmp_path, keys):
     config, folder = _config(tmp_path, keys, "    - exact\n"), tmp_path / "out"
     assert _sweep(config, folder) == 0

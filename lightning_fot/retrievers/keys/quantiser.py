@@ -13,7 +13,10 @@ _LEAST_SPREAD = 0.01  # of the size of the vectors: a text that repeats one toke
 _NARROW = 16.0  # spreads that the largest coordinate of a typical vector has where the spreads are not its own
 _FAR = 32.0  # the same of hardly any vectors: of some texts the first token is far from all others
 _OFF = 0.5  # spreads: a mean that is nearer to zero is none, and would cost vectors that are much smaller their bits
-_MOST_LOST = 0.03  # of a vector's largest coordinate: rounding of vectors that are much smaller than a mean
+_MOST_LOST = 0.03  # of a vector's largest coordinate: rounding of vectors that are much smaller than mean or spreads
+_FINER = (
+    2**-10
+)  # of the widest spread: the unit of vectors that are coded alone, so that their scales are normal numbers
 _LARGEST_SCALE = 60000.0  # just below what half precision holds
 
 
@@ -23,6 +26,10 @@ class Quantiser:
 
     Attention keys share a large mean, and some coordinates are far wider than others: coded as they are, the rest would
     be lost in rounding. The scale follows each vector's largest coordinate, so nothing is ever cut off.
+
+    Vectors that are much smaller than mean or spreads would be lost in turn. They are coded alone, ``vector ≈ unit ·
+    |scale| · code``, which their scale says by its sign: below zero. So no coordinate is ever off by more than 3 % of
+    the largest of its own vector, or than 1e-8 of the widest spread, whatever else the bank holds.
 
     Args:
         centre: (banks, dim) float32.
@@ -56,8 +63,8 @@ class Quantiser:
     def misfits(self, vectors: Tensor, counts: list[int], stored: list[int], few: int) -> list[int]:
         """Banks whose new vectors (banks, n, dim), ``counts[b]`` of them, need other spreads.
 
-        That is where scales would leave half precision, where typical vectors would lose bits, to spreads or to a mean
-        that is not theirs, and where the spreads were guessed from hardly any vectors and little is stored.
+        That is where scales would leave half precision, where typical vectors would lose bits to spreads that are not
+        theirs, and where the spreads were guessed from hardly any vectors and little is stored.
 
         Args:
             vectors: To be added.
@@ -75,7 +82,6 @@ class Quantiser:
                 not bool((top / _LEVELS < _LARGEST_SCALE).all())
                 or float(top.median()) > (_NARROW if enough else _FAR)
                 or (enough and stored[bank] <= few and self._guessed(bank))
-                or float(self._lost(bank, vectors[bank, :count]).median()) > _MOST_LOST
             ):
                 found.append(bank)
         return found
@@ -89,17 +95,7 @@ class Quantiser:
         # Never narrower, but for a guess: texts that take turns end in one quantiser.
         guessed = self._guessed(bank)
         spread[bank] = fitted.spread[0] if guessed else torch.maximum(spread[bank], fitted.spread[0])
-        if float(Quantiser(centre, spread)._lost(bank, new).median()) > _MOST_LOST:
-            # Much smaller than the old: around nothing, with one spread, each is as exact as its own size allows.
-            centre[bank] = 0.0
-            spread[bank] = both.double().square().mean().sqrt().clamp_min(2**-100)
         return Quantiser(centre, spread)
-
-    def _lost(self, bank: int, vectors: Tensor) -> Tensor:
-        """(n,) the most that rounding can change a coordinate of vectors (n, dim), by their largest coordinates."""
-        steps = ((vectors.float() - self.centre[bank]) / self.spread[bank]).abs().amax(-1) / _LEVELS
-        own = vectors.float().abs().amax(-1)
-        return (steps * self.spread[bank].max() / 2 / own.clamp_min(2**-100)).masked_fill(own == 0, 0.0)
 
     def _guessed(self, bank: int) -> bool:
         spread = self.spread[bank]
@@ -110,14 +106,53 @@ class Quantiser:
         index = banks.to(self.centre.device)
         return Quantiser(self.centre[index], self.spread[index])
 
+    @property
+    def unit(self) -> Tensor:
+        """(banks,) float32: what vectors that are coded alone count in."""
+        return self.spread.amax(-1) * _FINER
+
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (banks, n, dim) int8 and scales (banks, n) float16 of vectors (banks, n, dim)."""
-        flat = (vectors.float() - self.centre[:, None]) / self.spread[:, None]
+        """Codes (banks, n, dim) int8 and scales (banks, n) float16, negative ones of vectors that are coded alone.
+
+        Args:
+            vectors: (banks, n, dim), any floating dtype.
+        """
+        vectors, unit = vectors.float(), self.unit[:, None]
+        flat = (vectors - self.centre[:, None]) / self.spread[:, None]
+        sizes, own = flat.abs().amax(-1), vectors.abs().amax(-1)
+        # The most that rounding can change a coordinate, the code's and that of scales which half precision cuts short.
+        short = (sizes < _LEVELS * 2**-14) * (_LEVELS * 2**-25)
+        lost = (sizes / _LEVELS / 2 + short) * self.spread.amax(-1)[:, None]
+        alone = (lost > _MOST_LOST * own) & (own / unit / _LEVELS < _LARGEST_SCALE)
+        flat = torch.where(alone[..., None], vectors / unit[..., None], flat)
         # Rounded up to half precision, so that no code leaves its byte.
-        scales = (flat.abs().amax(-1) / _LEVELS * (1 + 2**-10)).clamp_min(2**-24).half()
+        scales = (torch.where(alone, own / unit, sizes) / _LEVELS * (1 + 2**-10)).clamp_min(2**-24).half()
         codes = (flat / scales.float()[..., None]).round().clamp(-_LEVELS, _LEVELS)
-        return codes.to(torch.int8), scales
+        return codes.to(torch.int8), torch.where(alone, -scales, scales)
 
     def decode(self, codes: Tensor, scales: Tensor, banks: Tensor | int) -> Tensor:
         """Vectors (..., dim) float32 of codes (..., dim) and scales (...); ``banks`` is a number or has their shape."""
-        return codes.float() * scales.float()[..., None] * self.spread[banks] + self.centre[banks]
+        sizes, spread, centre = scales.float()[..., None], self.spread[banks], self.centre[banks]
+        if not bool((sizes < 0).any()):
+            return codes.float() * sizes * spread + centre
+        alone, unit = sizes < 0, self.unit[banks][..., None]
+        return codes.float() * sizes.abs() * torch.where(alone, unit, spread) + centre.masked_fill(alone, 0.0)
+
+    def scores(self, queries: Tensor, codes: Tensor, scales: Tensor, bank: int, out: Tensor) -> Tensor:
+        """Inner products of queries (q, dim) float32 with vectors of one bank, of which nothing is decoded.
+
+        Args:
+            queries: Of one bank.
+            codes: (n, dim).
+            scales: (n,).
+            bank: Its number.
+            out: (q, n) float32, written to.
+        """
+        codes, sizes = codes.float().T, scales.float()
+        # What belongs to a coordinate goes to the query: the codes themselves are multiplied once.
+        torch.mm(queries * self.spread[bank], codes, out=out)
+        out.mul_(sizes).add_((queries @ self.centre[bank])[:, None])
+        alone = (sizes < 0).nonzero()[:, 0]
+        if len(alone):
+            out[:, alone] = (queries * self.unit[bank]) @ codes[:, alone] * sizes[alone].abs()
+        return out

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fot.retrievers.keys.quantiser import Quantiser
+
 _GROUP = 32
 _SCORE_BUDGET = 1 << 22  # scores, or largest scores of groups, held at a time: 16 MB of fp32
 _CONVERTED = 8192  # keys converted to float32 at a time
@@ -70,24 +72,22 @@ class Block:
         start: Row number of the first.
         keys: (n, D), any floating dtype, or int8 codes.
         scales: (n,) float16 of codes.
-        spread: (D,) float32 of codes.
-        centre: (D,) float32 of codes.
+        quantiser: Of codes.
+        bank: Whose, in the quantiser.
     """
 
     start: int
     keys: Tensor
     scales: Tensor | None = None
-    spread: Tensor | None = None
-    centre: Tensor | None = None
+    quantiser: Quantiser | None = None
+    bank: int = 0
 
     def scores(self, queries: Tensor, first: int, last: int, out: Tensor) -> Tensor:
         """Inner products (Q, last - first) float32 of queries (Q, D) float32 with these keys, written to ``out``."""
-        keys = self.keys[first:last].float().T
-        if self.scales is None or self.spread is None or self.centre is None:
-            return torch.mm(queries, keys, out=out)
-        # What belongs to a coordinate goes to the query: the codes themselves are multiplied once.
-        torch.mm(queries * self.spread, keys, out=out)
-        return out.mul_(self.scales[first:last].float()).add_((queries @ self.centre)[:, None])
+        keys = self.keys[first:last]
+        if self.scales is None or self.quantiser is None:
+            return torch.mm(queries, keys.float().T, out=out)
+        return self.quantiser.scores(queries, keys, self.scales[first:last], self.bank, out)
 
     def parts(self, longest: int) -> Iterator[Block]:
         """The same in pieces of at most ``longest`` keys; nothing is copied."""
@@ -97,14 +97,14 @@ class Block:
         for first in range(0, len(self.keys), longest):
             piece = slice(first, first + longest)
             scales = None if self.scales is None else self.scales[piece]
-            yield Block(self.start + first, self.keys[piece], scales, self.spread, self.centre)
+            yield Block(self.start + first, self.keys[piece], scales, self.quantiser, self.bank)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Keys (q, C, D) floating of rows (q, C), numbered from this block's first."""
         flat = numbers.flatten()
         picked = self.keys.index_select(0, flat)
-        if self.scales is not None and self.spread is not None and self.centre is not None:
-            picked = picked.float() * self.scales.index_select(0, flat).float()[:, None] * self.spread + self.centre
+        if self.scales is not None and self.quantiser is not None:
+            picked = self.quantiser.decode(picked, self.scales.index_select(0, flat), self.bank)
         return picked.view(*numbers.shape, -1)
 
 

@@ -196,7 +196,7 @@ class KeyStore:
     def _block(self, bank: int, first: int, data: Tensor, scales: Tensor | None) -> Block:
         if scales is None or self.quantiser is None:
             return Block(first, data)
-        return Block(first, data, scales, self.quantiser.spread[bank], self.quantiser.centre[bank])
+        return Block(first, data, scales, self.quantiser, bank)
 
     @property
     def code_bytes(self) -> int:

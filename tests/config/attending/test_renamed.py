@@ -109,6 +109,7 @@ def test_yaml_with_old_keys_runs_with_a_note_and_its_resolved_configuration_runs
         _job(path, "--model.memory.max_distance=0")
 
 
+@pytest.mark.slow
 def test_a_shipped_configuration_takes_old_words_of_the_command_line() -> None:
     path = SHIPPED / "baselines" / "memorizing.yaml"
     assert _job(path)[1].model.memory_config.attending == {"name": "gate"}

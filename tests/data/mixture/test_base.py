@@ -69,6 +69,7 @@ plans = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(mixtures, weights, plans, st.integers(1, 3))
 def test_every_document_is_read_once_a_pass_from_its_first_token_to_its_last(
@@ -102,6 +103,7 @@ def test_no_document_is_in_the_rows_of_two_streams(many: list[list[int]], weight
         assert sum(map(len, seen)) == len(set().union(*seen))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(mixtures, weights, plans, st.integers(0, 40), st.sampled_from([None, 1, 2]))
 def test_skipping_equals_reading(

@@ -41,6 +41,7 @@ def _documents(count: int, length: int) -> list[SimpleNamespace]:
     return [SimpleNamespace(name=f"d{n}", ids=draw.integers(3, 250, length)) for n in range(count)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_perplexity_behind_other_documents(lm):
     documents = _documents(5, 200)
@@ -89,6 +90,7 @@ def test_own_share_is_the_softmax_mass_of_the_rows_behind_the_others(lm):
     assert own_share(lm, memory, queries, {1: 60, 3: 60}) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_memory_with_a_capacity_tells_no_share(lm):
     documents = _documents(4, 200)
     others = select_distractors(documents, documents[:1], CONFIG)
@@ -144,6 +146,7 @@ def test_killed_after_any_document_it_goes_on_behind_it(lm, tmp_path, after, wit
     assert folder is None or not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_memory_of_other_weights_or_a_damaged_one_is_read_again(lm, tmp_path):
     documents = _documents(5, 200)
     others = torch.as_tensor(select_distractors(documents, documents[:2], CONFIG))

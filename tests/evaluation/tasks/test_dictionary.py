@@ -143,6 +143,7 @@ def _without_times(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in clock} for row in results["tasks"]]
 
 
+@pytest.mark.slow
 def test_each_size_is_kept_and_the_memory_grows_again(lm) -> None:
     lm.config.retriever = {"name": "hnsw", "min_index_size": 200, "num_threads": 1}
     config = EvaluationConfig(**NOTHING_ELSE, dictionary=TASK)

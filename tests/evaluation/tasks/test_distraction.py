@@ -100,6 +100,7 @@ def test_shares_are_those_of_the_softmax_written_out(top_k: int) -> None:
     assert table.columns == ("memory", "d=2", "d=4")
 
 
+@pytest.mark.slow
 def test_random_weights_do_not_tell_documents_apart() -> None:
     task = DistractionTask(tokens=[CONTEXT], documents=[1, 2, 8], scored=8)
     with attach_memory(tiny_llama(), settings(retriever={"name": "hnsw", "min_index_size": 64})) as lm:

@@ -185,6 +185,7 @@ def test_rows_are_those_of_plain_forwards(lm) -> None:
     assert shown["exact search", "other", "commonest answer"][0].raw == rows["exact", 500, "other"]["commonest"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_was_asked_is_not_asked_again(lm) -> None:
     config = EvaluationConfig(**NOTHING_ELSE, lookup=LookupTask(tokens=[700], facts=3, full_context_tokens=0))

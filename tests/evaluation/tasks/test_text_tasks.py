@@ -162,6 +162,7 @@ def test_what_is_asked_for_was_never_shown(tokenizer: Any, labels: Path, fine: b
     assert all(len(probe.ids) <= 60 or "\n\n" not in asked(tokenizer, probe)[0] for probe in short.probes)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_choice_is_what_decoding_among_the_choices_gives(lm) -> None:
     draw = torch.Generator().manual_seed(3)

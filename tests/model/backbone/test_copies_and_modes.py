@@ -125,6 +125,7 @@ def test_compiling_is_refused_before_attaching_and_after(compiles: Callable[[Any
         attach_memory(model, settings())
 
 
+@pytest.mark.slow
 def test_a_wrapper_that_compiles_is_refused_and_parts_without_attention_may_be_compiled() -> None:
     with pytest.raises(SettingError, match=r"LlamaForCausalLM.*is compiled"):
         attach_memory(torch.compile(tiny_llama(), backend="eager"), settings())

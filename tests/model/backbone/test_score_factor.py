@@ -27,7 +27,14 @@ def with_larger_queries(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("make", [tiny_llama, pytest.param(tiny_qwen3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"top_k": 5}, {"positions": "none"}, {"overlap": 4, "sink_tokens": 2}, {"attending": "gate"}],
+    [
+        {"top_k": 5},
+        {"overlap": 4, "sink_tokens": 2},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({}, {"positions": "none"}, {"attending": "gate"})
+        ),
+    ],
 )
 def test_scores_times_a_factor_are_those_of_longer_queries(make, changes):
     ids, previous = tokens(2, 5 * WINDOW), tokens(4, WINDOW, seed=1)[:, None]

@@ -108,6 +108,7 @@ def test_padded_prompts_of_any_length_equal_each_alone(changes):
             assert_same_row(memory, row, own)
 
 
+@pytest.mark.slow
 def test_a_question_to_each_row_of_a_filled_memory_equals_each_alone():
     texts, (ids, mask) = tokens(3, 50, seed=3), left_padded([20, 7, 33])
     with attach_memory(tiny_llama(), settings(top_k=5, overlap=4)) as lm:

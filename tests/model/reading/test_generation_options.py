@@ -177,6 +177,7 @@ def test_a_streamer_gets_the_prompt_and_every_token():
     assert torch.equal(torch.stack(streamer.parts[1:], dim=1), out[:, 30:])
 
 
+@pytest.mark.slow
 def test_lengths_and_settings_in_a_generation_config():
     ids = tokens(1, 12)
     with attach_memory(tiny_llama(), settings(top_k=6)) as lm:
@@ -191,6 +192,7 @@ def test_lengths_and_settings_in_a_generation_config():
         assert torch.equal(lm.generate(ids), expected)
 
 
+@pytest.mark.slow
 def test_an_end_token_counts_wherever_it_is_set():
     ids = tokens(2, 12)
     with attach_memory(tiny_llama(), settings(top_k=6)) as lm:

@@ -80,6 +80,7 @@ def test_each_text_gets_what_it_gets_alone(make, change):
         assert (len(one), len(other)) == (50, 23)
 
 
+@pytest.mark.slow
 def test_a_text_whose_neighbour_fails_goes_on():
     with attach_memory(tiny_llama(), settings()) as lm:
         memory = lm.new_memory()

@@ -56,6 +56,7 @@ def test_recall_axis_grows_and_keeps_one_apart(results: dict[str, Any]) -> None:
     assert [point.label for point in data.series[0].front()] == ["16", "32", "64", "128", "exact"]
 
 
+@pytest.mark.slow
 def test_distraction_is_drawn_beside_chance(results: dict[str, Any], run_dir: Path) -> None:
     rows = [("exact", 4, 0.4, 64), ("exact", 2, 0.6, 64), ("hnsw", 2, 0.5, 64), ("hnsw", 2, 0.9, 32)]
     results["distraction"] = [
@@ -173,6 +174,7 @@ def test_reports_are_rebuilt_from_their_folders(
     assert main([str(tmp_path)]) == 2
 
 
+@pytest.mark.slow
 def test_not_a_number_in_results_is_missing(results: dict[str, Any], run_dir: Path) -> None:
     results["perplexity"][3]["value"] = float("nan")
     results["retrieval"][0]["qps"] = float("inf")

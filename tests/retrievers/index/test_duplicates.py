@@ -241,6 +241,7 @@ def test_a_large_mean_makes_no_duplicates() -> None:
     assert retriever.nbytes == filled(far, queries, transform="none", duplicate_distance=0).nbytes
 
 
+@pytest.mark.slow
 def test_groups_grow_with_their_bank() -> None:
     keys, queries, past = filler_and_needles()
     retriever = filled(keys[:, :3500], past)
