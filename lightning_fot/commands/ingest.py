@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_fot.errors import SettingError
 from lightning_fot.library.changes import find_changes
 from lightning_fot.library.library import FILE, Library, count, find_folder, is_free, size_of
+from lightning_fot.pretrained.delta import SHIPPED
+from lightning_fot.pretrained.memory_settings import pretrained_settings
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_of, settings_with
 from lightning_fot.request.request import CONFIG, RETRIEVER, Request, make_request
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_fot.library.changes import Changes
 
 DEFAULT_CONFIG = "smollm2_fot"
+# Of a backbone of the user's own.
+FREE_CONFIG = "training_free"
 VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
 HELP = """\
 Usage: {program} MEMORY PATH… [--config NAME|FILE] [--ckpt_path FILE] [--model.KEY=VALUE …]
@@ -31,7 +35,8 @@ Reads documents into a memory on disk, to be asked with: {ask} MEMORY "question"
   MEMORY      a name (kept in memories/NAME) or a folder
   PATH        files or folders of text, source code (one document a folder) or .jsonl (one document a line)
 
-  --config    model settings: a shipped name or a YAML (default: {default}); the rest of the file is not used
+  --config    model settings: a shipped name or a YAML; the rest of the file is not used (default: {default}; of
+              another backbone its own settings, and {free} where it has none and you name no memory layers)
   --ckpt_path trained weights: a checkpoint, or last for checkpoints/last.ckpt beside the YAML
   --model.…   such as --model.backbone=FOLDER, --model.memory.capacity=1000000, --model.memory.retriever=faiss_ivf
 
@@ -59,7 +64,7 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
     given = read(words, replace(VERB, program=program))
     if given.help:
         others = {verb: program.replace("ingest", verb) for verb in ("ask", "memories", "forget")}
-        print(HELP.format(program=program, default=DEFAULT_CONFIG, **others))
+        print(HELP.format(program=program, default=DEFAULT_CONFIG, free=FREE_CONFIG, **others))
         return 0
     name, *paths = given.plain
     folder = find_folder(name)
@@ -89,11 +94,11 @@ def _library(folder: Path, given: Given, program: str) -> Library:
             raise SettingError(
                 "MEMORY", str(folder), "is a folder of other things", "Give the memory first, then the documents."
             )
-        return Library(folder, settings_of(_request(given, program, DEFAULT_CONFIG)))
+        return Library(folder, settings_of(_request(given, program, new=True)))
     library = Library.read(folder)
     named = any(name == RETRIEVER for name, _ in assignments(given.settings))
     library.refuse_foreign(given=named or bool(given.options.config))
-    request = _request(given, program, None)
+    request = _request(given, program)
     # Without a configuration only what is named counts; all else is the memory's own.
     asked = settings_of(request) if request.configs else settings_with(library.model, request)
     own, other = library.model.flat(), asked.flat()
@@ -110,13 +115,29 @@ def _library(folder: Path, given: Given, program: str) -> Library:
     return library
 
 
-def _request(given: Given, program: str, default: str | None) -> Request:
+def _request(given: Given, program: str, new: bool = False) -> Request:
+    """What is asked for; of a new memory, with a configuration where none is named."""
     configs = list(given.options.config)
-    if not configs and default is not None:
-        configs = [default]
-    request = make_request("ingest", configs, given.settings, program)
-    for note in request.notes if given.options.config else ():
-        print(note, file=sys.stderr)
+    if configs or not new:
+        request = make_request("ingest", configs, given.settings, program)
+        for note in request.notes if configs else ():
+            print(note, file=sys.stderr)
+        return request
+    named = dict(assignments(given.settings))
+    backbone = named.get("model.backbone")
+    foreign = backbone is not None and backbone not in SHIPPED
+    if foreign and pretrained_settings(str(backbone)):
+        # It says itself how its memory is to be.
+        return make_request("ingest", [], given.settings, program)
+    free = foreign and not {"model.memory.memory_layers", "ckpt_path"} & named.keys()
+    request = make_request("ingest", [FREE_CONFIG if free else DEFAULT_CONFIG], given.settings, program)
+    # What a configuration says of the borders of windows is for its own weights and windows alone.
+    memory = request.settings["model"]["memory"]
+    if isinstance(memory, dict) and not {"model.memory.overlap", "model.memory.sink_tokens"} & named.keys():
+        window = memory.get("window")
+        room = 0 if foreign and not free else window // 4 if isinstance(window, int) else None
+        if room is not None:
+            memory.update({key: min(memory.get(key, 0), room) for key in ("overlap", "sink_tokens")})
     return request
 
 

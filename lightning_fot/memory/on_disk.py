@@ -89,7 +89,7 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
         log_file = _write(target, "log", _log_entries(memory, log))
         index = {
             # In eight bits, a scale below zero says that a vector is coded alone: earlier versions must not read it.
-            "format": FORMATS[1] if memory.shape.dtype == torch.int8 else FORMATS[0],
+            "format": FORMATS[1] if coded else FORMATS[0],
             "fingerprint": fingerprint,
             "rows": len(lengths),
             "lengths": lengths,

@@ -19,7 +19,7 @@ from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.cli import main
 from lightning_fot.library.library import Library
 from lightning_fot.model.lm import MemoryLM
-from lightning_fot.pretrained import load_backbone
+from lightning_fot.pretrained import load_backbone, load_tokenizer
 from tests.support.memories import SETTINGS, Contents, backbone, books, contents, text
 from tests.support.strikes import struck
 
@@ -284,6 +284,36 @@ def test_settings_are_the_memorys_and_others_are_refused_by_name(
     assert ingest("mine", "more.txt", *SETTINGS, "--model.memory.capacity=4000", "--model.memory.offload_dir=.") == 0
     model = Library.read(here / "memories" / "mine").model
     assert (model.memory["window"], model.memory["capacity"], model.memory["offload_dir"]) == (32, 4000, ".")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # Of the shipped weights, overlap and sink are not for windows and layers of somebody else's.
+        (("memory_layers=[1,3]", "window=64"), {"window": 64, "overlap": 0, "sink_tokens": 0, "positions": "first"}),
+        ((), {"memory_layers": "all", "window": 512, "overlap": 128, "sink_tokens": 4, "positions": "constant"}),
+        (("window=32",), {"memory_layers": "all", "window": 32, "overlap": 8, "sink_tokens": 4}),
+        (("overlap=16", "window=64"), {"overlap": 16, "sink_tokens": 4}),
+    ],
+)
+def test_another_backbone_has_no_settings_of_the_shipped_weights(
+    here: Path, words: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    (here / "note.txt").write_text(text(1), encoding="utf-8")
+    named = [f"--model.memory.{word}" for word in words]
+    assert ingest("mine", "note.txt", "--model.backbone=tiny-random-llama", *named) == 0
+    memory = Library.read(here / "memories" / "mine").model.memory
+    assert {key: memory[key] for key in expected} == expected
+
+
+def test_a_backbone_with_settings_of_its_own_is_read_with_them(here: Path) -> None:
+    (here / "note.txt").write_text(text(1), encoding="utf-8")
+    with attach_memory(load_backbone("tiny-random-llama"), MemoryConfig(memory_layers=[2], window=48, top_k=5)) as lm:
+        lm.save_pretrained(here / "own")
+    load_tokenizer("tiny-random-llama").save_pretrained(here / "own")
+    assert ingest("mine", "note.txt", "--model.backbone=own") == 0
+    memory = Library.read(here / "memories" / "mine").model.memory
+    assert (memory["memory_layers"], memory["window"], memory["top_k"], memory["overlap"]) == ([2], 48, 5, 0)
 
 
 @pytest.mark.slow
