@@ -87,6 +87,7 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
             shards = [*shards, {**file, "start": done, "stop": lengths}]
         log, documents = memory.log.state()
         log_file = _write(target, "log", _log_entries(memory, log))
+        coded = any(layer.key_store.dtype == torch.int8 for layer in memory.layers.values())
         index = {
             # In eight bits, a scale below zero says that a vector is coded alone: earlier versions must not read it.
             "format": FORMATS[1] if coded else FORMATS[0],
