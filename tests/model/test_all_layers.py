@@ -30,9 +30,18 @@ def test_layers_of_another_kind_are_none_of_them():
             assert lm.memory_layers == layers, name
 
 
-def test_a_model_of_sliding_windows_alone_is_refused():
+def test_of_a_model_of_sliding_windows_alone_they_are_all():
+    with attach_memory(tiny("ministral", sliding_window=16), settings(memory_layers="all", window=16)) as lm:
+        assert lm.memory_layers == (0, 1, 2, 3)
+    with pytest.raises(SettingError, match=r"window=17: layer 0 .* sees 16 tokens back"):
+        attach_memory(tiny("ministral", sliding_window=16), settings(memory_layers="all", window=17))
+
+
+def test_a_model_that_sees_parts_alone_is_refused():
+    model = tiny("gpt_oss")
+    model.config.layer_types = ["chunked_attention"] * 4
     with pytest.raises(SettingError, match=r"memory_layers='all': finds none in"):
-        attach_memory(tiny("gpt_oss", layer_types=["sliding_attention"] * 4), settings(memory_layers="all"))
+        attach_memory(model, settings(memory_layers="all"))
 
 
 def test_each_of_them_needs_its_retriever():

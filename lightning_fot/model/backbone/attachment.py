@@ -91,7 +91,7 @@ class Attachment:
         self.latents = frozenset(index for index, layer in self.attentions.items() if expansion(layer) is not None)
         self.way = way_of(config)
         self.calls = Calls()
-        self_test.refuse_sliding_layers(model, self.memory_layers)
+        self_test.refuse_partial_layers(model, self.memory_layers)
         self_test.refuse_shared_layers(model, self.memory_layers)
         self_test.refuse_complex_rotation(model, self.attentions)
         self._original = self._implementation

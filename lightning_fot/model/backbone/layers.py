@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Kinds of layers, as configurations name them, whose attention sees all tokens.
 _SEES_ALL = ("full_attention", "attention", "hybrid", None)
+# … and whose attention sees the latest tokens, as many as ``sliding_window`` says.
+_SLIDES = ("sliding_attention", "hybrid_sliding")
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -97,10 +99,18 @@ def sees_all(model: PreTrainedModel, index: int) -> bool:
     return index >= len(types) or types[index] in _SEES_ALL
 
 
+def slides(model: PreTrainedModel, index: int) -> bool:
+    """Whether a layer's attention sees the latest tokens alone: a window that is no longer can have a memory."""
+    types = getattr(text_config(model), "layer_types", None) or []
+    return index < len(types) and types[index] in _SLIDES
+
+
 def chosen_layers(
     model: PreTrainedModel, config: MemoryConfig, attentions: Mapping[int, nn.Module], count: int
 ) -> tuple[int, ...]:
-    """Numbers of the memory layers; ``all`` are the layers of attention that see the whole text.
+    """Numbers of the memory layers; ``all`` are the layers of attention that see the whole text, or sliding windows.
+
+    Where some see the whole text, those that slide are left as they are: their tokens look back a little way by design.
 
     Args:
         model: The backbone.
@@ -109,18 +119,19 @@ def chosen_layers(
         count: Layers of the backbone.
 
     Raises:
-        SettingError: One is not there or has no retriever where each has its own, or all see a sliding window.
+        SettingError: One is not there or has no retriever where each has its own, or none can have a memory.
     """
     named = config.resolve_layers(count)
     if config.memory_layers != "all":
         return named
     found = tuple(index for index in named if index in attentions and sees_all(model, index))
+    found = found or tuple(index for index in named if index in attentions and slides(model, index))
     if not found:
         raise SettingError(
             "model.memory.memory_layers",
             "all",
-            f"finds none in {type(model).__name__}: its layers of attention see a sliding window",
-            "Use a backbone with layers of full attention.",
+            f"finds none in {type(model).__name__}: its layers of attention see parts of the text",
+            "Use a backbone with layers of full attention, or of sliding windows.",
         )
     for index in found:
         layer_spec(config.retriever, index)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone.layers import decoder_of, expansion, following_length, sees_all, text_config
+from lightning_fot.model.backbone.layers import decoder_of, expansion, following_length, sees_all, slides, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
 from lightning_fot.model.passes.probe import LayerFacts
@@ -164,17 +164,20 @@ def refuse_layers_without_attention(
             )
 
 
-def refuse_sliding_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
-    """Raises: SettingError: A memory layer sees a sliding window by its configuration, and so no memory."""
+def refuse_partial_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
+    """Raises: SettingError: A memory layer sees chunks or other parts of the text, and so no memory.
+
+    Layers with a sliding window see all of a memory's window where that is no longer: see refuse_narrow_layers.
+    """
     types = getattr(text_config(model), "layer_types", None) or []
     for index in memory_layers:
-        if not sees_all(model, index):
-            full = [number for number in range(len(types)) if sees_all(model, number)]
+        if not (sees_all(model, index) or slides(model, index)):
+            full = [number for number in range(len(types)) if sees_all(model, number) or slides(model, number)]
             raise SettingError(
                 "model.memory.memory_layers",
                 list(memory_layers),
                 f"layer {index} of this backbone has {types[index].replace('_', ' ')}, which sees no memory",
-                f"Choose among its layers of full attention: {full}.",
+                f"Choose among its layers of full attention or sliding windows: {full}.",
             )
 
 

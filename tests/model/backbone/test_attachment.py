@@ -69,11 +69,15 @@ def test_bfloat16_models_are_served():
     assert out.memory.layers[1].keys.dtype == torch.bfloat16
 
 
-def test_sliding_layers_cannot_be_memory_layers():
-    kinds = ["sliding_attention", "full_attention"] * 2
-    model = family("Gemma2", {**CASES["Gemma2"][1], "layer_types": kinds, "sliding_window": 8})
-    with pytest.raises(SettingError, match=r"layer 0 .* sliding attention.*\[1, 3\]"):
-        attach_memory(model, settings(memory_layers=[0]))
+def test_layers_of_chunks_or_of_narrow_windows_cannot_be_memory_layers():
+    kinds = ["sliding_attention", "full_attention", "chunked_attention", "full_attention"]
+    model = family("Gemma2", {**CASES["Gemma2"][1], "layer_types": kinds[:2] * 2, "sliding_window": 8})
+    with pytest.raises(SettingError, match=r"window=16: layer 0 .* sees 8 tokens back.*at most 8"):
+        attach_memory(model, settings(memory_layers=[0], window=16))
+    model.config.layer_types = kinds
+    with pytest.raises(SettingError, match=r"layer 2 .* chunked attention.*\[0, 1, 3\]"):
+        attach_memory(model, settings(memory_layers=[2]))
+    model.config.layer_types = kinds[:2] * 2
     with attach_memory(model, settings(memory_layers=[1, 3], overlap=4)) as lm, torch.no_grad():
         ids = tokens(1, 12)
         torch.testing.assert_close(lm(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)

@@ -13,7 +13,7 @@ from lightning_fot.model.passes.local_layer import LocalLayer
 from lightning_fot.model.passes.local_window import MemoryCache
 from lightning_fot.model.passes.window import WindowPass
 from tests.support.decoder_types import tiny
-from tests.support.deep import deep_faults
+from tests.support.deep import WINDOW, deep_faults
 from tests.support.models import settings, tokens
 
 HYBRIDS = ["lfm2", "granitemoehybrid", "qwen3_next", "jamba", "bamba", "nemotron_h", "falcon_h1"]
@@ -38,6 +38,14 @@ def _slow_but(names, quick):
 @pytest.mark.parametrize("name", _slow_but(FORMS, "gpt_oss"))
 def test_other_forms_of_attention_are_read_as_by_the_oracle(name):
     assert deep_faults(tiny(name), 3) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma4_text", "gpt_oss", "gemma2", "olmo3", "ministral"])
+def test_a_layer_that_slides_remembers_where_the_window_fits(name):
+    model = tiny(name, sliding_window=WINDOW)
+    assert model.config.layer_types[2] == "sliding_attention"
+    assert deep_faults(model, 2) == {}
 
 
 @pytest.mark.parametrize("name", _slow_but(LATENTS, "deepseek_v3"))
