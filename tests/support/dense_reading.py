@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_reading"
 _ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
+_COMPLEX = "apply_rotary_emb"
 Seen = Sequence[tuple[list[int], list[int]]]
 
 
@@ -103,11 +104,22 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _as_complex(query: Tensor, key: Tensor, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring dimensions of (B, H, n, D) as complex numbers, times those of (B, n, D / 2)."""
+    angles = torch.complex(real, imaginary)[:, None]
+    turned = (torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * angles for part in (query, key))
+    first, second = (torch.view_as_real(part).flatten(-2) for part in turned)
+    return first, second
+
+
 def _kept_from_rotating(function: Any) -> Any:
     single = next(iter(inspect.signature(function).parameters)) == "x"
 
     def keep(first: Tensor, *given: Any, **named: Any) -> Any:
         key, rest = (first, given) if single else (given[0], given[1:])
+        if rest[0].is_complex():
+            _NOW[-1].rotation = _as_complex, rest[0].real, rest[0].imag, first.shape[-1], False
+            return first, key
         cos, sin = rest[0], rest[1]
         _NOW[-1].rotation = function, cos, sin, first.shape[-1], single
         return first if single else (first, key)
@@ -119,6 +131,11 @@ def _kept_from_rotating(function: Any) -> Any:
 def _unrotated(model: PreTrainedModel) -> Iterator[None]:
     files = {sys.modules[type(part).__module__] for part in model.modules() if "Attention" in type(part).__name__}
     functions = {(file, name): vars(file)[name] for file in files for name in _ROTARY if hasattr(file, name)}
+    functions |= {
+        (file, _COMPLEX): vars(file)[_COMPLEX]
+        for file in files
+        if "freqs_cis" in inspect.signature(vars(file).get(_COMPLEX, print)).parameters
+    }
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation(NAME)
     try:

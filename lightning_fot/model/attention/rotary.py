@@ -50,6 +50,27 @@ def turn_last(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return turned(query), turned(key)
 
 
+def turn_pairs(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates the last 2R of D dimensions, two neighbours together: a complex number each (DeepSeek V2, Llama 4).
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, T, D).
+        cos: (B or 1, T, R), real parts.
+        sin: (B or 1, T, R), imaginary parts.
+    """
+    width = 2 * cos.shape[-1]
+
+    def turned(heads: Tensor) -> Tensor:
+        plain, part = heads[..., :-width], heads[..., -width:].float()
+        real, imaginary = part[..., 0::2], part[..., 1::2]
+        left, right = cos[:, None], sin[:, None]
+        both = torch.stack([real * left - imaginary * right, real * right + imaginary * left], -1)
+        return torch.cat([plain, both.flatten(-2).to(heads.dtype)], -1)
+
+    return turned(query), turned(key)
+
+
 def fitted(function: RotaryFn, head_dim: int, width: int) -> RotaryFn:
     """A rotary function in the form of Llama's, ``(query, key, cos, sin)`` of whole heads.
 

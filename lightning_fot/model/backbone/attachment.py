@@ -93,7 +93,7 @@ class Attachment:
         self.calls = Calls()
         self_test.refuse_partial_layers(model, self.memory_layers)
         self_test.refuse_shared_layers(model, self.memory_layers)
-        self_test.refuse_complex_rotation(model, self.attentions)
+        self_test.refuse_short_chunks(model, config.window)
         self._original = self._implementation
         backends = {index: attention_function(self._original, layer) for index, layer in self.attentions.items()}
         self.hooks = Hooks(

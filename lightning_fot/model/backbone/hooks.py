@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
-from lightning_fot.model.attention.rotary import Embeddings, RotaryFn, find_rotary, fitted, identity_rotary
+from lightning_fot.model.attention.rotary import Embeddings, RotaryFn, find_rotary, fitted, identity_rotary, turn_pairs
 from lightning_fot.model.backbone.calls import Calls
 from lightning_fot.model.backbone.layers import (
     check_replay,
@@ -173,6 +173,8 @@ class Hooks:
         self.gates: dict[int, nn.Parameter] = {}
         self.positions = "first"
         self.distance: int | None = None
+        # Whether rotary modules give complex numbers: noted when one first does.
+        self._complex = False
         self.score_factor = 1.0
         self._kept = KeptCaches(model)
         self._backends = backends
@@ -220,6 +222,15 @@ class Hooks:
         fitting: list[RotaryFn] = []
 
         def before_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found = prepared(layer, args, kwargs)
+            if found is not None and isinstance(found[1].get("position_embeddings"), tuple) and self._complex:
+                # As the layer knows them; all else is told of real and imaginary parts, as of cos and sin.
+                found[1]["position_embeddings"] = torch.complex(*found[1]["position_embeddings"])
+            return found
+
+        def prepared(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             state = self.calls.state
             # Without our interface the call would reach a foreign attention function as an unknown argument. Within a
             # pass it is known to be ours: asking transformers' configuration takes longer than the rest of this hook.
@@ -263,7 +274,9 @@ class Hooks:
                 return args, kwargs
             # positions="none" concerns memory layers alone.
             if facts.rotates and (self.positions != "none" or not is_memory_layer):
-                if not fitting and rotary is not None:
+                if not fitting and self._complex:
+                    fitting.append(turn_pairs)
+                elif not fitting and rotary is not None:
                     fitting.append(fitted(rotary, facts.head_dim, embeddings[0].shape[-1]))
                 call.position_embeddings, call.rotary = embeddings, fitting[0] if fitting else None
                 call.plain_at_zero = facts.plain_at_zero
@@ -377,8 +390,12 @@ class Hooks:
             return (args[0], positions, *args[2:]), kwargs
 
         def without_far(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.calls.state.current is None or self.distance is None:
+            if self.calls.state.current is None:
                 return None
+            if isinstance(output, torch.Tensor) and output.is_complex():
+                self._complex, output = True, (output.real.contiguous(), output.imag.contiguous())
+            if self.distance is None:
+                return output
             cos, sin = (half[..., 1:, :] for half in output)
             setattr(cos, _FAR, tuple(half[..., :1, :] for half in output))
             return cos, sin

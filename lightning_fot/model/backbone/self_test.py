@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fot.config.attending.base import SETTING
 from lightning_fot.errors import SettingError
-from lightning_fot.model.backbone.layers import decoder_of, expansion, following_length, sees_all, slides, text_config
+from lightning_fot.model.backbone.layers import decoder_of, following_length, sees_all, slides, text_config
 from lightning_fot.model.passes.base import Pass
 from lightning_fot.model.passes.crossbatch import CollectPass
 from lightning_fot.model.passes.probe import LayerFacts
@@ -181,6 +180,19 @@ def refuse_partial_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]
             )
 
 
+def refuse_short_chunks(model: PreTrainedModel, window: int) -> None:
+    """Raises: SettingError: Layers see chunks of the text that are shorter than a window (Llama 4)."""
+    settings = text_config(model)
+    chunk = getattr(settings, "attention_chunk_size", None)
+    if "chunked_attention" in (getattr(settings, "layer_types", None) or []) and chunk and chunk < window:
+        raise SettingError(
+            "model.memory.window",
+            window,
+            f"layers of this backbone see chunks of {chunk} tokens, which would begin in the midst of windows",
+            f"Use a window of at most {chunk}.",
+        )
+
+
 def refuse_shared_layers(model: PreTrainedModel, memory_layers: tuple[int, ...]) -> None:
     """Raises: SettingError: A memory layer gives its keys to other layers, or has those of another (Gemma 3n and 4)."""
     modes = getattr(text_config(model), "kv_sharing_modes", None) or []
@@ -192,18 +204,6 @@ def refuse_shared_layers(model: PreTrainedModel, memory_layers: tuple[int, ...])
                 list(memory_layers),
                 f"layer {index} of this backbone shares its keys and values with other layers, which have no memory",
                 f"Choose among layers that keep theirs: {own}.",
-            )
-
-
-def refuse_complex_rotation(model: PreTrainedModel, attentions: Mapping[int, nn.Module]) -> None:
-    """Raises: SettingError: Layers of latents rotate by complex numbers (DeepSeek V2)."""
-    for index, layer in attentions.items():
-        if expansion(layer) is not None and hasattr(sys.modules[type(layer).__module__], "apply_rotary_emb"):
-            raise SettingError(
-                "model.backbone",
-                type(model).__name__,
-                f"layer {index} has multi-head latent attention that rotates by complex numbers",
-                "Use a backbone that rotates by cosines and sines, as DeepSeek V3 does.",
             )
 
 

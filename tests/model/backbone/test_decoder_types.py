@@ -61,12 +61,33 @@ def test_pairs_of_latent_attention_are_whole_keys_and_values():
         assert (pairs.kv_heads, pairs.key_store.dim, pairs.value_store.dim) == (4, 16, 12)
 
 
-def test_latents_that_rotate_by_complex_numbers_are_refused():
-    model = tiny("deepseek_v2")
-    before = model(tokens(1, 8)).logits
-    with pytest.raises(SettingError, match="layer 0 has multi-head latent attention that rotates by complex numbers"):
-        attach_memory(model, settings(memory_layers=[3]))
-    assert torch.equal(model(tokens(1, 8)).logits, before)
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", [None, 6])
+@pytest.mark.parametrize(
+    ("name", "layer", "changes"),
+    [
+        ("deepseek_v2", 3, {}),
+        ("llama4_text", 3, {}),
+        ("llama4_text", 1, {"layer_types": ["full_attention"] * 4}),
+    ],
+    ids=["latents", "a layer that does not rotate", "a layer that does"],
+)
+def test_rotation_by_complex_numbers_is_read_as_by_the_oracle(name, layer, changes, distance):
+    model = tiny(name, **changes)
+    ids = tokens(1, 8)
+    before = model(ids).logits
+    if distance is not None and name == "llama4_text" and layer == 3:
+        with pytest.raises(SettingError, match="constant"):
+            attach_memory(model, settings(memory_layers=[3], positions="constant", distance=6))
+    else:
+        assert deep_faults(model, layer, distance=distance) == {}
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_windows_longer_than_chunks_are_refused():
+    model = tiny("llama4_text", attention_chunk_size=12)
+    with pytest.raises(SettingError, match="window=16: layers of this backbone see chunks of 12 tokens"):
+        attach_memory(model, settings(memory_layers=[3], window=16))
 
 
 @pytest.mark.parametrize("name", _slow_but(HYBRIDS, "lfm2"))
