@@ -3,6 +3,7 @@
     python benchmarks/lookup.py BOOK.txt            # the shipped weights, 24 facts in 4,096 tokens
     python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --layers 18,20  # untrained
     python benchmarks/lookup.py BOOK.txt --backbone smollm2-135m --free top_k=32 dense_pairs=0  # all layers, untrained
+    python benchmarks/lookup.py BOOK.txt --quotes 2  # passages that a question attends to are read again before it
     python benchmarks/lookup.py BOOK.txt --plain    # everything in the backbone's own context
     python benchmarks/lookup.py BOOK.txt --heads    # found, weighed: where the memory layers looked
     python benchmarks/lookup.py BOOK.txt --tokens 65536 --retriever hnsw --log lookups.jsonl
@@ -36,6 +37,7 @@ from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.config.tasks import MOST_FACTS
 from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.tasks.parts.facts import Fact, make_facts, sentences_of, text_with
+from lightning_fot.library.answering import quoted
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
@@ -112,6 +114,7 @@ class Subject:
                 args.backbone, retriever=args.retriever, score_factor=args.score_factor, **changes
             )
         self.begin = "\n" if args.newline else ""
+        self.quotes = 0 if self.plain else args.quotes
 
     @torch.no_grad()
     def read(self, text: str) -> None:
@@ -145,9 +148,14 @@ class Subject:
         assert found is not None
         return found[0].float()
 
+    def question(self, text: str) -> list[int]:
+        """Ids of a question, behind what it quotes."""
+        ids = ids_of(self.tokenizer, self.begin + text)
+        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes) if self.quotes else ids
+
     def ask(self, question: str, answer: str) -> tuple[bool, float, list[int], list[int]]:
         """Whether each token of the answer is the most likely; its loss in nats a token; both, and what was likely."""
-        asked = ids_of(self.tokenizer, self.begin + question)
+        asked = self.question(question)
         wanted = ids_of(self.tokenizer, answer)
         scores = self.logits(asked + wanted)[len(asked) - 1 : -1].log_softmax(-1)
         likely = scores.argmax(-1).tolist()
@@ -156,7 +164,7 @@ class Subject:
 
     def say(self, question: str, tokens: int) -> str:
         """The likeliest continuation, until a sentence or a line ends."""
-        ids = ids_of(self.tokenizer, self.begin + question)
+        ids = self.question(question)
         said: list[int] = []
         for _ in range(tokens):
             said.append(int(self.logits(ids + said)[-1].argmax()))
@@ -251,7 +259,8 @@ def who_of(args: argparse.Namespace) -> str:
         return PLAIN
     if args.free is not None:
         return FREE
-    return f"{args.backbone}, {args.retriever}" if not args.layers else f"{args.backbone}, layers {args.layers}"
+    quotes = f", {args.quotes} quotes" if args.quotes else ""
+    return f"{args.backbone}, {f'layers {args.layers}' if args.layers else args.retriever}{quotes}"
 
 
 def draw(log: Path, file: Path) -> None:
@@ -302,6 +311,7 @@ def main() -> None:
     parser.add_argument("--score-factor", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--quotes", type=int, default=0, help="passages that a question is asked behind")
     parser.add_argument("--newline", action="store_true", help="a line break before each question")
     parser.add_argument("--say", action="store_true", help="say what is answered in place of what is right")
     parser.add_argument("--heads", action="store_true", help="tell found and weighed pairs by layer")

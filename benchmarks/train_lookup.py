@@ -64,6 +64,8 @@ FORM = (
     "{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
 )
 STOPS = ["\n", ". "]
+# Passages that a question is asked behind.
+QUOTES = 2
 SAVE_EVERY = 25
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
@@ -227,6 +229,7 @@ class Training:
                 "seed": self.args.seed,
                 "chat_template": FORM,
                 "answer_stops": STOPS,
+                "quotes": QUOTES,
             },
         )
 

@@ -40,6 +40,7 @@ _OPTIONS = (
     Option("seed", "of sampling (default: a new one each time)", int),
     Option("passages", "passages shown, 0 for none (default 5)", int, 5),
     Option("passage_tokens", "tokens of a passage (default 64)", int, _PASSAGE_TOKENS),
+    Option("quotes", "passages read once more before the question (default: as the model is asked)", int),
     Option("raw", "continue the text as it is, without the chat template", None, False),
     Option("url", "ask this server of `serve`, where MEMORY is a name; no model is loaded here", str),
     Option("api_key", "of that server", str),
@@ -123,7 +124,9 @@ def _ask_server(
         if value is not None:
             raise SettingError(name, value, "cannot be chosen when a server is asked", "Leave it out.")
     sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    remote = Remote(options.url, memory, **sampling, passages=options.passages, raw=options.raw, key=key)
+    remote = Remote(
+        options.url, memory, **sampling, passages=options.passages, quotes=options.quotes, raw=options.raw, key=key
+    )
     question = _question(asked, options.json)
 
     def answer() -> int:
@@ -146,6 +149,7 @@ def _check(options: SimpleNamespace) -> None:
         ("top_k_tokens", 1, float("inf")),
         ("seed", 0, 2**63 - 1),
         ("passages", 0, float("inf")),
+        ("quotes", 0, float("inf")),
         ("passage_tokens", 1, float("inf")),
     )
     for name, least, most in limits:

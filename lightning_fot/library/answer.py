@@ -36,7 +36,7 @@ class Answer:
         question: What was asked.
         text: The answer.
         complete: Whether the model ended it, not the limit of tokens.
-        prompt_tokens: Tokens of what the model read: the chat template and the conversation so far included.
+        prompt_tokens: Tokens of what was asked: the chat template and the conversation so far included, quotes not.
         answer_tokens: Tokens generated.
         seconds: Time from question to answer.
         seed: Of sampling; None for a greedy answer.

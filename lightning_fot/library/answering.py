@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
+from lightning_fot.library.quotes import find_quotes, with_quotes
 from lightning_fot.library.words import Words
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class AnswerSettings:
         passages: Passages wanted; with 0 attention is not recorded.
         passage_tokens: Tokens of a passage.
         raw: Continue the question as it is, even where the tokenizer has a chat template.
+        quotes: Passages that the question attends to, read once more right before it; None takes as many as the model
+            is asked with (:func:`quotes_of`).
     """
 
     max_new_tokens: int = 100
@@ -49,6 +52,7 @@ class AnswerSettings:
     passages: int = 5
     passage_tokens: int = 64
     raw: bool = False
+    quotes: int | None = None
 
     @property
     def sampled(self) -> bool:
@@ -79,6 +83,8 @@ class Answerer:
         self._ids: list[int] = []
         self._ends = ends_of(lm, tokenizer)
         self._stops = stops_of(tokenizer) if self.chat else ()
+        wanted = settings.quotes
+        self._quotes = (quotes_of(tokenizer) if self.chat else 0) if wanted is None else wanted
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Answer:
         """Answers a question.
@@ -92,6 +98,8 @@ class Answerer:
         """
         began = time.monotonic()
         prompt = self._prompt(question)
+        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes)
+        quotes, prompt = len(behind) - len(prompt), behind
         streamer = _Streamer(self.tokenizer, write, self._stops, self.chat)
         seed = self._seed()
         with torch.random.fork_rng(enabled=seed is not None):
@@ -107,12 +115,13 @@ class Answerer:
         answer = sequence[len(prompt) :]
         ended = bool(answer) and answer[-1] in self._ends
         complete = ended or streamer.words.stopped
-        self._ids = sequence[:-1] if ended else sequence
+        # The next question has quotes of its own.
+        self._ids = sequence[quotes:-1] if ended else sequence[quotes:]
         text = streamer.text
         self._messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         passages = None if trace is None else self._passages(trace)
         seconds = time.monotonic() - began
-        return Answer(question, text, complete, len(prompt), len(answer), seconds, seed, passages)
+        return Answer(question, text, complete, len(prompt) - quotes, len(answer), seconds, seed, passages)
 
     def _prompt(self, question: str) -> list[int]:
         """Ids of the conversation and the question."""
@@ -207,6 +216,22 @@ def encoded(tokenizer: Any, text: str, first: bool, setting: str = "question") -
     return ids
 
 
+def quoted(lm: MemoryLM, tokenizer: Any, memory: Memory, prompt: list[int], quotes: int) -> list[int]:
+    """Ids of a prompt behind the passages that it attends to.
+
+    Args:
+        lm: The attached model.
+        tokenizer: Its tokenizer.
+        memory: One row, what was read.
+        prompt: Ids of the question, framed as it will be asked.
+        quotes: Passages wanted.
+    """
+    if not quotes:
+        return prompt
+    between = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return with_quotes(prompt, find_quotes(lm, prompt, memory, quotes), between)
+
+
 def attended_passages(
     trace: AttentionTrace, memory: Memory, tokenizer: Any, length: int, top: int
 ) -> list[AttendedPassage]:
@@ -271,6 +296,11 @@ class _Stopped(StoppingCriteria):
 def stops_of(tokenizer: Any) -> tuple[str, ...]:
     """Texts that end an answer in the chat template of a tokenizer, where it has no token for that."""
     return tuple(getattr(tokenizer, "answer_stops", ()))
+
+
+def quotes_of(tokenizer: Any) -> int:
+    """Passages that a question is asked behind in the chat template of a tokenizer."""
+    return int(getattr(tokenizer, "answer_quotes", 0))
 
 
 def ends_of(lm: MemoryLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:

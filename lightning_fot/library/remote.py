@@ -37,6 +37,7 @@ class Remote:
         top_p: Sample among the likeliest tokens of this joint probability; None means all.
         seed: Of sampling; None draws one for each answer.
         passages: Passages wanted.
+        quotes: Passages read once more before the question; None leaves it to the server's model.
         raw: Continue the question as it is, even where the server's model has a chat template.
         key: The server's API key; None without.
 
@@ -54,6 +55,7 @@ class Remote:
         top_p: float | None = None,
         seed: int | None = None,
         passages: int = 5,
+        quotes: int | None = None,
         raw: bool = False,
         key: str | None = None,
     ) -> None:
@@ -66,6 +68,8 @@ class Remote:
         self._raw = raw
         self._seed = seed
         self._fields: dict[str, Any] = {"max_tokens": max_new_tokens, "passages": passages}
+        if quotes is not None:
+            self._fields["quotes"] = quotes
         if temperature is not None or top_p is not None:
             self._fields |= {"temperature": 1.0 if temperature is None else temperature, "top_p": top_p}
         self._messages: list[dict[str, str]] = []

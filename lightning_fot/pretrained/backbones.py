@@ -265,6 +265,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if delta.chat_template is not None:
             own.chat_template = delta.chat_template
             own.answer_stops = delta.answer_stops
+            own.answer_quotes = delta.quotes
         return own
     info = check_backbone(name)
     if name == TINY or is_architecture(name):

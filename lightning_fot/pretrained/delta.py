@@ -40,6 +40,7 @@ class Delta:
         folder: Where its settings and weights are.
         chat_template: In place of the base's: the form in which training asked. None leaves the base's.
         answer_stops: Texts that end an answer in that form.
+        quotes: Passages of the memory that a question is asked behind.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Delta:
     folder: Path
     chat_template: str | None = None
     answer_stops: tuple[str, ...] = ()
+    quotes: int = 0
 
     @property
     def settings(self) -> Path:
@@ -73,7 +75,8 @@ def find_delta(name: str) -> Delta | None:
         said = read_sealed(file)
         template = said.get("chat_template")
         stops = tuple(str(stop) for stop in said.get("answer_stops", ()))
-        found = Delta(name, str(said["base"]), folder, None if template is None else str(template), stops)
+        template = None if template is None else str(template)
+        found = Delta(name, str(said["base"]), folder, template, stops, int(said.get("quotes", 0)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unusable(name, f"{DELTA_FILE} cannot be read ({error})") from error
     if not found.weights.is_file():

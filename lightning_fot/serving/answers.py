@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from lightning_fot.library.answering import stops_of
+from lightning_fot.library.answering import quotes_of, stops_of
 from lightning_fot.serving.engine import Engine, Event, Finished, Piece, Ticket
 from lightning_fot.serving.requests import Asked
 from lightning_fot.serving.shelf import Shelves
@@ -53,6 +53,8 @@ class Answers:
         memory, wanted = self._shelf.memory, self._asked.wanted
         if self._asked.chat:
             wanted = replace(wanted, stop=(*wanted.stop, *stops_of(self._shelves.tokenizer)), trim=True)
+            if wanted.quotes is None:
+                wanted = replace(wanted, quotes=quotes_of(self._shelves.tokenizer))
         for number in range(len(prompts) * self._asked.n):
             copy = number % self._asked.n
             own = wanted if wanted.seed is None else replace(wanted, seed=wanted.seed + copy)

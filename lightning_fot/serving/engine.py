@@ -23,7 +23,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import AttendedPassage
-from lightning_fot.library.answering import attended_passages, ends_of
+from lightning_fot.library.answering import attended_passages, ends_of, quoted
 from lightning_fot.library.words import Words
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.reading.together import go_on
@@ -279,8 +279,9 @@ class _Row:
         self.ticket = ticket
         self.last = ticket.prompt[-1]
         self.count = 0
+        prompt = quoted(lm, tokenizer, ticket.memory, ticket.prompt, ticket.wanted.quotes or 0)
         self.trace = AttentionTrace() if ticket.wanted.passages and len(ticket.memory) else None
-        self.text = lm.continuation(ticket.prompt, ticket.memory, self.trace)
+        self.text = lm.continuation(prompt, ticket.memory, self.trace)
         wanted = ticket.wanted
         self.words = Words(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), wanted.stop, wanted.trim)
         self.generator: torch.Generator | None = None

@@ -51,6 +51,7 @@ class Wanted:
         stop: The answer ends before the first of these.
         trim: Whether spaces before it are left out.
         passages: Passages wanted.
+        quotes: Passages read once more before the prompt; None: as many as the model is asked with.
     """
 
     max_tokens: int
@@ -60,6 +61,7 @@ class Wanted:
     stop: tuple[str, ...] = ()
     trim: bool = False
     passages: int = 5
+    quotes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 _KNOWN = {
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop",
-    "stream", "stream_options", "passages", "user", "metadata", "store", "service_tier", "tool_choice",
+    "stream", "stream_options", "passages", "quotes", "user", "metadata", "store", "service_tier", "tool_choice",
     "parallel_tool_calls", "safety_identifier", "prompt_cache_key", *_UNSUPPORTED,
 }  # fmt: skip
 
@@ -163,6 +165,7 @@ def read_asked(body: bytes, chat: bool, settings: ServerSettings) -> Asked:
         seed=_number(given, "seed", int, -(2**63), 2**63 - 1, None),
         stop=_stops(given),
         passages=_number(given, "passages", int, 0, 50, 5),
+        quotes=_number(given, "quotes", int, 0, 50, None),
     )
     return Asked(
         model,

@@ -204,6 +204,7 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["mine", "What?", "--model.backbone=other"], "model.backbone='other': is fixed"),
     (["mine", "What?", "--model.memory.retriever=hnws"], "hnws"),
     (["mine", "What?", "--model.memory.top_k"], "has no value"),
+    (["mine", "What?", "--quotes=-1"], "quotes=-1: must be at least 0"),
     ([], "MEMORY=None: is missing"),
 ]
 

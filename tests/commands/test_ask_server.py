@@ -80,6 +80,7 @@ def reported(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
         ["What is word5?", "--max_new_tokens=12"],
         ["What is word5?", "--max_new_tokens=12", "--raw"],
         ["word7", "--max_new_tokens=9", "--temperature=1.3", "--top_p=0.9", "--seed=7", "--passages=2"],
+        ["What is word5?", "--max_new_tokens=12", "--quotes=1"],
         ["word7", "--max_new_tokens=9", "--top_p=0.9", "--seed=7", "--passages=0"],
     ],
 )
