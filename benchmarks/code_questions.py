@@ -37,6 +37,7 @@ import torch
 
 from lightning_fot import attach_pretrained
 from lightning_fot.evaluation.measures.passkey import wilson
+from lightning_fot.library.answering import quoted
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
 MODULES = (
@@ -113,6 +114,7 @@ class Memory:
         self.tokenizer = tokenizer
         self.lm = attach_pretrained(args.backbone, retriever=args.retriever)
         self.memory = self.lm.new_memory()
+        self.quotes = args.quotes
         began, read = time.monotonic(), 0
         for module, text in sources.items():
             ids = torch.tensor([encode(tokenizer, text)])
@@ -125,6 +127,10 @@ class Memory:
         found = self.lm(torch.tensor([ids]), memory=self.memory if memory else self.lm.new_memory()).logits
         assert found is not None
         return found[0]
+
+    def behind_quotes(self, ids: list[int]) -> list[int]:
+        """A question behind what it quotes."""
+        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes)
 
     def attended(self, ids: list[int]) -> str:
         """The document that draws most attention."""
@@ -172,8 +178,11 @@ def answered(subject: Memory | Context, tokenizer: Any, question: Question, aske
     begin = encode(tokenizer, f"\n{asked}")
     shared = next((place for place, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
     shared = min(shared, len(whole) - 1)
-    said = subject.logits(question.module, whole, memory)[shared - 1 : -1].argmax(-1).tolist()
-    return bool(said == whole[shared:])
+    ids, answer = whole[:shared], whole[shared:]
+    if memory and isinstance(subject, Memory):
+        ids = subject.behind_quotes(ids)
+    said = subject.logits(question.module, ids + answer, memory)[len(ids) - 1 : -1].argmax(-1).tolist()
+    return bool(said == answer)
 
 
 @torch.no_grad()
@@ -184,6 +193,7 @@ def main() -> None:
     parser.add_argument("--retriever", default="exact")
     parser.add_argument("--modules", nargs="+", default=MODULES)
     parser.add_argument("--questions", type=int, default=200, help="of all kinds together")
+    parser.add_argument("--quotes", type=int, default=0, help="passages that a question is asked behind")
     parser.add_argument("--plain", action="store_true", help="the backbone, with the module in its own context")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
