@@ -48,7 +48,7 @@ from support.timing import Stamps, interleave, spread
 from lightning_fot.cli import main as lightning
 from lightning_fot.library.library import Library
 from lightning_fot.memory.passages import AttentionTrace
-from lightning_fot.model.reading.together import go_on
+from lightning_fot.model.reading.together import Together
 from lightning_fot.training.opening import open_model
 
 NAME = "bench"
@@ -125,10 +125,11 @@ class Direct:
         for text in texts:
             while not text.ready:
                 text.read_part()
+        batch = Together(self.lm.attachment)
         going = list(range(len(prompts)))
         first = float("nan")
         while going:
-            chosen = go_on([texts[row] for row in going], [last[row] for row in going]).argmax(-1).tolist()
+            chosen = batch.go_on([texts[row] for row in going], [last[row] for row in going]).argmax(-1).tolist()
             first = time.perf_counter() - began if first != first else first
             for row, token in zip(going, chosen, strict=True):
                 last[row] = token

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory as Memory
     from lightning_fot.model.attach import attach_memory as attach_memory
     from lightning_fot.model.attach import attach_pretrained as attach_pretrained
+    from lightning_fot.model.hub import push_to_hub as push_to_hub
     from lightning_fot.training.module import FocusedTransformer as FocusedTransformer
 
 __version__ = "0.2.0"
@@ -28,6 +29,7 @@ _HOME = {
     "FocusedTransformer": "training.module",
     "Memory": "memory.memory",
     "MemoryConfig": "config.memory",
+    "push_to_hub": "model.hub",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

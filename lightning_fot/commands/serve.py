@@ -15,7 +15,7 @@ from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.serving.settings import ServerSettings
 
 _INSTALL = "pip install 'lightning-fot[serve]'"
-_NEEDED = ("starlette", "uvicorn")
+_NEEDED = ("starlette", "uvicorn", "python_multipart")
 _OPTIONS = (
     Option("host", "address to listen at (default 127.0.0.1: this machine alone)", str, "127.0.0.1"),
     Option("port", "port (default 8000; 0 takes a free one)", int, 8000),

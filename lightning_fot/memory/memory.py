@@ -101,6 +101,8 @@ class Memory:
         self.log = TokenLog(batch_size) if log is None else log
         self.append_seconds = 0.0
         """Time in :meth:`append` since this memory was made or copied."""
+        self.content = object()
+        """Stands for what is stored: memories of the same one hold the same, and were not changed since."""
         self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
         """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
         self.layers: dict[int, MemoryLayer] = (
@@ -161,6 +163,7 @@ class Memory:
         """
         # Who reads a text may give a copy back in the end: what another thread changed meanwhile would come back.
         with self.turn, self._lock, ExitStack() as back:
+            self.content = object()
             forgotten, saved = self.forgotten, self.saved
             before = self.log.fork() if log else None
             undo = self.log.mark()
@@ -337,7 +340,7 @@ class Memory:
         with self._lock:
             layers = {number: layer.snapshot() for number, layer in self.layers.items()}
             other = self._with(layers, self.log.fork(), self.batch_size)
-            other.forgotten, other.saved = self.forgotten, dict(self.saved)
+            other.forgotten, other.saved, other.content = self.forgotten, dict(self.saved), self.content
         other.log.end_named()
         return other
 
@@ -347,12 +350,12 @@ class Memory:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             state = {**self.__dict__, "saved": {}, "_reading": []}
-        del state["_lock"], state["turn"]
+        del state["_lock"], state["turn"], state["content"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock, self.turn = RLock(), RLock()
+        self._lock, self.turn, self.content = RLock(), RLock(), object()
 
     @lasting
     def select_rows(self, rows: Tensor) -> Memory:
@@ -376,7 +379,7 @@ class Memory:
         """Becomes what another memory of the same model is, as if it had read the same; the other is given up."""
         with self._lock:
             self.layers, self.log, self.forgotten = other.layers, other.log, other.forgotten
-            self.saved, self.append_seconds = other.saved, other.append_seconds
+            self.saved, self.append_seconds, self.content = other.saved, other.append_seconds, object()
 
     @lasting
     def reset(self) -> None:

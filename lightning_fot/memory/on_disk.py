@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from lightning_fot.errors import SettingError
+from lightning_fot.memory.card import CARD, write_card
 from lightning_fot.memory.token_log import TokenLog
 from lightning_fot.retrievers.keys.quantiser import Quantiser
 from lightning_fot.system.digests import file_digest, sealed, unsealed
@@ -101,12 +102,27 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
         }
         text = json_text(sealed(index))
         write_text(target / INDEX_FILE, text)
+        write_card(target, fingerprint, lengths, [(one["name"], one["first"] + one["kept"]) for one in documents])
     except OSError as error:
         raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
     memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}
     named = {file["file"] for file in (*shards, log_file)}
     for name in set(older) - named - set(before):
         (target / name).unlink(missing_ok=True)
+
+
+def saved_files(folder: Path) -> list[str]:
+    """Names of the files of a saved memory, its card included, and of nothing else that lies there.
+
+    Raises:
+        SettingError: It is damaged.
+    """
+    try:
+        index = unsealed(folder / INDEX_FILE, (folder / INDEX_FILE).read_text(encoding="utf-8"))
+        named = [str(file["file"]) for file in (*index["pairs"], index["log"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError("folder", str(folder), f"is no saved memory ({error})", "Save it again.") from error
+    return [INDEX_FILE, *filter(_DATA_FILE.fullmatch, named), *([CARD] if (folder / CARD).is_file() else [])]
 
 
 def _named_before(target: Path) -> tuple[list[str], list[str]]:

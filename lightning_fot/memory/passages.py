@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +81,30 @@ class _Sums:
         self.waiting = []
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """One step of one layer, as :meth:`AttentionTrace.add` takes it; on the CPU."""
+
+    weights: Tensor
+    rows: Tensor | None
+    valid: Tensor | None
+    forgotten: Tensor
+
+    def kind(self) -> tuple[Any, ...]:
+        """The same of steps that can be joined."""
+        whole = (id(self),) if self.valid is not None else ()
+        return *self.weights.shape[::3], self.rows is None, id(self.forgotten), *whole
+
+    @staticmethod
+    def joined(steps: Sequence[_Noted]) -> _Noted:
+        """Steps of one kind as one, with the queries of all."""
+        first = steps[0]
+        if len(steps) == 1:
+            return first
+        rows = None if first.rows is None else torch.cat([step.rows for step in steps if step.rows is not None], 2)
+        return _Noted(torch.cat([step.weights for step in steps], 2), rows, None, first.forgotten)
+
+
 class AttentionTrace:
     """Attention to stored pairs, summed as it comes: made by ``MemoryLM.record_attention``.
 
@@ -91,6 +116,9 @@ class AttentionTrace:
         self.answering = False
         """Whether the queries that come belong to an answer."""
         self._sums: dict[tuple[bool, int], _Sums] = {}
+        # What came and is not summed yet: many small steps at once cost little more than one.
+        self._noted: dict[tuple[bool, int], list[_Noted]] = {}
+        self._entries = 0
 
     def add(
         self, layer_idx: int, weights: Tensor, *, rows: Tensor | None, valid: Tensor | None, forgotten: Tensor
@@ -104,16 +132,7 @@ class AttentionTrace:
             valid: (B, T) bool, False for queries of padding; None means that there is none.
             forgotten: (B,) pairs that each row of the memory has dropped: added to pair numbers, it makes them lasting.
         """
-        batch, heads, count, found = weights.shape
-        weights = weights.float().cpu()
-        pairs = torch.arange(found).expand(weights.shape) if rows is None else rows.cpu()
-        if valid is not None:
-            repeats = count // valid.shape[1]
-            weights = weights * valid.cpu()[:, None, None].expand(-1, -1, repeats, -1).reshape(batch, 1, count, 1)
-            asked = valid.cpu().sum(1) * repeats
-        else:
-            asked = torch.full((batch,), count)
-        shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        batch, heads = weights.shape[:2]
         sums = self._sums.setdefault(
             (self.answering, layer_idx), _Sums(heads, batch, torch.zeros(batch, dtype=torch.int64))
         )
@@ -121,9 +140,40 @@ class AttentionTrace:
             raise SettingError(
                 "record_attention", f"{batch} rows", f"came after {sums.rows} rows", "Record each batch apart."
             )
+        # Copies: they may be parts of what is much larger.
+        noted = _Noted(
+            weights.to("cpu", torch.float32, copy=True),
+            None if rows is None else rows.to("cpu", copy=True),
+            None if valid is None else valid.to("cpu", copy=True),
+            forgotten,
+        )
+        self._noted.setdefault((self.answering, layer_idx), []).append(noted)
+        self._entries += weights.numel()
+        if self._entries > _WAITING:
+            self._sum()
+
+    def _sum(self) -> None:
+        """Sums what was noted."""
+        for key, steps in self._noted.items():
+            for _, alike in groupby(steps, _Noted.kind):
+                self._add(self._sums[key], _Noted.joined(list(alike)))
+        self._noted, self._entries = {}, 0
+
+    @staticmethod
+    def _add(sums: _Sums, noted: _Noted) -> None:
+        weights, valid = noted.weights, noted.valid
+        batch, heads, count, found = weights.shape
+        pairs = torch.arange(found).expand(weights.shape) if noted.rows is None else noted.rows
+        if valid is not None:
+            repeats = count // valid.shape[1]
+            weights = weights * valid[:, None, None].expand(-1, -1, repeats, -1).reshape(batch, 1, count, 1)
+            asked = valid.sum(1) * repeats
+        else:
+            asked = torch.full((batch,), count)
+        shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         sums.queries = sums.queries + asked
         banks = torch.arange(batch * heads).reshape(batch, heads, 1, 1) << _PAIR_BITS
-        keys = banks + pairs + forgotten.reshape(batch, 1, 1, 1)
+        keys = banks + pairs + noted.forgotten.reshape(batch, 1, 1, 1)
         there = (weights > 0) & (pairs >= 0)
         mass = weights[there]
         sums.add(keys[there], torch.stack([mass, shares[there] ** 2, torch.ones_like(mass)], dim=1))
@@ -142,6 +192,7 @@ class AttentionTrace:
         Raises:
             SettingError: The recorded rows are not those of the memory.
         """
+        self._sum()
         stored = int(memory.lengths[row])
         mass, corrected = torch.zeros(2, stored, dtype=torch.float32)
         chosen = {"prompt": (False,), "answer": (True,), "both": (False, True)}[queries]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.library.changes import digest_of
 from lightning_fot.library.inbox import source_of
 from lightning_fot.library.library import BusyError
+from lightning_fot.serving.forms import BESIDE, Form, is_form
 from lightning_fot.serving.guard import receive
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.reading import Reading
@@ -78,7 +79,7 @@ class Documents:
         path = "/v1/memories/{memory}"
         return [
             Route(f"{path}/documents", self._list, methods=["GET"]),
-            Route(f"{path}/documents", self._put, methods=["PUT"]),
+            Route(f"{path}/documents", self._put, methods=["PUT", "POST"]),
             Route(f"{path}/documents", self._delete, methods=["DELETE"]),
             Route(f"{path}/text", self._text, methods=["GET"]),
         ]
@@ -101,13 +102,13 @@ class Documents:
 
     async def _put(self, request: Request) -> Response:
         _, reading = self._shelf(request)
-        name = _name(_query(request, {"name": ""})["name"])
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise ApiError(415, "Send the file itself, not a form: curl -T FILE, or --data-binary @FILE.",
-                           code="unsupported_media_type")  # fmt: skip
+        given = _query(request, {"name": None})["name"]
+        form = is_form(request.headers.get("content-type", ""))
+        # The name of a file in a form comes with it; one that the address gives goes before.
+        name = None if given is None and form else _name(given or "")
         reading.reserve()
         try:
-            job = await self._taken(request, reading, name)
+            job = await self._taken(request, reading, name, form)
         except BusyError as error:
             raise ApiError(409, f"For this memory, {error.problem}. {error.fix}", code="memory_busy") from error
         except (SettingError, OSError) as error:
@@ -116,13 +117,25 @@ class Documents:
             reading.release()
         return JSONResponse(_described(job), 202)
 
-    async def _taken(self, request: Request, reading: Reading, name: str) -> Job:
+    async def _taken(self, request: Request, reading: Reading, name: str | None, form: bool) -> Job:
         loop = asyncio.get_running_loop()
         inbox = await loop.run_in_executor(self._checker, reading.open)
         with inbox.part() as part:
             with part.open("wb") as file:
-                await receive(request, self._settings.max_document_bytes, self._settings.timeout, file.write)
+                name = await self._received(request, name, form, file.write)
             return await loop.run_in_executor(self._checker, self._checked, reading, part, name)
+
+    async def _received(self, request: Request, name: str | None, form: bool, take: Callable[[bytes], object]) -> str:
+        """Hands on a document as it comes, and says its name."""
+        most, timeout = self._settings.max_document_bytes, self._settings.timeout
+        if not form:
+            await receive(request, most, timeout, take)
+            return name or ""
+        read = Form(request.headers["content-type"], most, take)
+        await receive(request, most + BESIDE, timeout, read.feed)
+        if read.too_large:
+            raise ApiError(413, f"The document is larger than {most:,} bytes.", code="request_too_large")
+        return _name(read.name()) if name is None else name
 
     def _checked(self, reading: Reading, part: Path, name: str) -> Job:
         """Hands on an upload, once it is known to be a text of the right length."""
@@ -231,7 +244,7 @@ def _name(name: str) -> str:
     """
     problem = None
     if not name.strip():
-        problem = "is missing: say ?name=… in the address"
+        problem = "is missing: say ?name=… in the address, or send a form with a file that has one"
     elif len(name) > _LONGEST_NAME:
         problem = f"has {len(name):,} characters; {_LONGEST_NAME} are allowed"
     elif not name.isprintable():

@@ -26,7 +26,7 @@ from lightning_fot.library.answer import AttendedPassage
 from lightning_fot.library.answering import attended_passages, ends_of, quoted
 from lightning_fot.library.words import Words
 from lightning_fot.memory.passages import AttentionTrace
-from lightning_fot.model.reading.together import go_on
+from lightning_fot.model.reading.together import Together
 from lightning_fot.serving.metrics import Metrics
 from lightning_fot.serving.requests import ApiError, Wanted
 
@@ -123,6 +123,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._rows: list[_Row] = []
+        self._together = Together(lm.attachment)
         self._closing = False
         self._deadline = float("inf")
         # Looking for passages goes through all of a memory: it must not hold up the others.
@@ -238,7 +239,7 @@ class Engine:
                 self._metrics.add("fot_prompt_tokens_total", len(reading.ticket.prompt))
         ready = [row for row in self._rows if row.text.ready]
         if ready:
-            logits = go_on([row.text for row in ready], [row.last for row in ready])
+            logits = self._together.go_on([row.text for row in ready], [row.last for row in ready])
             for row, token in zip(ready, _choose(ready, logits), strict=True):
                 self._take(row, token)
         self._metrics.add("fot_model_seconds_total", time.monotonic() - began)

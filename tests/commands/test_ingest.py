@@ -442,7 +442,7 @@ def test_killed_again_and_again_the_memory_is_that_of_an_undisturbed_run(
     assert codes.count(-signal.SIGKILL) == len(codes) - 1 >= 6
     assert contents(here / "memories" / "mine") == expected
     left = {path.name.partition("-")[0] for path in (here / "memories" / "mine").iterdir()}
-    assert left == {".lock", "library.json", "memory.json", "memory", "log"}
+    assert left == {".lock", "library.json", "memory.json", "memory", "log", "README.md"}
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_saving_again_replaces_the_old_one_whole(lm, tmp_path):
     assert len(lm.load_memory(tmp_path)) == 40
     # The files of the save before stay, for whoever has just read which they are; those before them do not.
     lm.ingest(tokens(1, 60), lm.new_memory()).save(tmp_path)
-    kept = ["log", "log", "memory", "memory", "memory.json"]
+    kept = ["README.md", "log", "log", "memory", "memory", "memory.json"]
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == kept
 
 

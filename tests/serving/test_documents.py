@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -119,8 +122,6 @@ def test_what_is_no_document_is_told_and_nothing_is_left_of_it(own: Room) -> Non
         ):
             found, told = strict.put("mine", "x.txt", body)
             assert (found, told["error"]["code"]) == (status, code)
-        status, told = strict.call("PUT", f"{PATH}?name=x", b"--x", {"Content-Type": "multipart/form-data; boundary=x"})
-        assert (status, told["error"]["code"]) == (415, "unsupported_media_type")
         assert strict.put("nine", "x.txt", b"a")[0] == 404
         assert strict.put("model", "x.txt", b"a")[1]["error"]["code"] == "no_memory"
         assert len(strict.documents("mine")) == 3
@@ -129,6 +130,68 @@ def test_what_is_no_document_is_told_and_nothing_is_left_of_it(own: Room) -> Non
         assert strict.put("mine", "wide.txt", "\ufeffword5".encode("utf-16-le"))[1]["tokens"] == 5
         strict.until_read("mine")
     assert not (own.libraries["mine"].path / "inbox").exists()
+
+
+def form(*parts: tuple[str, bytes]) -> bytes:
+    """A form of parts: what their ``Content-Disposition`` says, and what they hold."""
+    said = [b"--x\r\nContent-Disposition: form-data" + head.encode() + b"\r\n\r\n" + body for head, body in parts]
+    return b"\r\n".join([*said, b"--x--\r\n"])
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_a_form_of_curl_is_taken(fresh: Running, tmp_path: Path) -> None:
+    book = tmp_path / "book ä.txt"
+    book.write_text(text(9), encoding="utf-8")
+    curl = ["curl", "-sS", "-F", f"file=@{book}", f"{fresh.address}{PATH}"]
+    told = json.loads(subprocess.run(curl, capture_output=True, check=True, timeout=PATIENCE_S).stdout)
+    assert (told["name"], told["tokens"]) == (book.name, len(text(9).encode()))
+
+
+def test_forms_are_taken_as_browsers_send_them(fresh: Running) -> None:
+    for head, path, name in (
+        ('; name="file"; filename="../../etc/passwd"', PATH, "passwd"),
+        ('; name="file"; filename="C:\\\\books\\\\one.txt"', PATH, "one.txt"),
+        ('; name="file"; filename="x.txt"', f"{PATH}?name=given", "given"),
+    ):
+        status, told = fresh.call("POST", path, form((head, text(8).encode())), FORM)
+        assert (status, told["name"]) == (202, name)
+    body = form(('; name="file"; filename="x.txt"', text(7).encode()), ('; name="name"', "named 字".encode()))
+    assert fresh.call("PUT", PATH, body, FORM)[1]["name"] == "named 字"
+    fresh.until_read("mine")
+    # Its text is the file's, and no more.
+    _, said = fresh.call("GET", f"/v1/memories/mine/text?name={quote('named 字')}&stop=4000")
+    assert said["text"] == text(7)
+
+
+def test_what_is_no_form_with_one_document_is_told(own: Room) -> None:
+    file, word = '; name="file"; filename="x.txt"', b"word5"
+    with running(own, max_document_bytes=1000) as strict:
+        for body, headers, status, code in (
+            (form((file, b"word " * 201)), FORM, 413, "request_too_large"),
+            (form((file, b"word " * 20000)), FORM, 413, "request_too_large"),
+            (form((file, word), (file, word)), FORM, 400, "invalid_form"),
+            (form(('; name="name"', word)), FORM, 400, "invalid_form"),
+            (form((file, word), ('; name="name"', b"x" * 5000)), FORM, 400, "invalid_value"),
+            (form((file, word), ('; name="name"', b"x" * 300)), FORM, 400, "invalid_value"),
+            (form((file, word), ('; name="name"', b"\xff")), FORM, 400, "invalid_form"),
+            (form((file, word), ('; name="path"', b"/etc")), FORM, 400, "unknown_parameter"),
+            (form(('; name="file"; filename=""', word)), FORM, 400, "invalid_value"),
+            (form(('; name="file"; filename="a\x1b[2J"', word)), FORM, 400, "invalid_value"),
+            (form((file, b"")), FORM, 400, "not_text"),
+            (form((file, word))[:-6], FORM, 400, "invalid_form"),
+            (b"word5", FORM, 400, "invalid_form"),
+            (b"", FORM, 400, "invalid_form"),
+            (form((file + "; a=" + "b" * 9000, word)), FORM, 400, "invalid_form"),
+            (form((file, word)), {"Content-Type": "multipart/form-data"}, 400, "invalid_form"),
+            (form((file, word)), {"Content-Type": "multipart/mixed; boundary=x"}, 415, "unsupported_media_type"),
+        ):
+            found, told = strict.call("POST", PATH, body, headers)
+            assert (found, told["error"]["code"]) == (status, code), body[:200]
+        assert len(strict.documents("mine")) == 3
+        assert [path.name for path in (own.libraries["mine"].path / "inbox").iterdir()] == [".lock"]
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(own: Room) -> None:

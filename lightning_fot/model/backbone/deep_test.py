@@ -93,7 +93,10 @@ def _check(
         "model.backbone",
         type(model).__name__,
         f"{problem}: memory layers {list(attached.memory_layers)} do something that they do not know",
-        "Choose other memory layers, or report the model class to lightning-fot.",
+        "Its weights are quantised: some kinds round by what else is in the call. Use one that rounds weights alone (4 "
+        "bits of bitsandbytes, int8 weights of torchao), or none."
+        if getattr(model, "is_quantized", False)
+        else "Choose other memory layers, or report the model class to lightning-fot.",
     )
 
 

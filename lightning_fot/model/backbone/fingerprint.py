@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import decoder_of
@@ -260,11 +262,33 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
             full = f"{prefix}.{name}" if prefix else name
             if not any(full == adapter or full.startswith(f"{adapter}.") for adapter in inactive):
                 # An adapter puts the layer that it serves into one of its own.
-                yield full.replace(".base_layer.", "."), tensor
+                yield from _held(full.replace(".base_layer.", "."), tensor)
     embeddings: Any = attached.model.get_input_embeddings()
     if not any(module is embeddings for module in decoder.modules()):
         yield from ((f"input.{name}", tensor) for name, tensor in embeddings.named_parameters())
     yield from ((f"gate.{index}", gate) for index, gate in attached.gates.items() if index < attached.memory_layers[-1])
+
+
+def _held(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that it is made of: quantised weights hold numbers and scales apart."""
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+        parts, _ = tensor.__tensor_flatten__()
+        for part in parts:
+            yield from _held(f"{name}.{part}", getattr(tensor, part))
+        return
+    yield name, tensor
+    # Of bitsandbytes: 4 bits keep their scales in a state, which may be quantised itself; 8 bits beside the numbers.
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        name = f"{name}.state"
+        for part in ("absmax", "offset"):
+            scale = getattr(state, part, None)
+            if isinstance(scale, Tensor):
+                yield f"{name}.{part}", scale
+        state = getattr(state, "state2", None)
+    scales = getattr(tensor, "SCB", None)
+    if isinstance(scales, Tensor):
+        yield f"{name}.scales", scales
 
 
 def _computing(config: Any, attached: Attachment) -> Fingerprint:

@@ -222,17 +222,21 @@ class MemoryCache(Cache, TextPass):
             self._given[id(embeddings)] = embeddings, angles
         layer.before_rotation(call, self._given[id(embeddings)][1])
 
+    def rotate(self, call: LayerCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`LocalLayer.rotate`, for any layer; notes how keys of a memory layer are to be stored."""
+        if call.is_memory_layer and self.columns.rotated == 0:
+            # The call knows the rotation of column 0, at which positions start.
+            self._zero[call.layer_idx] = call.to_position_zero
+        return self.local_layers[call.layer_idx].rotate(call, query, key)
+
     def attend(
         self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         """Attention of any layer over the local window, of memory layers over the memory as well."""
-        local_query, local_key = self.local_layers[call.layer_idx].rotate(call, query, key)
+        local_query, local_key = self.rotate(call, query, key)
         mask = self._mask(query.shape[2], key.shape[2], call.sliding_window, query.device)
         outside = on_weights = far_query = None
         if call.is_memory_layer:
-            if self.columns.rotated == 0:
-                # The call knows the rotation of column 0, at which positions start.
-                self._zero[call.layer_idx] = call.to_position_zero
             far_query = call.asking(query, local_query)
             queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
             outside = self.memory.layers[call.layer_idx].read(queries, self.config.top_k, self.config.dense_pairs)

@@ -1,34 +1,29 @@
 """Texts that go on side by side in one batch, each beside a memory of its own, joining and leaving at any token.
 
-Linear layers see all texts as one batch. In attention each text has its own :class:`MemoryCache`, as if it were alone:
-nothing is padded, copied or aligned when a text joins or leaves, and texts of different memories share a batch.
+Texts of different memories and of any length share a batch: see :class:`SideBySide`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lightning_fot.model.backbone.layers import following_length
-from lightning_fot.model.passes.base import LayerCall, TextPass
+from lightning_fot.model.passes.side_by_side import SideBySide
 from lightning_fot.model.reading.generation import check_progress, forward_cached, while_generating
 from lightning_fot.model.reading.windows import read_windows
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
-    from lightning_fot.model.attention.rotary import Embeddings
     from lightning_fot.model.backbone.attachment import Attachment
-    from lightning_fot.model.passes.local_window import MemoryCache
     from lightning_fot.model.passes.recorder import Recorder
 
 
 class Continuation:
-    """One text that goes on: its prompt is read in parts, then :func:`go_on` reads a token at a time.
+    """One text that goes on: its prompt is read in parts, then :class:`Together` reads a token at a time.
 
     It gets the logits that ``MemoryLM.generate`` computes for that prompt alone.
 
@@ -83,118 +78,56 @@ def batches(attached: Attachment) -> bool:
     return not attached.states.layers and not following_length(attached.model)
 
 
-@torch.no_grad()
-def go_on(texts: Sequence[Continuation], tokens: Sequence[int]) -> Tensor:
-    """Reads one token of each text, in one batch where the model allows that.
+class Together:
+    """Texts of one model that go on in one batch where the model allows that.
 
     Args:
-        texts: At least one, ready, of one model.
-        tokens: The token of each: the prompt's last one, then those that were chosen.
-
-    Returns:
-        (B, V) logits of the next tokens.
-    """
-    attached = texts[0].attached
-    if len(texts) > 1 and not batches(attached):
-        return torch.cat([go_on([text], [token]) for text, token in zip(texts, tokens, strict=True)])
-    cache: Any = texts[0].cache if len(texts) == 1 else SideBySide([text.cache for text in texts])
-    ids = torch.tensor(tokens, device=attached.device)[:, None]
-    logits = forward_cached(attached.model, ids, cache, 1)
-    assert logits is not None
-    return logits[:, -1]
-
-
-class SideBySide(Cache, TextPass):
-    """Caches of one row each, as the cache of a batch for one forward.
-
-    Args:
-        caches: Of the rows, in their order; their layers keep keys alone.
+        attached: The model with its memory layers.
     """
 
-    is_compileable = False
+    def __init__(self, attached: Attachment) -> None:
+        self._attached = attached
+        self._beside = SideBySide(attached.num_layers)
 
-    def __init__(self, caches: Sequence[MemoryCache]) -> None:
-        self.caches = caches
-        super().__init__(layers=[_Layer(caches, index) for index in range(len(caches[0].layers))])
-        # Each row's part of the embeddings that layers are given, by identity; kept with them, so that none is reused.
-        self._parts: dict[int, tuple[Embeddings, list[Embeddings]]] = {}
+    @torch.no_grad()
+    def go_on(self, texts: Sequence[Continuation], tokens: Sequence[int]) -> Tensor:
+        """Reads one token of each text.
 
-    def begin(self, ids: Tensor, valid: Tensor | None = None) -> None:
-        """Makes room in each cache; (B, L) ids without padding."""
-        for row, cache in enumerate(self.caches):
-            cache.begin(ids[row : row + 1])
-        # Where a window has moved the keys that stayed are rotated anew: that row needs more columns than others.
-        width = max(cache.positions.shape[1] for cache in self.caches)
-        self.positions = torch.cat(
-            [torch.nn.functional.pad(cache.positions, (width - cache.positions.shape[1], 0)) for cache in self.caches]
-        )
+        Args:
+            texts: At least one, ready. Those that were not there before join, those that are not there now leave.
+            tokens: The token of each: the prompt's last one, then those that were chosen.
 
-    def end(self, completed: bool) -> None:
-        """Ends the forward in each cache."""
-        for cache in self.caches:
-            cache.end(completed)
-
-    def before_rotation(self, call: LayerCall) -> None:
-        """Told of each layer without a memory that rotates."""
-        for row, cache in enumerate(self.caches):
-            cache.before_rotation(self._of_row(call, row))
-
-    def attend(
-        self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        """Attention (B, H, L, D) of each row over its own local window and memory."""
-        outputs = []
-        for row, cache in enumerate(self.caches):
-            local = cache.local_layers[call.layer_idx]
-            own = self._of_row(call, row)
-            keys, values = local.keys, local.values
-            if call.expand is not None:
-                keys, values = call.expand(keys, values)
-            outputs.append(cache.attend(own, query[row : row + 1], keys, values, scale, softcap))
-        return torch.cat(outputs)
-
-    def _of_row(self, call: LayerCall, row: int) -> LayerCall:
-        """The call with that row's part of the embeddings."""
-        given = call.position_embeddings
-        if given is None:
-            return replace(call)
-        if id(given) not in self._parts:
-            self._parts[id(given)] = (
-                given,
-                [_own(given, number, cache.positions.shape[1]) for number, cache in enumerate(self.caches)],
+        Returns:
+            (n, V) logits of the next tokens.
+        """
+        model = self._attached.model
+        if not batches(self._attached):
+            each = (
+                forward_cached(model, self._ids([token]), text.cache, 1)
+                for text, token in zip(texts, tokens, strict=True)
             )
-        return replace(call, position_embeddings=self._parts[id(given)][1][row])
+            return torch.cat([logits[:, -1] for logits in each if logits is not None])
+        self._change(texts)
+        if len(texts) == 1:
+            logits = forward_cached(model, self._ids(tokens), texts[0].cache, 1)
+            assert logits is not None
+            return logits[:, -1]
+        places = {id(text.cache): place for place, text in enumerate(texts)}
+        order = [places[id(cache)] for cache in self._beside.caches]
+        logits = forward_cached(model, self._ids([tokens[place] for place in order]), self._beside, 1)
+        assert logits is not None
+        return logits[torch.tensor(order, device=logits.device).argsort(), -1]
 
+    def _change(self, texts: Sequence[Continuation]) -> None:
+        """Lets texts join and leave."""
+        wanted = {id(text.cache) for text in texts}
+        for cache in [cache for cache in self._beside.caches if id(cache) not in wanted]:
+            self._beside.leave(cache)
+        there = {id(cache) for cache in self._beside.caches}
+        if len(texts) > 1:
+            for text in texts:
+                if id(text.cache) not in there:
+                    self._beside.join(text.cache)
 
-def _own(embeddings: Embeddings, row: int, width: int) -> Embeddings:
-    cos, sin = (part[row : row + 1] if len(part) > 1 else part for part in embeddings)
-    return cos[:, cos.shape[1] - width :], sin[:, sin.shape[1] - width :]
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of all rows: hands new keys and values to the row's own."""
-
-    def __init__(self, caches: Sequence[MemoryCache], index: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._layers: list[Any] = [cache.layers[index] for cache in caches]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds (B, G, L, D) keys and values; gives them back, since each row attends to all of its own."""
-        for row, layer in enumerate(self._layers):
-            layer.update(key_states[row : row + 1], value_states[row : row + 1])
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As small as can be: masks are made by the rows' caches."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens that the longest text has seen."""
-        return max(int(layer.get_seq_length()) for layer in self._layers)
-
-    def get_max_length(self) -> int:
-        """-1: texts may go on for ever."""
-        return -1
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, device=self._attached.device)[:, None]
