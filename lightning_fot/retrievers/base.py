@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_fot.config.retriever import SETTING, TransformSpec, check_value, resolve_transform
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers.index.transforms import usual_size
+from lightning_fot.retrievers.index.transforms import USUAL, usual_size
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.checks import all_finite, checked_banks
 from lightning_fot.retrievers.keys.removed import Removed
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
@@ -250,7 +251,10 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if not queries.is_floating_point():
             raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
-        if not all_finite(checked):
+        kind = native.sizes(checked, USUAL) if checked.device.type == "cpu" and native.library() is not None else None
+        if kind == 0:
+            return checked
+        if kind == 2 or not all_finite(checked):
             raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
         return usual_size(checked)
 

@@ -18,7 +18,7 @@ from lightning_fot.config.retriever import TransformSpec
 
 _EIGENVALUE_FLOOR = 1e-3
 _MIN_QUERIES_PER_DIM = 4
-_USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
+USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
 _LONGEST = 1024.0  # lengths of the median key: longer ones are not typical
 _FARTHEST = 64.0  # lengths of a typical key: what is longer is an outlier, without any map too
 _FEW = 16
@@ -146,10 +146,10 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
 def usual_size(queries: Tensor) -> Tensor:
     """Queries (..., D) float32, of usual size: others are divided by a power of two, which changes no ranking."""
     top = queries.abs().amax(dim=-1, keepdim=True) if queries.numel() else queries
-    if not queries.numel() or bool(((top <= _USUAL) & ((top >= 1 / _USUAL) | (top == 0))).all()):
+    if not queries.numel() or bool(((top <= USUAL) & ((top >= 1 / USUAL) | (top == 0))).all()):
         return queries
     _, power = torch.frexp(top)
-    unusual = (top > _USUAL) | ((top < 1 / _USUAL) & (top > 0))
+    unusual = (top > USUAL) | ((top < 1 / USUAL) & (top > 0))
     # In two steps: one factor alone may not be a number of single precision.
     half = power.masked_fill(~unusual, 0) // 2
     return torch.ldexp(torch.ldexp(queries, -half), half - power.masked_fill(~unusual, 0))
@@ -158,7 +158,7 @@ def usual_size(queries: Tensor) -> Tensor:
 def _scale_of(keys: Tensor) -> float:
     """A power of two that gives typical keys (n, D) a size near one; 1 where they are not far from that."""
     middle = float(keys.float().abs().amax(dim=1).median())
-    if middle == 0 or 1 / _USUAL <= middle <= _USUAL:
+    if middle == 0 or 1 / USUAL <= middle <= USUAL:
         return 1.0
     return float(2.0 ** max(-120, min(120, -round(math.log2(middle)))))
 

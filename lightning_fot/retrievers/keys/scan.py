@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fot.retrievers.keys import native
+
 _GROUP = 32
 _SCORE_BUDGET = 1 << 22  # scores, or largest scores of groups, held at a time: 16 MB of fp32
 _CONVERTED = 8192  # keys converted to float32 at a time
@@ -135,6 +137,8 @@ def topk_blocks(
 
 def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
     count, size = len(queries), len(block.keys)
+    if queries.device.type == "cpu" and native.suits(block.keys, min(k, size)):
+        return _natively(queries, block, min(k, size), removed)
     gone = None if removed is None else removed[block.start : block.start + size].nonzero()[:, 0].to(queries.device)
     grouped = count * size > _SCORE_BUDGET and size >= 4 * k * _ROWS
     step = max(1, min(_QUERIES, _SCORE_BUDGET * _ROWS // size) if grouped else _SCORE_BUDGET // size)
@@ -143,6 +147,20 @@ def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -
     if len(parts) == 1:
         return parts[0]
     return torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])
+
+
+def _natively(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the compiled library, whose scores never leave the processor."""
+    asked, scales = queries, None
+    if block.scales is not None and block.spread is not None and block.centre is not None:
+        asked, scales = queries * block.spread, block.scales.contiguous()
+    removed = None if removed is None else removed.cpu()
+    rows, scores = native.scan(asked.contiguous(), block.keys, k, scales, removed, block.start)
+    if scales is not None and block.centre is not None:
+        scores.add_((queries @ block.centre)[:, None])
+    if block.start:
+        rows = rows + block.start if removed is None else torch.where(rows < 0, rows, rows + block.start)
+    return rows, scores
 
 
 def _at_once(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tuple[Tensor, Tensor]:
