@@ -251,7 +251,7 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if not queries.is_floating_point():
             raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
-        kind = native.sizes(checked, USUAL) if checked.device.type == "cpu" and native.library() is not None else None
+        kind = native.sizes(checked, USUAL) if checked.is_cpu and native.library() is not None else None
         if kind == 0:
             return checked
         if kind == 2 or not all_finite(checked):

@@ -70,6 +70,8 @@ class PerBankRetriever(Retriever):
         self._built: list[Built | None] = [None] * banks
         self._jobs: list[BuildJob | None] = [None] * banks
         self._failed_at = [0] * banks
+        # Of what was last merged in each bank; replaced, never changed.
+        self._apart: list[native.Apart | None] = [None] * banks
         self._reservoir = QueryReservoir(dim, banks, self.seed)
         self._warned = False
 
@@ -174,6 +176,7 @@ class PerBankRetriever(Retriever):
             self._built = [other._built[bank] for bank in banks]
             self._jobs = [other._jobs[bank] for bank in banks]
             self._failed_at = [other._failed_at[bank] for bank in banks]
+            self._apart = [other._apart[bank] for bank in banks]
             for built in self._built:
                 if built is not None:
                     built.owners.add(self)
@@ -342,7 +345,10 @@ class PerBankRetriever(Retriever):
         if compiled and keys is not None and groups is None:
             self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
             others = topk_blocks(queries, self._store.scan(bank, size), k) if tail else None
-            merged, _, problem = native.merge(queries, keys, answer, size, k, hidden, apart, apart_keys, others)
+            beside = self._apart[bank]
+            if beside is None or not beside.holds(hidden, apart):
+                beside = self._apart[bank] = native.Apart(hidden, apart, apart_keys)
+            merged, problem = native.merge(queries, keys, answer, size, k, beside, others)
             if problem is None:
                 return merged
             self._fell_back(problem)
@@ -422,7 +428,12 @@ class PerBankRetriever(Retriever):
 
     def __getstate__(self) -> dict[str, Any]:
         # Indexes of foreign libraries do not pickle; they are rebuilt from the keys when next needed.
-        return {**super().__getstate__(), "_built": [None] * self.banks, "_jobs": [None] * self.banks}
+        return {
+            **super().__getstate__(),
+            "_built": [None] * self.banks,
+            "_jobs": [None] * self.banks,
+            "_apart": [None] * self.banks,
+        }
 
 
 def _reaching(

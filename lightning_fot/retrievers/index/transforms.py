@@ -85,9 +85,11 @@ class FittedTransform:
         if len(queries) <= _FEW:
             # One matrix product and no more: numpy takes a fraction of the microseconds that torch needs for a call.
             few: NDArray[np.float32] = queries.numpy()
-            if matrix is not None:
-                few = few @ matrix.numpy()
-            if self.l2_augment:
+            if self._few_matrix is not None:
+                few = few @ self._few_matrix
+            if self.l2_augment and len(few) == 1:
+                few *= self.radius / max(math.sqrt(np.vdot(few, few)), 1e-20)
+            elif self.l2_augment:
                 few *= self.radius / np.maximum(np.sqrt(np.einsum("ij,ij->i", few, few)), 1e-20)[:, None]
             return few
         moved = queries if matrix is None else queries @ matrix
@@ -101,6 +103,10 @@ class FittedTransform:
         moved = queries.cpu() if self.query_map is None else queries.cpu() @ self.query_map
         lengths: NDArray[np.float32] = moved.norm(dim=1, keepdim=True).numpy() / np.float32(self.scale)
         return lengths
+
+    @cached_property
+    def _few_matrix(self) -> NDArray[np.float32] | None:
+        return None if self._query_matrix is None else self._query_matrix.numpy()
 
     @cached_property
     def _query_matrix(self) -> Tensor | None:

@@ -138,12 +138,12 @@ class Best {
         if (score > least_ || (int)kept_.size() < k_) add(score, row);
     }
     void write(int64_t *rows, float *scores) {
-        auto better = [](const Entry &a, const Entry &b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
         int count = std::min<int>(k_, kept_.size());
-        std::partial_sort(kept_.begin(), kept_.begin() + count, kept_.end(), better);
+        if ((int)kept_.size() > count) std::nth_element(kept_.begin(), kept_.begin() + count, kept_.end(), better);
+        std::sort(kept_.begin(), kept_.begin() + count, better);
         for (int at = 0; at < k_; at++) {
             rows[at] = at < count ? kept_[at].second : -1;
-            scores[at] = at < count ? kept_[at].first : NONE;
+            if (scores) scores[at] = at < count ? kept_[at].first : NONE;
         }
     }
     void merge(const Best &other) {
@@ -156,10 +156,14 @@ class Best {
 
   private:
     typedef std::pair<float, int64_t> Entry;
+    // Of equal scores the lower row, so that the order does not depend on who found them.
+    static bool better(const Entry &a, const Entry &b) {
+        return a.first > b.first || (a.first == b.first && a.second < b.second);
+    }
     void add(float score, int64_t row) {
         kept_.emplace_back(score == score ? score : NONE, row);
         if ((int)kept_.size() < room_) return;
-        std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end(), [](const Entry &a, const Entry &b) { return a.first > b.first; });
+        std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end(), better);
         least_ = kept_[k_ - 1].first;
         kept_.resize(k_);
     }
@@ -516,7 +520,7 @@ struct Asked {
 
 struct Found {
     int64_t *rows;  // (count, k), -1 where there are fewer
-    float *scores;  // (count, k), best first
+    float *scores;  // (count, k), best first; or null
 };
 
 // The k best keys of each query by inner product, every key scored.
@@ -617,7 +621,7 @@ PUBLIC int32_t fot_merge(const Asked *asked, const Answer *answer, const Keys *k
                 int64_t row = answer->others[q * answer->others_width + at];
                 if (row >= 0) best[q].show(answer->other_scores[q * answer->others_width + at], row);
             }
-            best[q].write(found->rows + q * k, found->scores + q * k);
+            best[q].write(found->rows + q * k, nullptr);
         }
     });
     int32_t worst = 0;

@@ -106,21 +106,17 @@ def missing() -> str:
 
 def suits(keys: Tensor, k: int) -> bool:
     """Whether the library takes these keys (n, D) and this many neighbours."""
-    return (
-        library() is not None
-        and keys.device.type == "cpu"
-        and keys.dtype in _KINDS
-        and keys.dim() == 2
-        and (keys.stride(1) == 1 or keys.shape[1] == 1)
-        and 0 < k <= _MOST_WANTED
-        and len(keys) > 0
-    )
+    if library() is None or not 0 < k <= _MOST_WANTED or not keys.is_cpu or keys.dtype not in _KINDS:
+        return False
+    size, dim = keys.shape
+    return size > 0 and (keys.stride(1) == 1 or dim == 1)
 
 
 def _keys(keys: Tensor, scales: Tensor | None = None, removed: Tensor | None = None, start: int = 0) -> _Keys:
-    known = 0 if removed is None else max(0, min(len(keys), len(removed) - start))
+    size, dim = keys.shape
+    known = 0 if removed is None else max(0, min(size, len(removed) - start))
     return _Keys(
-        keys.data_ptr(), keys.stride(0), len(keys), keys.shape[1], _KINDS[keys.dtype],
+        keys.data_ptr(), keys.stride(0), size, dim, _KINDS[keys.dtype],
         None if scales is None else scales.data_ptr(), removed.data_ptr() + start if removed is not None else None,
         known,
     )  # fmt: skip
@@ -196,44 +192,57 @@ def scan_coded(
     return rows, scores, [number for number, done in enumerate(answered) if not done]
 
 
+class Apart:
+    """Rows of a bank that are set apart from its index, as :func:`merge` reads them.
+
+    Args:
+        hidden: (n,) True for these rows.
+        rows: (h,) int64, the same rows.
+        keys: (h, D) float32.
+    """
+
+    def __init__(self, hidden: NDArray[np.bool_], rows: Tensor, keys: Tensor) -> None:
+        self._held = hidden, rows, keys
+        self.flags, self.rows, self.keys = hidden.ctypes.data, rows.data_ptr(), _keys(keys)
+
+    def holds(self, hidden: NDArray[np.bool_], rows: Tensor) -> bool:
+        """Whether it was made of these."""
+        return self._held[0] is hidden and self._held[1] is rows
+
+
 def merge(
     queries: Tensor,
     keys: Tensor,
     answer: Rows,
     limit: int,
     k: int,
-    hidden: NDArray[np.bool_],
-    apart: Tensor,
-    apart_keys: Tensor,
-    others: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, str | None]:
+    apart: Apart,
+    others: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, str | None]:
     """What an index answered, checked, and merged with rows set apart and rows found otherwise, by exact scores.
 
     Args:
         queries: (Q, D) float32 on the CPU, contiguous.
         keys: (n, D) of the bank, those that :func:`suits`.
         answer: (Q, w) int64, contiguous; -1 where there is none.
-        limit: Rows of an index are below this.
+        limit: Rows of an index are below this, and so many are known to ``apart``.
         k: Rows wanted.
-        hidden: (limit,) or longer: True for rows set apart.
-        apart: (h,) int64, the same rows.
-        apart_keys: (h, D) float32.
+        apart: Rows that do not count where they are in the answer, and are scored beside it.
         others: Rows (Q, e) int64, -1 where there is none, and their scores.
 
     Returns:
-        Rows (Q, k) int64, -1 where there are fewer, scores (Q, k) float32, best first; and why the answer cannot be
-        used, None when it can.
+        Rows (Q, k) int64, -1 where there are fewer, best first; and why the answer cannot be used, None when it can.
     """
-    rows, scores, found = _room(len(queries), k)
-    width, more, ours = 0, None, None
+    count, width = answer.shape
+    rows, more, scores, wide = torch.empty(count, k, dtype=torch.int64), None, None, 0
     if others is not None:
-        more, ours = others[0].contiguous(), others[1].contiguous()
-        width = more.shape[1]
+        more, scores, wide = others[0].contiguous(), others[1].contiguous(), others[0].shape[1]
     given = _Answer(
-        answer.ctypes.data, answer.shape[1], width, limit, hidden.ctypes.data, apart.data_ptr(),
-        None if more is None else more.data_ptr(), None if ours is None else ours.data_ptr(),
+        answer.__array_interface__["data"][0], width, wide, limit, apart.flags, apart.rows,
+        None if more is None else more.data_ptr(), None if scores is None else scores.data_ptr(),
     )  # fmt: skip
-    wrong = library().fot_merge(_asked(queries, k), given, _keys(keys), _keys(apart_keys), found)
+    asked = _Asked(queries.data_ptr(), count, k, torch.get_num_threads())
+    wrong = library().fot_merge(asked, given, _keys(keys), apart.keys, _Found(rows.data_ptr(), None))
     if wrong == 1:
-        return rows, scores, f"the index returned rows outside -1 to {limit - 1}"
-    return rows, scores, "the index returned a row twice" if wrong else None
+        return rows, f"the index returned rows outside -1 to {limit - 1}"
+    return rows, "the index returned a row twice" if wrong else None

@@ -273,4 +273,4 @@ def pad_rows(rows: Tensor, k: int) -> Tensor:
 
 def stacked(parts: list[Tensor]) -> Tensor:
     """``torch.stack``, but without a copy where there is one part."""
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)

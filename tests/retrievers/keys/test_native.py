@@ -195,9 +195,8 @@ def test_answers_are_merged(
     if tail:
         rows, scores = topk_rows(queries, keys[size:], min(k, tail))
         others = rows + size, scores
-    found, scores, problem = native.merge(
-        queries, keys, answer, size, k, hidden, hidden_rows, keys[hidden_rows], others
-    )  # fmt: skip
+    beside = native.Apart(hidden, hidden_rows, keys[hidden_rows])
+    found, problem = native.merge(queries, keys, answer, size, k, beside, others)
     assert problem is None
     for query in range(count):
         shown = {row for row in answer[query].tolist() if row >= 0} | set(hidden_rows.tolist())
@@ -220,7 +219,7 @@ def test_wrong_answers_are_told(compiled: Any, bad: int, said: str) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     keys, queries = torch.randn(300, 8), torch.randn(2, 8)
     flags = np.zeros(300, dtype=np.bool_)
-    problem = native.merge(queries, keys, answer, 300, 3, flags, none, torch.zeros(0, 8), None)[2]
+    problem = native.merge(queries, keys, answer, 300, 3, native.Apart(flags, none, torch.zeros(0, 8)))[1]
     assert problem is not None
     assert said in problem
     assert problem == checked_rows(answer, 2, 4, 300)[1]
