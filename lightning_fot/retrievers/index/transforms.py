@@ -152,7 +152,8 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
 def usual_size(queries: Tensor) -> Tensor:
     """Queries (..., D) float32, of usual size: others are divided by a power of two, which changes no ranking."""
     top = queries.abs().amax(dim=-1, keepdim=True) if queries.numel() else queries
-    if not queries.numel() or bool(((top <= USUAL) & ((top >= 1 / USUAL) | (top == 0))).all()):
+    on_host = queries.device.type in ("cpu", "mps")  # elsewhere, looking first would make the host wait
+    if not queries.numel() or (on_host and bool(((top <= USUAL) & ((top >= 1 / USUAL) | (top == 0))).all())):
         return queries
     _, power = torch.frexp(top)
     unusual = (top > USUAL) | ((top < 1 / USUAL) & (top > 0))
