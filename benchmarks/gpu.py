@@ -1,6 +1,6 @@
 """Everything that waits for a GPU, in one go and within a budget: trains, evaluates, measures, brings back small files.
 
-    python benchmarks/gpu.py OUT                    # half an hour on one GPU
+    python benchmarks/gpu.py OUT                    # twelve minutes on one GPU
     python benchmarks/gpu.py OUT --minutes 120 --only dictionary,passkey
     python benchmarks/gpu.py OUT --tiny             # the same steps in small, on any CPU: shows that it works
 
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ class Step:
         run: Its run folder has files to keep.
         train: Of its own time, what training may take; 0 where it trains nothing.
         delta: What training changed is brought back too.
+        needs: A library without which it is left out.
         took: Seconds that it took.
     """
 
@@ -49,6 +51,7 @@ class Step:
     run: bool = False
     train: float = 0.0
     delta: bool = False
+    needs: str | None = None
     took: float = field(default=0.0, init=False)
 
 
@@ -73,13 +76,17 @@ def steps(tiny: bool) -> list[Step]:
             --evaluation.passkey_tokens=[2048,8192,32768,131072,262144,1048576] --evaluation.passkey_samples=10""",
     }
     chosen = small if tiny else full
+    scan = ["--device", device, "--tiny"] if tiny else ["--device", "cuda"]
     return [
         Step("tests", ["-m", "pytest", "-q", "-n0", "tests/model/attention/test_shared_windows.py"], share=0.1),
+        # Triton's kernels against torch: in its interpreter on a CPU, compiled on a GPU.
+        Step("kernels", ["tests/kernels/interpreted.py"], share=0.1, needs="triton"),
+        Step("scan", ["benchmarks/device_scan.py", *scan, "--json", "{out}/scan.json"], share=0.15),
         Step("crossbatch", ["benchmarks/crossbatch.py", *quick, "--json", "{out}/crossbatch.json"], share=0.1),
         Step(
             "passkey",
             [*run, "--config", "configs/paper/smollm2_fot.yaml", *chosen["passkey"].split()],
-            share=0.4,
+            share=0.35,
             run=True,
             train=0.4,
             delta=True,
@@ -87,18 +94,20 @@ def steps(tiny: bool) -> list[Step]:
         Step(
             "dictionary",
             [*run, "--config", "configs/paper/dictionary.yaml", *chosen["dictionary"].split()],
-            share=0.4,
+            share=0.25,
             run=True,
             train=0.6,
         ),
     ]
 
 
-def done(step: Step, out: Path, deadline: float, minutes: float) -> str:
+def done(step: Step, out: Path, deadline: float, minutes: float, tiny: bool) -> str:
     """Runs a step, or what is left of it; says what became of it."""
     folder = out / step.name
     if (folder / "done").is_file():
         return "done before"
+    if step.needs is not None and find_spec(step.needs) is None:
+        return f"left out: {step.needs} is not installed"
     seconds = min(step.share * minutes * 60, deadline - time.monotonic())
     if seconds < 1:
         return "no time left"
@@ -110,12 +119,16 @@ def done(step: Step, out: Path, deadline: float, minutes: float) -> str:
             words.append("--ckpt_path=last")
     if step.train:
         words.append(f"--trainer.max_time={_clock(step.train * seconds)}")
+    # The checkout, whether it is installed or not.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if tiny else {})}
     began = time.monotonic()
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         print("$ python", *words, file=log, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            [sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment,
+        )  # fmt: skip
         outcome = _ended(process, seconds)
     step.took = time.monotonic() - began
     if step.run:
@@ -177,7 +190,7 @@ def main() -> None:
     """Does all steps, or those chosen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for what is brought back")
-    parser.add_argument("--minutes", type=float, default=30.0, help="for all steps together")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for all steps together")
     parser.add_argument("--only", help="names of steps, with commas")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
     given = parser.parse_args()
@@ -193,7 +206,7 @@ def main() -> None:
     lines = ["| step | outcome | minutes | figures |", "|---|---|---|---|"]
     for step in chosen:
         if step.name in wanted:
-            outcome = done(step, out, deadline, given.minutes)
+            outcome = done(step, out, deadline, given.minutes, given.tiny)
             failed |= outcome.startswith("failed")
             lines.append(f"| {step.name} | {outcome} | {step.took / 60:.1f} | {_figures(out / step.name)} |")
             print(lines[-1], flush=True)

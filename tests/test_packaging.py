@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_fot.retrievers.keys.compiled import KINDS, compiler, library
+
 pytestmark = pytest.mark.slow
 
 
@@ -37,7 +39,7 @@ def _package_files(repository: Path) -> set[str]:
     return {
         path.relative_to(repository).as_posix()
         for path in package.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("_native_")
     }
 
 
@@ -46,7 +48,11 @@ def test_wheel_holds_the_package_and_nothing_else(repository: Path, built: tuple
     assert len(names) == len(set(names))
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"lightning_fot"}
-    assert {name for name in names if ".dist-info/" not in name} == _package_files(repository)
+    native = (
+        {library(kind, Path("lightning_fot/retrievers/keys")).as_posix() for kind in KINDS} if compiler() else set()
+    )
+    assert {name for name in names if ".dist-info/" not in name} == _package_files(repository) | native
+    assert ("-py3-none-any.whl" in built[1].name) == (not native)
     assert {"lightning_fot/py.typed", "lightning_fot/configs/hnsw.yaml", "lightning_fot/configs/smoke.yaml"} <= set(
         names
     )
@@ -60,6 +66,16 @@ def test_sdist_holds_no_second_copies(repository: Path, built: tuple[Path, Path]
     assert {"pyproject.toml", "constraints.txt", "LICENSE", "README.md", "tests/conftest.py"} <= set(names)
     assert not [name for name in names if name.split("/")[0] in ("configs", "retrievers", "callbacks")]
     assert _package_files(repository) <= set(names)
+
+
+def test_without_a_compiler_the_wheel_is_pure(repository: Path, tmp_path: Path) -> None:
+    """It builds all the same, and says what is missing."""
+    words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(repository)]
+    done = _run(*words, env={**os.environ, "PATH": str(tmp_path), "CXX": ""})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "no C++ compiler" in done.stdout + done.stderr
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_native_" in name]
 
 
 def test_links_at_the_root_lead_into_the_package(repository: Path) -> None:

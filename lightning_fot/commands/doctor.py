@@ -107,9 +107,12 @@ def doctor(words: Sequence[str], program: str, debug: bool = False) -> int:
 
     rates = f"{read_rate('cpu') / 1e9:.1f} GB/s read, {product_rate('cpu', 64) / 1e9:.0f} GFLOP/s in products of a scan"
     table.add_row("memory", f"{rates}: the bounds that reports show beside measurements")
-    console.print(table)
-
     from lightning_fot.retrievers import available_retrievers
+    from lightning_fot.retrievers.keys import native
+
+    missing = native.missing()
+    table.add_row("search", f"in torch, several times slower: {missing}" if missing else "compiled")
+    console.print(table)
 
     for name, info in available_retrievers().items():
         if not info.importable:

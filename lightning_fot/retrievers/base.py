@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_fot.config.retriever import SETTING, TransformSpec, check_value, resolve_transform
 from lightning_fot.errors import SettingError
-from lightning_fot.retrievers.index.transforms import usual_size
+from lightning_fot.retrievers.index.transforms import USUAL, usual_size
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.checks import all_finite, checked_banks
 from lightning_fot.retrievers.keys.removed import Removed
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
@@ -224,7 +225,8 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
             Row numbers (banks, q, k) int64 on the queries' device, without duplicates; -1 where there are fewer.
 
         Raises:
-            SettingError: Shapes do not fit, a query is not finite, or k is below 1.
+            SettingError: Shapes do not fit, a query is not finite (not asked of queries for a store on a GPU), or k is
+                below 1.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SettingError("k", k, "must be a whole number of at least 1", "Try 32.")
@@ -250,7 +252,13 @@ class Retriever(ABC):  # noqa: B024 - a subclass may change no more than how it 
         if not queries.is_floating_point():
             raise SettingError("queries", queries.dtype, "is not a floating dtype", "Convert the queries.")
         checked = queries.detach().to(device=self._store.device, dtype=torch.float32).contiguous()
-        if not all_finite(checked):
+        if checked.device.type not in ("cpu", "mps"):
+            # Asking whether they are finite would make the host wait for the device, at each token and layer.
+            return usual_size(checked)
+        kind = native.sizes(checked, USUAL) if checked.is_cpu and native.library() is not None else None
+        if kind == 0:
+            return checked
+        if kind == 2 or not all_finite(checked):
             raise SettingError("queries", "nan or inf", "is not finite", "Check the model's activations.")
         return usual_size(checked)
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_fot.retrievers.base import Retriever
-from lightning_fot.retrievers.keys.int8_scan import best_of_coded, fits, products_are_exact
+from lightning_fot.retrievers.keys.int8_scan import best_of_coded, few, fits
 from lightning_fot.retrievers.keys.scan import Block, best_of, topk_blocks
 
-_FEW_QUERIES = 8
 _ENOUGH_ROWS = 8192
 
 
@@ -38,7 +37,7 @@ class ExactRetriever(Retriever):
         return super().nbytes + self._store.code_bytes
 
     def _scan(self, bank: int, queries: Tensor, k: int) -> Tensor:
-        if not 0 < len(queries) <= _FEW_QUERIES or not products_are_exact(self.dim):
+        if not 0 < len(queries) <= few(self.dim):
             return super()._scan(bank, queries, k)
         self._stats.rows_scanned += len(queries) * self._store.lengths_list[bank]
         removed = self._removed.mask(bank)

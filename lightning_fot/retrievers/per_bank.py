@@ -25,6 +25,7 @@ from lightning_fot.retrievers.index.duplicates import Groups
 from lightning_fot.retrievers.index.jobs import StoppedError, in_background, submit
 from lightning_fot.retrievers.index.reservoir import QueryReservoir
 from lightning_fot.retrievers.index.transforms import FittedTransform
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.checks import checked_banks
 from lightning_fot.retrievers.keys.scan import best_of, pad_rows, rescore, stacked, topk_blocks
 from lightning_fot.retrievers.keys.store import KeyStore
@@ -69,6 +70,8 @@ class PerBankRetriever(Retriever):
         self._built: list[Built | None] = [None] * banks
         self._jobs: list[BuildJob | None] = [None] * banks
         self._failed_at = [0] * banks
+        # Of what was last merged in each bank; replaced, never changed.
+        self._apart: list[native.Apart | None] = [None] * banks
         self._reservoir = QueryReservoir(dim, banks, self.seed)
         self._warned = False
 
@@ -173,6 +176,7 @@ class PerBankRetriever(Retriever):
             self._built = [other._built[bank] for bank in banks]
             self._jobs = [other._jobs[bank] for bank in banks]
             self._failed_at = [other._failed_at[bank] for bank in banks]
+            self._apart = [other._apart[bank] for bank in banks]
             for built in self._built:
                 if built is not None:
                     built.owners.add(self)
@@ -323,6 +327,8 @@ class PerBankRetriever(Retriever):
         if built is None or not len(queries) or 2 * k >= built.size:
             # Asking an index for most of what it has is a scan with detours.
             return self._scan(bank, queries, k)
+        keys = self._store.flat(bank)
+        compiled = keys is not None and built.groups is None and native.suits(keys, k)
         built.gate.enter()
         try:
             size, apart, apart_keys, hidden = built.size, built.apart, built.apart_keys, built.hidden
@@ -330,15 +336,25 @@ class PerBankRetriever(Retriever):
             if groups is not None and 2 * k >= len(groups.first):
                 answer: Rows | None = np.tile(np.arange(len(groups.first)), (len(queries), 1))
             else:
-                answer = self._ask(built, queries, k)
+                answer = self._ask(built, queries, k, whole=not compiled)
         finally:
             built.gate.leave()
         if answer is None:
             return self._scan(bank, queries, k)
         tail = self._store.lengths_list[bank] - size
+        if compiled and keys is not None and groups is None:
+            self._stats.rows_scanned += len(queries) * (tail + len(apart) + answer.shape[1])
+            others = topk_blocks(queries, self._store.scan(bank, size), k) if tail else None
+            beside = self._apart[bank]
+            if beside is None or not beside.holds(hidden, apart):
+                beside = self._apart[bank] = native.Apart(hidden, apart, apart_keys)
+            merged, problem = native.merge(queries, keys, answer, size, k, beside, others)
+            if problem is None:
+                return merged
+            self._fell_back(problem)
+            return self._scan(bank, queries, k)
         if groups is None and not tail and not len(apart):
             return torch.from_numpy(answer).to(queries.device)
-        keys = self._store.flat(bank)
         raw = partial(self._store.take, bank) if keys is None else keys
         if groups is not None:
             chosen = _reaching(groups, largest, built.transform, queries, raw, answer, k)
@@ -370,7 +386,7 @@ class PerBankRetriever(Retriever):
             found.append(topk_blocks(queries, self._store.scan(bank, size), k))
         return best_of(torch.cat([part[0] for part in found], 1), torch.cat([part[1] for part in found], 1), k)[0]
 
-    def _ask(self, built: Built, queries: Tensor, k: int) -> Rows | None:
+    def _ask(self, built: Built, queries: Tensor, k: int, whole: bool) -> Rows | None:
         """Checked rows or groups (q, k) from the index, or None where it failed."""
         index: Any = built.index
         for name in self.query_args:
@@ -379,7 +395,7 @@ class PerBankRetriever(Retriever):
         if hasattr(index, "threads"):
             index.threads = self.threads_for(len(queries))
         try:
-            rows, problem = built.ask(queries.cpu(), k)
+            rows, problem = built.ask(queries.cpu(), k, whole)
         except (MissingLibraryError, SettingError):
             raise
         except Exception as error:
@@ -412,7 +428,12 @@ class PerBankRetriever(Retriever):
 
     def __getstate__(self) -> dict[str, Any]:
         # Indexes of foreign libraries do not pickle; they are rebuilt from the keys when next needed.
-        return {**super().__getstate__(), "_built": [None] * self.banks, "_jobs": [None] * self.banks}
+        return {
+            **super().__getstate__(),
+            "_built": [None] * self.banks,
+            "_jobs": [None] * self.banks,
+            "_apart": [None] * self.banks,
+        }
 
 
 def _reaching(

@@ -1,5 +1,7 @@
 """The script for a lent GPU, in small on a CPU."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,17 @@ def test_what_is_done_is_brought_back_and_not_done_again(tmp_path):
     assert "| passkey | done |" in summary
     assert "passkey 512 exact" in summary
     assert said(tmp_path, "--only", "passkey").stdout.startswith("| passkey | done before | 0.0 | passkey 512")
+
+
+@pytest.mark.slow
+def test_exact_search_on_a_device_is_measured(tmp_path):
+    first = said(tmp_path, "--only", "scan,kernels")
+    assert first.returncode == 0, first.stdout + (tmp_path / "scan" / "log.txt").read_text()
+    rows = json.loads((tmp_path / "scan" / "scan.json").read_text())["rows"]
+    assert {row["way"] for row in rows} == {"torch", "ours"}
+    assert {row["queries"] for row in rows} == {1, 8}
+    kernels = "done" if importlib.util.find_spec("triton") else "left out: triton is not installed"
+    assert f"| kernels | {kernels} |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lightning_fot.retrievers import KeyStore, create_retriever
 from lightning_fot.retrievers.exact import ExactRetriever
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.codes import CodeBook, Coded, CodedQueries, largest, members, rotation
+from lightning_fot.retrievers.keys.int8_scan import few
 
 N, DIM, K = 9_500, 16, 8
 
@@ -72,6 +74,15 @@ QUERIES: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda keys: torch.zeros(3, DIM),
     "tiny and huge": lambda keys: random(3, DIM, seed=9) * torch.tensor([[1e-36], [1.0], [1e6]]),
 }
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled core, where it is installed, and without it."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip(native.missing())
 
 
 def assert_best(rows: Tensor, queries: Tensor, keys: Tensor, k: int, removed: Tensor | None = None) -> None:
@@ -158,13 +169,11 @@ def test_bounds_hold_for_the_worst_key() -> None:
 
 
 def test_few_queries_use_codes() -> None:
-    """What the other tests rely on, where the machine multiplies eight bits."""
-    from lightning_fot.retrievers.keys.int8_scan import products_are_exact
-
+    """What the other tests rely on, where there is the compiled core or the machine multiplies eight bits."""
     retriever, store = filled(random(1, N, DIM))
     assert retriever.nbytes == 0
     retriever.search(random(1, 2, DIM), K)
-    assert (store.code_bytes > N * DIM * 0.8) == products_are_exact(DIM)
+    assert (store.code_bytes > N * DIM * 0.8) == (few(DIM) > 0)
     assert retriever.nbytes == store.code_bytes <= N * (DIM + 0.4) + 4 * DIM
 
 

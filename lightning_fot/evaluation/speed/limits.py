@@ -86,9 +86,9 @@ def scanned_bytes(dim: int, item_bytes: int, queries: int, device: torch.device)
         queries: Queries of the bank in one call.
         device: Where the keys lie.
     """
-    from lightning_fot.retrievers.keys.int8_scan import products_are_exact
+    from lightning_fot.retrievers.keys.int8_scan import few
 
-    coded = device.type == "cpu" and queries <= _FEW_QUERIES and products_are_exact(dim)
+    coded = device.type == "cpu" and queries <= few(dim)
     return dim + _SCALE_BYTES if coded or item_bytes == 1 else dim * item_bytes
 
 

@@ -16,8 +16,10 @@ Flags = NDArray[np.bool_]
 _FEW_APART = 512
 
 
-def checked_rows(answer: Any, queries: int, k: int, size: int) -> tuple[Rows, str | None]:
+def checked_rows(answer: Any, queries: int, k: int, size: int, whole: bool = True) -> tuple[Rows, str | None]:
     """Rows (q, k) of an index that holds ``size`` keys, and why they cannot be used; None when they can.
+
+    Without ``whole`` only shape and dtype are looked at.
 
     Unsigned ones (usearch): their largest value, a usual mark for "none", becomes -1.
     """
@@ -31,6 +33,8 @@ def checked_rows(answer: Any, queries: int, k: int, size: int) -> tuple[Rows, st
         rows = rows.astype(np.int64)
     if not (rows.flags.c_contiguous and rows.flags.writeable):
         rows = rows.copy()
+    if not whole:
+        return rows, None
     if queries == 1:
         # Python beats array operations on a handful of numbers.
         line = rows[0].tolist()

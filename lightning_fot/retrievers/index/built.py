@@ -108,19 +108,20 @@ class Built:
         """Whether new rows can be taken in; where there are too many groups to compare with, they cannot."""
         return self.groups is None or self.groups.vectors is not None
 
-    def ask(self, queries: Tensor, k: int) -> tuple[Rows, str | None]:
+    def ask(self, queries: Tensor, k: int, whole: bool = True) -> tuple[Rows, str | None]:
         """Ask the index, which knows at least k vectors.
 
         Args:
             queries: (q, D) float32 on the CPU, not transformed.
             k: Neighbours wanted.
+            whole: Look at each number too; otherwise the caller does.
 
         Returns:
             Row numbers (q, k), or numbers of groups where there are, -1 where there are fewer; and why they cannot be
             used, None when they can.
         """
         found = self.index.search(self.transform.queries(queries), k)
-        rows, problem = checked_rows(found, len(queries), k, self._held)
+        rows, problem = checked_rows(found, len(queries), k, self._held, whole)
         if problem is None and self.groups is not None and self._held > len(self.groups.first):
             rows[rows >= len(self.groups.first)] = -1  # an extension is at work
         return rows, problem

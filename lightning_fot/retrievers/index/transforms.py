@@ -18,7 +18,7 @@ from lightning_fot.config.retriever import TransformSpec
 
 _EIGENVALUE_FLOOR = 1e-3
 _MIN_QUERIES_PER_DIM = 4
-_USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
+USUAL = 2.0**20  # sizes of keys and queries between its inverse and itself are taken as they are
 _LONGEST = 1024.0  # lengths of the median key: longer ones are not typical
 _FARTHEST = 64.0  # lengths of a typical key: what is longer is an outlier, without any map too
 _FEW = 16
@@ -85,9 +85,11 @@ class FittedTransform:
         if len(queries) <= _FEW:
             # One matrix product and no more: numpy takes a fraction of the microseconds that torch needs for a call.
             few: NDArray[np.float32] = queries.numpy()
-            if matrix is not None:
-                few = few @ matrix.numpy()
-            if self.l2_augment:
+            if self._few_matrix is not None:
+                few = few @ self._few_matrix
+            if self.l2_augment and len(few) == 1:
+                few *= self.radius / max(math.sqrt(np.vdot(few, few)), 1e-20)
+            elif self.l2_augment:
                 few *= self.radius / np.maximum(np.sqrt(np.einsum("ij,ij->i", few, few)), 1e-20)[:, None]
             return few
         moved = queries if matrix is None else queries @ matrix
@@ -101,6 +103,10 @@ class FittedTransform:
         moved = queries.cpu() if self.query_map is None else queries.cpu() @ self.query_map
         lengths: NDArray[np.float32] = moved.norm(dim=1, keepdim=True).numpy() / np.float32(self.scale)
         return lengths
+
+    @cached_property
+    def _few_matrix(self) -> NDArray[np.float32] | None:
+        return None if self._query_matrix is None else self._query_matrix.numpy()
 
     @cached_property
     def _query_matrix(self) -> Tensor | None:
@@ -146,10 +152,11 @@ def fit_transform(keys: Tensor, past_queries: Tensor | None, spec: TransformSpec
 def usual_size(queries: Tensor) -> Tensor:
     """Queries (..., D) float32, of usual size: others are divided by a power of two, which changes no ranking."""
     top = queries.abs().amax(dim=-1, keepdim=True) if queries.numel() else queries
-    if not queries.numel() or bool(((top <= _USUAL) & ((top >= 1 / _USUAL) | (top == 0))).all()):
+    on_host = queries.device.type in ("cpu", "mps")  # elsewhere, looking first would make the host wait
+    if not queries.numel() or (on_host and bool(((top <= USUAL) & ((top >= 1 / USUAL) | (top == 0))).all())):
         return queries
     _, power = torch.frexp(top)
-    unusual = (top > _USUAL) | ((top < 1 / _USUAL) & (top > 0))
+    unusual = (top > USUAL) | ((top < 1 / USUAL) & (top > 0))
     # In two steps: one factor alone may not be a number of single precision.
     half = power.masked_fill(~unusual, 0) // 2
     return torch.ldexp(torch.ldexp(queries, -half), half - power.masked_fill(~unusual, 0))
@@ -158,7 +165,7 @@ def usual_size(queries: Tensor) -> Tensor:
 def _scale_of(keys: Tensor) -> float:
     """A power of two that gives typical keys (n, D) a size near one; 1 where they are not far from that."""
     middle = float(keys.float().abs().amax(dim=1).median())
-    if middle == 0 or 1 / _USUAL <= middle <= _USUAL:
+    if middle == 0 or 1 / USUAL <= middle <= USUAL:
         return 1.0
     return float(2.0 ** max(-120, min(120, -round(math.log2(middle)))))
 

@@ -143,7 +143,7 @@ def rotation(dim: int) -> Tensor:
     """An orthogonal matrix (dim, dim) float32, always the same: vectors times it have coordinates of one size."""
     generator = torch.Generator().manual_seed(0)
     matrix: Tensor = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
-    return matrix.float()
+    return matrix.float().contiguous()
 
 
 class CodeBook:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.codes import GROUP, Coded, CodedQueries, Floats, largest, members
 
 # At most this many rows for each one that is wanted are scored in float32 (of recorded keys 5, in the median): beyond
@@ -67,10 +68,17 @@ def products_are_exact(dim: int) -> bool:
     return torch.equal(torch._int_mm(extreme[:1], extreme.T), extreme[:1].int() @ extreme.int().T)
 
 
+def few(dim: int) -> int:
+    """For how many queries of this size products in eight bits are faster than those in float32; 0 for none."""
+    if native.library() is not None:
+        return 16
+    return 8 if products_are_exact(dim) else 0
+
+
 def best_of_coded(
     queries: Tensor, coded: Coded, keys: Tensor, k: int, removed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Exact neighbours of a few queries.
+    """Exact neighbours of a few queries, by the compiled library where it can.
 
     Each of the k groups with the largest lower bounds holds a key whose score is at least the k-th of these bounds: a
     row whose upper bound is below that is not among the best. The others are scored in float32.
@@ -86,6 +94,8 @@ def best_of_coded(
         Rows (q, k) int64, -1 where too few count; scores (q, k) float32, best first; and the numbers of the queries
         that are not answered, since too many keys are alike: those are to be scanned.
     """
+    if native.suits(keys, k) and (removed is None or removed.device.type == "cpu"):
+        return native.scan_coded(queries, coded, keys, k, max(_MOST * k, len(keys) // 16), removed)
     asked = CodedQueries.of(queries)
     products = _products(asked.codes, coded)
     gone = None if removed is None else removed.cpu().numpy()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fot import kernels
+from lightning_fot.retrievers.keys import native
 from lightning_fot.retrievers.keys.quantiser import Quantiser
 
 _GROUP = 32
@@ -135,7 +137,11 @@ def topk_blocks(
 
 def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
     count, size = len(queries), len(block.keys)
-    gone = None if removed is None else removed[block.start : block.start + size].nonzero()[:, 0].to(queries.device)
+    if queries.device.type == "cpu" and native.suits(block.keys, min(k, size)):
+        return _natively(queries, block, min(k, size), removed)
+    if kernels.serves(block.keys):
+        return _by_kernels(queries, block, min(k, size), removed)
+    gone = None if removed is None else _gone(removed[block.start : block.start + size].to(queries.device), size)
     grouped = count * size > _SCORE_BUDGET and size >= 4 * k * _ROWS
     step = max(1, min(_QUERIES, _SCORE_BUDGET * _ROWS // size) if grouped else _SCORE_BUDGET // size)
     search = _by_groups if grouped else _at_once
@@ -143,6 +149,49 @@ def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -
     if len(parts) == 1:
         return parts[0]
     return torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])
+
+
+def _gone(removed: Tensor, size: int) -> Tensor:
+    """Removed ones of ``size`` rows: their numbers; on a GPU, where counting them would make the host wait, flags."""
+    if removed.device.type in ("cpu", "mps"):
+        return removed.nonzero()[:, 0]
+    return torch.nn.functional.pad(removed, (0, size - len(removed)))
+
+
+def _hide(scores: Tensor, gone: Tensor, first: int, last: int) -> None:
+    """Makes -inf of the scores (Q, last - first) of removed rows."""
+    if gone.dtype == torch.bool:
+        scores.masked_fill_(gone[first:last], float("-inf"))
+    else:
+        scores.index_fill_(1, gone[(gone >= first) & (gone < last)] - first, float("-inf"))
+
+
+def _by_kernels(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By Triton, on a GPU."""
+    from lightning_fot.kernels.scan import topk
+
+    asked, scales = queries, block.scales
+    if scales is not None and block.spread is not None:
+        asked = queries * block.spread
+    gone = None if removed is None else removed[block.start :].to(queries.device).contiguous()
+    rows, scores = topk(asked.contiguous(), block.keys, k, scales, gone)
+    if block.centre is not None:
+        scores = scores + (queries @ block.centre)[:, None]
+    return torch.where(rows < 0, rows, rows + block.start), scores
+
+
+def _natively(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the compiled library, whose scores never leave the processor."""
+    asked, scales = queries, None
+    if block.scales is not None and block.spread is not None and block.centre is not None:
+        asked, scales = queries * block.spread, block.scales.contiguous()
+    removed = None if removed is None else removed.cpu()
+    rows, scores = native.scan(asked.contiguous(), block.keys, k, scales, removed, block.start)
+    if scales is not None and block.centre is not None:
+        scores.add_((queries @ block.centre)[:, None])
+    if block.start:
+        rows = rows + block.start if removed is None else torch.where(rows < 0, rows, rows + block.start)
+    return rows, scores
 
 
 def _at_once(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +204,7 @@ def _at_once(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tupl
         last = min(size, first + width)
         block.scores(queries, first, last, scores[:, first:last])
     if gone is not None:
-        scores.index_fill_(1, gone, float("-inf"))
+        _hide(scores, gone, 0, size)
     values, columns = topk_columns(scores, k)
     return columns + block.start, values
 
@@ -174,7 +223,7 @@ def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tu
         last = min(whole, first + _WIDTH)
         scores = block.scores(queries, first, last, room[: count * (last - first)].view(count, -1))
         if gone is not None:
-            scores.index_fill_(1, gone[(gone >= first) & (gone < last)] - first, float("-inf"))
+            _hide(scores, gone, first, last)
         torch.amax(scores.view(count, _ROWS, -1), dim=1, out=tops[:, first // _ROWS : last // _ROWS])
     rows = _members(topk_columns(tops, k)[1], whole)
     values = queries.new_empty(rows.shape)
@@ -188,7 +237,9 @@ def _by_groups(queries: Tensor, block: Block, k: int, gone: Tensor | None) -> tu
         rows = torch.cat((rows, rest), 1)
         values = torch.cat((values, block.scores(queries, whole, size, queries.new_empty(count, size - whole))), 1)
     if gone is not None and len(gone):
-        mask = torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill_(0, gone, True)
+        mask = gone
+        if gone.dtype != torch.bool:
+            mask = torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill_(0, gone, True)
         values.masked_fill_(mask[rows], float("-inf"))
     rows, values = best_of(rows, values, k)
     return rows + block.start, values
@@ -255,4 +306,4 @@ def pad_rows(rows: Tensor, k: int) -> Tensor:
 
 def stacked(parts: list[Tensor]) -> Tensor:
     """``torch.stack``, but without a copy where there is one part."""
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
