@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
 from lightning_fot.library.changes import find_changes
 from lightning_fot.library.library import FILE, Library, count, find_folder, is_free, size_of
@@ -105,7 +106,7 @@ def _library(folder: Path, given: Given, program: str) -> Library:
             f"{folder} was made with {', '.join(f'{key}={own[key]!r}' for key in different)}",
             "Leave these settings out, or ingest into a new memory.",
         )
-    machine = {key: asked.memory[key] for key in ("offload", "offload_dir")}
+    machine = {key: asked.memory[key] for key in OF_THE_MACHINE}
     library.model = replace(library.model, memory={**library.model.memory, **machine})
     return library
 

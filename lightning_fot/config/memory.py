@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from lightning_fot.config.attending import registry, renamed
 from lightning_fot.config.attending.base import Attending
+from lightning_fot.config.shards import ShardSettings
 from lightning_fot.errors import SettingError, check_at_least, check_factor
 
 
@@ -46,6 +47,8 @@ class MemoryConfig:
             ``top_k`` above its length.
         attending: Another way of attending, for comparison: a name, or ``{"name": ..., **arguments}``; each has a file
             in ``config/attending``. None is FoT's own: one softmax over local and retrieved pairs.
+        shards: Processes that share out the pairs, here or on other machines (needs the extra ``ray``): a number, or
+            ``{"count": ..., "address": ..., "cpus": ..., "memory_mib": ..., "name": ...}``; None keeps all in this one.
 
     Raises:
         SettingError: A value is out of its range.
@@ -72,6 +75,7 @@ class MemoryConfig:
     attending: str | dict[str, Any] | None = None
     distance: int | None = None
     dense_pairs: int = 0
+    shards: int | dict[str, Any] | None = None
 
     def __post_init__(self, *old: Any) -> None:
         prefix = "model.memory"
@@ -117,6 +121,13 @@ class MemoryConfig:
                 f"is more than window={self.window}",
                 "It says how much of the window a prompt may fill.",
             )
+        if self.sharding is not None and self.offload_dir is not None:
+            raise SettingError(
+                f"{prefix}.offload_dir",
+                self.offload_dir,
+                "is of this process, and shards keep the pairs in theirs",
+                "Set shards or offload_dir.",
+            )
         self.way.check(self)
         note = renamed.told(given, self.attending)
         if note is not None:
@@ -143,6 +154,11 @@ class MemoryConfig:
         if self.positions != "constant" or not self.memory_layers:
             return None
         return self.window if self.distance is None else self.distance
+
+    @property
+    def sharding(self) -> ShardSettings | None:
+        """The settings of ``shards``; None where the pairs lie in this process."""
+        return ShardSettings.read(self.shards)
 
     @property
     def way(self) -> Attending:
@@ -194,7 +210,7 @@ TRAINING_FREE: dict[str, Any] = {
 }
 
 # Settings that earlier versions do not know, and the values that say what those did.
-_LATER: dict[str, Any] = {"distance": None, "dense_pairs": 0}
+_LATER: dict[str, Any] = {"distance": None, "dense_pairs": 0, "shards": None}
 
 
 def without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,4 +224,4 @@ def without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Where a memory lies on one machine: not the model's.
-OF_THE_MACHINE = ("offload", "offload_dir")
+OF_THE_MACHINE = ("offload", "offload_dir", "shards")
