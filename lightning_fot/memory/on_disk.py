@@ -78,6 +78,8 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
             left.unlink(missing_ok=True)
         before, older = _named_before(target)
         pairs = memory.place.write(memory.layers, target, _already_there(memory, target), lengths)
+        in_use = memory.place.in_use(target)
+        before += [name for name in older if name in in_use and name not in before]
         log, documents = memory.log.state()
         log_file = write_file(target, "log", tensor_entries({**log, **pairs.tensors}))
         index = {

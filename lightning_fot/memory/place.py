@@ -95,6 +95,10 @@ class Place(ABC):
             OSError: A file cannot be written.
         """
 
+    def in_use(self, target: Path) -> set[str]:
+        """Names of files of the folder that must stay, whatever its index names."""
+        return set()
+
     @abstractmethod
     def read(
         self,

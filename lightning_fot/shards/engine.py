@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 _DISTRIBUTION = "lightning-fot"
 # A cluster that is started here: no dashboard, and no more shared memory than what travels at once needs.
 _STORE_BYTES = 512 << 20
+# Whether this process has started the cluster, for itself alone: there, cores are shared and not reserved.
+_ours = False
 # So long a process that there is room for may take to start.
 START_SECONDS = 300.0
 
@@ -41,12 +42,12 @@ def library() -> ModuleType:
     return found
 
 
-def connect(address: str | None, cpus: float) -> ModuleType:
+def connect(address: str | None, setting: str = SETTING) -> ModuleType:
     """Joins a cluster, or starts one on this machine where no address is given and this process is in none.
 
     Args:
         address: Of the cluster; None starts one.
-        cpus: Cores that all shards reserve: one that is started here counts so many, whatever the machine has.
+        setting: What asks for it.
 
     Raises:
         MissingLibraryError: Ray is not installed.
@@ -57,40 +58,49 @@ def connect(address: str | None, cpus: float) -> ModuleType:
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined):
             raise SettingError(
-                f"{SETTING}.address", address, f"is not that of the cluster which this process is part of ({joined})",
+                f"{setting}.address", address, f"is not that of the cluster which this process is part of ({joined})",
                 "Leave it out, or begin in a new process.",
             )  # fmt: skip
         return ray
     given: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address is None:
         given |= {"address": "local", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-        given |= {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
     else:
         given |= {"address": address}
+    global _ours
     try:
         ray.init(**given)
+        _ours = address is None
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         said = str(error).strip().splitlines()
         raise SettingError(
-            f"{SETTING}.address", address, f"cannot be joined ({said[0] if said else type(error).__name__})",
+            f"{setting}.address", address, f"cannot be joined ({said[0] if said else type(error).__name__})",
             "Start it there: ray start --head --port=6379, with the same version of Ray; or leave the address out.",
         ) from error  # fmt: skip
     return ray
 
 
-def start(ray: Any, cls: type, settings: ShardSettings, number: int, limit: int | None) -> Any:
-    """A process of its own that holds an instance of ``cls(number, limit, threads)``; it may still have to start.
+def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any) -> Any:
+    """A process of its own that holds an instance of ``cls(*args)``; it may still have to start.
+
+    Args:
+        ray: As :func:`connect` gave it.
+        cls: Whose methods can be called there.
+        settings: What it reserves.
+        number: Its number among those of one name.
+        *args: Of ``cls``.
 
     Raises:
         SettingError: Another job has the name.
     """
-    options: dict[str, Any] = {"num_cpus": settings.cpus, "max_restarts": 0, "max_task_retries": 0}
+    cpus = 0 if _ours else settings.cpus
+    options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0}
     if settings.memory_mib is not None:
         options["memory"] = settings.memory_mib << 20
     if settings.name is not None:
         options |= {"name": f"{settings.name}-{number}", "namespace": _DISTRIBUTION}
     try:
-        return ray.remote(cls).options(**options).remote(number, limit, max(1, int(settings.cpus)))
+        return ray.remote(cls).options(**options).remote(*args)
     except ValueError as error:
         if settings.name is None or "name" not in str(error):
             raise
@@ -100,7 +110,7 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, limit: int 
         ) from error  # fmt: skip
 
 
-def refuse_without_room(ray: Any, settings: ShardSettings) -> None:
+def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SETTING) -> None:
     """Refuses shards that no machine of the cluster has free cores or memory for.
 
     Raises:
@@ -108,21 +118,21 @@ def refuse_without_room(ray: Any, settings: ShardSettings) -> None:
     """
     free = ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": settings.cpus, "memory": float(settings.memory_mib or 0) * 2**20}
+    wanted = {"CPU": 0.0 if _ours else settings.cpus, "memory": float(settings.memory_mib or 0) * 2**20}
     for resource, name, unit in (("CPU", "cpus", 1.0), ("memory", "memory_mib", float(2**20))):
         one, value = wanted[resource], settings.cpus if resource == "CPU" else settings.memory_mib
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if one > largest:
             raise SettingError(
-                f"{SETTING}.{name}", value, f"is more than any machine of the cluster has ({largest / unit:,.0f})",
+                f"{setting}.{name}", value, f"is more than any machine of the cluster has ({largest / unit:,.0f})",
                 "Ask for less, or add a machine.",
             )  # fmt: skip
         if one * settings.count > free.get(resource, 0.0):
             raise SettingError(
-                f"{SETTING}.count", settings.count,
-                f"shards of {name}={value} do not fit: {free.get(resource, 0.0) / unit:,.0f} of "
+                f"{setting}.count", settings.count,
+                f"processes of {name}={value} do not fit: {free.get(resource, 0.0) / unit:,.0f} of "
                 f"{sum(node.get(resource, 0.0) for node in nodes) / unit:,.0f} are free in the cluster",
-                "Take fewer or smaller shards, end other jobs, or add a machine.",
+                "Take fewer or smaller ones, end other jobs, or add a machine.",
             )  # fmt: skip
 
 

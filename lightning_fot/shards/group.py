@@ -18,12 +18,10 @@ from lightning_fot.config.shards import SETTING, ShardSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.shards import engine
 from lightning_fot.shards.engine import LostError
-from lightning_fot.shards.shard import Change, GoneError, Shard, versions_here
+from lightning_fot.shards.shard import Change, GoneError, MissingError, Shard, versions_here
 
 # So often in a row a shard may die while it is made again.
 _ATTEMPTS = 10
-# Changes that are sent at once.
-_CHUNK = 64
 
 
 class Origin:
@@ -90,7 +88,7 @@ class Group:
     def __init__(self, settings: ShardSettings) -> None:
         self.settings = settings
         self.count = settings.count
-        self._ray = engine.connect(settings.address, settings.cpus * settings.count)
+        self._ray = engine.connect(settings.address)
         engine.refuse_without_room(self._ray, settings)
         self._lock = RLock()
         self._numbers = itertools.count()
@@ -98,6 +96,8 @@ class Group:
         # Only ever added to and emptied: the garbage collector may come at any time, in any thread.
         self._gone: list[list[int]] = [[] for _ in range(self.count)]
         self._lives = [0] * self.count
+        # Versions that could not be made again, and why.
+        self._broken: dict[int, Exception] = {}
         self.losses = 0
         """Processes that have died so far, and were started anew."""
         self._actors: list[Any] = []
@@ -145,6 +145,8 @@ class Group:
             # Made again with all others.
             self._revive(call.shard, call.life)
             return True
+        except MissingError as error:
+            raise self._lost(call.shard, self._broken.get(error.args[0], error)) from error
 
     def _taken(self, shard: int) -> list[int]:
         """Versions of a shard that nobody holds any more, once each."""
@@ -175,6 +177,8 @@ class Group:
                 last = error
                 self._revive(call.shard, call.life)
                 call = self.ask(call.shard, call.method, *call.args)
+            except MissingError as error:
+                raise self._lost(call.shard, self._broken.get(error.args[0], error)) from error
         raise self._lost(call.shard, last)
 
     def answers(self, calls: Sequence[Call]) -> list[Any]:
@@ -192,7 +196,8 @@ class Group:
 
     def _new_actor(self, number: int) -> Any:
         limit = None if self.settings.memory_mib is None else self.settings.memory_mib << 20
-        return engine.start(self._ray, Shard, self.settings, number, limit)
+        threads = max(1, int(self.settings.cpus))
+        return engine.start(self._ray, Shard, self.settings, number, number, limit, threads)
 
     def _greet(self, numbers: Sequence[int]) -> None:
         """Waits until shards run, and refuses other versions than this process has."""
@@ -240,8 +245,12 @@ class Group:
         )  # fmt: skip
 
     def _replay(self, shard: int) -> None:
-        """Makes all versions that are held of a shard, in the order in which they came about."""
+        """Makes all versions that are held of a shard, in the order in which they came about.
+
+        One that cannot be made is told when it is asked for: others are not lost with it.
+        """
         held = set(self._held[shard])
+        self._gone[shard].clear()
         origins: dict[int, Origin] = {}
         children: dict[int, int] = {}
         for version in held:
@@ -253,31 +262,37 @@ class Group:
                     children[parent] = children.get(parent, 0) + 1
                 origin = origin.parent
         wanted = {version.number for version in held}
-        self._gone[shard].clear()
-        gone: list[int] = []
-        waiting: list[Change] = []
-
-        def send() -> None:
-            nonlocal gone, waiting
-            engine.result(self._ray, self._actors[shard].change.remote(waiting, gone))
-            gone, waiting = over, []
-
         over: list[int] = []
+        sent = []
         for number in sorted(origins):
-            origin = origins[number]
-            waiting.append(origin.change)
-            if origin.parent is not None:
-                parent = origin.parent.change.version
-                children[parent] -= 1
-                if not children[parent] and parent not in wanted:
-                    over.append(parent)
-            if len(waiting) >= _CHUNK:
-                send()
-                over = []
-        if waiting or over:
-            send()
-            if gone:
-                send()
+            change = origins[number].change
+            sent.append((number, self._actors[shard].change.remote([change], over)))
+            over = []
+            if change.parent is not None:
+                children[change.parent] -= 1
+                if not children[change.parent] and change.parent not in wanted:
+                    over = [change.parent]
+        for number, reference in sent:
+            try:
+                engine.result(self._ray, reference)
+            except (SettingError, OSError) as error:
+                self._broken[number] = error
+            except MissingError as error:
+                self._broken[number] = self._broken.get(error.args[0], error)
+
+    def files_in_use(self, folder: str) -> set[str]:
+        """Names of files of a folder that something held would be made of again."""
+        found = set[str]()
+        for held in self._held:
+            seen = set[int]()
+            for version in list(held):
+                origin: Origin | None = version.origin
+                while origin is not None and id(origin) not in seen:
+                    seen.add(id(origin))
+                    if origin.change.name == "load" and origin.change.args[2] == folder:
+                        found |= {one["file"] for one in origin.change.args[3]}
+                    origin = origin.parent
+        return found
 
 
 class _Later(Future[bool]):

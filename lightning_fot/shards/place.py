@@ -83,6 +83,9 @@ class Sharded(Place):
                 version.origin.rest_on(Change(version.number, None, "load", args))
         return Written(files, extra, {})
 
+    def in_use(self, target: Path) -> set[str]:
+        return self.group.files_in_use(str(target.resolve()))
+
     def read(
         self,
         layers: Mapping[int, BaseLayer],

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,16 @@ class GoneError(Exception):
     """What a second call asks for is not known here: the process was started anew between the two."""
 
 
+class MissingError(Exception):
+    """A version, its only argument, is not there: what it was made of could not be found again."""
+
+
 def versions_here() -> dict[str, str]:
     """What must be the same in all processes."""
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__.partition("+")[0],
-        "lightning-fot": version("lightning-fot"),
+        "lightning-fot": metadata.version("lightning-fot"),
     }
 
 
@@ -154,7 +158,7 @@ class Shard:
         if change.parent is None:
             self._versions[change.version] = getattr(self, f"_{change.name}")(*args)
             return False
-        parent = self._versions[change.parent]
+        parent = self._version(change.parent)
         self._past[change.version] = _sum(self._past.get(change.parent), parent.retriever.stats())
         if change.name == "select_rows":
             self._versions[change.version] = parent.select_rows(*args)
@@ -165,6 +169,11 @@ class Shard:
             self._refuse_too_much(layer)
         self._versions[change.version] = layer
         return any(old is not None and old is not new for old, new in zip(parent.codings, layer.codings, strict=True))
+
+    def _version(self, number: int) -> MemoryLayer:
+        if number not in self._versions:
+            raise MissingError(number)
+        return self._versions[number]
 
     def _empty(self, shape: LayerShape) -> MemoryLayer:
         return shape.empty()
@@ -214,7 +223,7 @@ class Shard:
         Returns:
             Inner products (B, G, Q, k) fp32, the largest first, -inf where there are fewer; and numbers here, -1 there.
         """
-        layer, asked = self._versions[version], unpack(queries)
+        layer, asked = self._version(version), unpack(queries)
         scores, found = self._best(layer, asked, k)
         if ticket is not None:
             self._tickets[ticket] = (layer, scores, found)
@@ -248,24 +257,24 @@ class Shard:
 
     def nearest_values(self, version: int, queries: Packed, k: int, rows: bool) -> tuple[Packed, Packed, Packed | None]:
         """As :meth:`nearest`, with the values (B, G, Q, k, D) of the pairs in place of a second call."""
-        layer, asked = self._versions[version], unpack(queries)
+        layer, asked = self._version(version), unpack(queries)
         scores, found = self._best(layer, asked, k)
         return pack(scores), pack(layer.values_at(found)), pack(found) if rows else None
 
     def attend_all(self, version: int, queries: Packed, scale: float, softcap: float | None) -> tuple[Packed, Packed]:
         """Attention to all pairs of each row: as :meth:`attend`."""
-        layer = self._versions[version]
+        layer = self._version(version)
         shown = attend_shown(unpack(queries), layer.keys, layer.values, layer.lengths, scale, softcap)
         return _packed(shown)
 
     def gather(self, version: int, rows: Packed) -> tuple[Packed, Packed]:
         """Keys and values (B, G, Q, K, D) of numbers (B, G, Q, K); any for -1."""
-        found = self._versions[version].gather(unpack(rows))
+        found = self._version(version).gather(unpack(rows))
         return pack(found.keys), pack(found.values)
 
     def stretch(self, version: int, row: int, start: int, stop: int, keys_only: bool = False) -> tuple[Packed, ...]:
         """Keys and values (G, n, D) of pairs ``start`` to ``stop`` of a row."""
-        layer = self._versions[version]
+        layer = self._version(version)
         first, banks = layer.dropped[row], range(row * layer.kv_heads, (row + 1) * layer.kv_heads)
         stores = (layer.key_store,) if keys_only else (layer.key_store, layer.value_store)
         return tuple(
@@ -274,15 +283,15 @@ class Shard:
 
     def observe(self, version: int, queries: Packed) -> None:
         """Shows the retriever queries (B, G, Q, D)."""
-        self._versions[version].observe(unpack(queries))
+        self._version(version).observe(unpack(queries))
 
     def flush(self, version: int) -> None:
         """Builds whatever is pending."""
-        self._versions[version].retriever.flush()
+        self._version(version).retriever.flush()
 
     def told(self, version: int) -> dict[str, Any]:
         """What measurements want to know of a version."""
-        layer = self._versions[version]
+        layer = self._version(version)
         return {
             "nbytes": layer.nbytes,
             "index_bytes": layer.retriever.nbytes,
@@ -305,7 +314,7 @@ class Shard:
         Raises:
             OSError: The file cannot be written.
         """
-        layers = {number: self._versions[version] for number, version in versions.items()}
+        layers = {number: self._version(version) for number, version in versions.items()}
         entries = [*pair_entries(layers, start, stop), *tensor_entries(coding_tensors(layers))]
         named = write_file(Path(folder), "memory", entries)
         return {**named, "shard": self._number, "start": list(start), "stop": list(stop)}
