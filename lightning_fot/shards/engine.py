@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 _DISTRIBUTION = "lightning-fot"
 # A cluster that is started here: no dashboard, and no more shared memory than what travels at once needs.
 _STORE_BYTES = 512 << 20
+_ENVIRONMENT = {
+    # It tells its makers what it is used for, unless it is told not to.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # On a busy machine the 30 seconds that it gives itself to start are too few.
+    "RAY_raylet_start_wait_time_s": "300",
+    # Processes that nobody has asked for yet.
+    "RAY_prestart_worker_first_driver": "0",
+}
+# So long a cluster may take to answer at its address: Ray itself waits for minutes.
+_ANSWER_SECONDS = 10.0
 # Whether this process has started the cluster, for itself alone: there, cores are shared and not reserved.
 _ours = False
 # So long a process that there is room for may take to start.
@@ -31,8 +42,8 @@ def library() -> ModuleType:
     Raises:
         MissingLibraryError: It is not installed.
     """
-    # It tells its makers what it is used for, unless it is told not to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -69,15 +80,31 @@ def connect(address: str | None, setting: str = SETTING) -> ModuleType:
         given |= {"address": address}
     global _ours
     try:
+        _refuse_silent(address)
         ray.init(**given)
         _ours = address is None
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:
         said = str(error).strip().splitlines()
         raise SettingError(
             f"{setting}.address", address, f"cannot be joined ({said[0] if said else type(error).__name__})",
             "Start it there: ray start --head --port=6379, with the same version of Ray; or leave the address out.",
         ) from error  # fmt: skip
     return ray
+
+
+def _refuse_silent(address: str | None) -> None:
+    """Refuses an address at which nobody listens.
+
+    Raises:
+        OSError: Nobody does.
+        ValueError: It is no address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or "//" in host:
+        raise ValueError("it is not HOST:PORT, as `ray start --head` tells it")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
 
 
 def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any) -> Any:

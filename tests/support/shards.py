@@ -20,8 +20,10 @@ OTHERS = {"count": 2, "cpus": 0}
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """One node of this machine, without a dashboard; ended with all its processes."""
-    ray = pytest.importorskip("ray")
-    from lightning_fot.shards import group
+    pytest.importorskip("ray")
+    from lightning_fot.shards import engine, group
+
+    ray = engine.library()
 
     ray.init(
         address="local",
