@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fot.config.shards import ShardSettings
+from lightning_fot.config.memory import ShardSettings
 from lightning_fot.memory import Memory, MemoryShape
 from lightning_fot.memory.found import Scoring
 from lightning_fot.memory.place import InProcess, Place
 from lightning_fot.model.attention.softmax import attend
+from lightning_fot.shards import asking
 from lightning_fot.shards import group as groups
-from lightning_fot.shards import layer as layers
 from lightning_fot.shards.place import Sharded
 from lightning_fot.system.package import shipped
 
@@ -130,11 +130,11 @@ def searches(args: argparse.Namespace) -> list[dict[str, Any]]:
     for number in args.queries:
         some = queries[:, :, torch.arange(number) % queries.shape[2]].contiguous()
         sent = number * len(HEADS) * args.k * keys.shape[-1] * 4
-        usual = layers.ONE_CALL_BYTES
+        usual = asking.ONE_CALL_BYTES
         for most, calls in ((usual, "values travel"), (0, "two calls")):
             if sent > most > 0:
                 continue
-            layers.ONE_CALL_BYTES = most
+            asking.ONE_CALL_BYTES = most
             asks = {name: partial(asked, memory, some, args.k) for name, memory in memories.items()}
             times = timed(asks, args.rounds)
             for name, ms in times.items():
@@ -142,7 +142,7 @@ def searches(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row["bytes"] = 0 if name == "one process" else travelling(memories[name], asks[name])
                 append, alone = appends[name], appends["one process"]
                 rows.append({**row, "append_ms": append * 1000, "append_ratio": append / alone})
-        layers.ONE_CALL_BYTES = usual
+        asking.ONE_CALL_BYTES = usual
     return rows
 
 

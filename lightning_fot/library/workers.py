@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_fot.config.shards import ShardSettings
+from lightning_fot.config.memory import ShardSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.library.ingest import Reader
 from lightning_fot.memory.token_log import TokensRead

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning_fot.config.memory import OF_THE_MACHINE, MemoryConfig
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import SettingError
 from lightning_fot.request.request import Request
 from lightning_fot.request.sections import build
-
-
-def check_shards(config: MemoryConfig) -> None:
-    """Checks that a memory can be shared out where the settings want it, without loading what that needs.
-
-    Raises:
-        MissingLibraryError: Ray is not installed.
-    """
-    if config.sharding is not None and find_spec("ray") is None:
-        raise MissingLibraryError("ray", "pip install 'lightning-fot[ray]'", "model.memory.shards")
+from lightning_fot.shards.engine import check_installed
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ class ModelSettings:
 
         config = self.config
         check_retriever(config.retriever)
-        check_shards(config)
+        check_installed(config.sharding)
         layers = check_backbone(self.backbone).num_layers
         if layers is not None:
             config.resolve_layers(layers)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.shards import SETTING, ShardSettings
+from lightning_fot.config.memory import SHARDS, ShardSettings
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ class LostError(Exception):
     """A process has died, or cannot be reached."""
 
 
+def check_installed(settings: ShardSettings | None) -> None:
+    """Checks that what shards need is there, where there are to be any, without loading it.
+
+    Raises:
+        MissingLibraryError: Ray is not installed.
+    """
+    if settings is not None and find_spec("ray") is None:
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS)
+
+
 def library() -> ModuleType:
     """Ray.
 
@@ -48,12 +59,12 @@ def library() -> ModuleType:
         import ray
     except ImportError as error:
         reason = None if isinstance(error, ModuleNotFoundError) else str(error)
-        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SETTING, reason) from error
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS, reason) from error
     found: ModuleType = ray
     return found
 
 
-def connect(address: str | None, setting: str = SETTING) -> ModuleType:
+def connect(address: str | None, setting: str = SHARDS) -> ModuleType:
     """Joins a cluster, or starts one on this machine where no address is given and this process is in none.
 
     Args:
@@ -132,12 +143,12 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any)
         if settings.name is None or "name" not in str(error):
             raise
         raise SettingError(
-            f"{SETTING}.name", settings.name, "is that of another job, which has shards in this cluster",
+            f"{SHARDS}.name", settings.name, "is that of another job, which has shards in this cluster",
             "Choose another name, or end that job.",
         ) from error  # fmt: skip
 
 
-def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SETTING) -> None:
+def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS) -> None:
     """Refuses shards that no machine of the cluster has free cores or memory for.
 
     Raises:
@@ -173,7 +184,7 @@ def wait_for(ray: Any, references: Sequence[Any], what: str) -> list[Any]:
     _, waiting = ray.wait(list(references), num_returns=len(references), timeout=START_SECONDS)
     if waiting:
         raise SettingError(
-            SETTING, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
+            SHARDS, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
             "See what the cluster waits for: ray status.",
         )  # fmt: skip
     return [result(ray, reference) for reference in references]

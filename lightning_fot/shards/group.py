@@ -14,7 +14,7 @@ from threading import RLock
 from typing import Any
 from weakref import WeakSet, finalize
 
-from lightning_fot.config.shards import SETTING, ShardSettings
+from lightning_fot.config.memory import SHARDS, ShardSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.shards import engine
 from lightning_fot.shards.engine import LostError
@@ -208,7 +208,7 @@ class Group:
             if other:
                 there = ", ".join(f"{name} {version}, not {own[name]}" for name, version in other.items())
                 raise SettingError(
-                    SETTING, self.count, f"shard {number} runs with {there}", "Install the same versions everywhere."
+                    SHARDS, self.count, f"shard {number} runs with {there}", "Install the same versions everywhere."
                 )
 
     def _revive(self, shard: int, life: int) -> None:
@@ -240,7 +240,7 @@ class Group:
 
     def _lost(self, shard: int, error: Exception) -> SettingError:
         return SettingError(
-            SETTING, self.count, f"shard {shard} is lost, and its pairs cannot be made again ({error})",
+            SHARDS, self.count, f"shard {shard} is lost, and its pairs cannot be made again ({error})",
             "Load the memory from where it was saved last, or read its documents again: lightning ingest NAME PATH.",
         )  # fmt: skip
 

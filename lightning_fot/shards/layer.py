@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn
@@ -20,34 +20,16 @@ from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.base import BaseLayer
 from lightning_fot.memory.found import Attended, Found, Retrieved, Scoring
-from lightning_fot.shards.attention import Part, attend_scored, capped, joined, winners
-from lightning_fot.shards.group import Group, Version
-from lightning_fot.shards.packing import Packed, pack, unpack
+from lightning_fot.shards.asking import Asking, Held
+from lightning_fot.shards.attention import winners
+from lightning_fot.shards.group import Group
+from lightning_fot.shards.packing import pack, unpack
 from lightning_fot.shards.placement import Row, emptiest
 from lightning_fot.shards.retriever import ShardedRetriever
 from lightning_fot.shards.shard import LayerShape
 
-# At most so many bytes of values travel to spare a second call.
-ONE_CALL_BYTES = 1 << 19
 # Fewer new pairs of a row than this are not cut.
 _LEAST_PIECE = 1024
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a layer holds.
-
-    Args:
-        versions: One of each shard.
-        rows: Which shard has which pairs of each row.
-        dropped: Pairs of each row that shards still keep, out of sight.
-        codings: One of each shard: another object once the shard has coded anew what it had.
-    """
-
-    versions: tuple[Version, ...]
-    rows: tuple[Row, ...]
-    dropped: tuple[int, ...]
-    codings: tuple[object, ...]
 
 
 class ShardedLayer(BaseLayer):
@@ -224,31 +206,21 @@ class ShardedLayer(BaseLayer):
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         held = self.held
-        holders = self._holders(held)
-        if not holders:
+        asking = Asking(self.group, held)
+        if not asking.holders:
             return torch.full((*queries.shape[:3], k), -1, dtype=torch.int64, device=queries.device)
         sent = pack(queries.float())
         found = self.group.answers(
-            [self.group.ask(shard, "nearest", held.versions[shard].number, sent, k, None, True) for shard in holders]
+            [
+                self.group.ask(shard, "nearest", held.versions[shard].number, sent, k, None, True)
+                for shard in asking.holders
+            ]
         )
         scores, local = [unpack(one[0]) for one in found], [unpack(one[1]) for one in found]
         _, best, places = winners(scores, k)
-        rows = self._numbered(held, holders, local).gather(-1, places).masked_fill(best == -torch.inf, -1)
+        rows = asking.numbered(local).gather(-1, places).masked_fill(best == -torch.inf, -1)
         missing = k - rows.shape[-1]
         return torch.nn.functional.pad(rows, (0, missing), value=-1).to(queries.device)
-
-    def _holders(self, held: Held) -> list[int]:
-        return [shard for shard in range(self.group.count) if any(row.held(shard) for row in held.rows)]
-
-    def _numbered(self, held: Held, holders: Sequence[int], local: Sequence[Tensor]) -> Tensor:
-        """(B, G, Q, sum of K) numbers in the rows of what shards have numbered themselves, side by side."""
-        return torch.cat(
-            [
-                torch.stack([row.numbers(shard, part[place]) for place, row in enumerate(held.rows)])
-                for shard, part in zip(holders, local, strict=True)
-            ],
-            dim=-1,
-        )
 
     def gather(self, rows: Tensor) -> Retrieved:
         held, wanted = self.held, rows.cpu()
@@ -276,73 +248,11 @@ class ShardedLayer(BaseLayer):
         if scoring is None or scoring.pairs or (shown and scoring.weights) or not stored:
             return super().read(queries, k, dense_pairs)
         start = perf_counter()
-        asked = partial(self._attended, held, pack(queries.float()), scoring)
-        found: Attended = asked(None) if shown else self.group.twice(partial(asked, k))
+        wanted = (pack(queries.float()), scoring, None if shown else k, self.value_dim)
+        found: Attended = self.group.twice(partial(Asking(self.group, held).attended, *wanted))
         self.retriever.searched(self.batch_size * self.kv_heads * queries.shape[2], perf_counter() - start)
         here = {name: None if part is None else part.to(queries.device) for name, part in vars(found).items()}
         return Attended(**here)  # type: ignore[arg-type]
-
-    def _attended(self, held: Held, sent: Packed, scoring: Scoring, k: int | None) -> Attended:
-        """Attention to the ``k`` best pairs, None for all; see ``attention``."""
-        holders, group = self._holders(held), self.group
-        how = (scoring.scale, scoring.softcap)
-        if k is None:
-            calls = [group.ask(shard, "attend_all", held.versions[shard].number, sent, *how) for shard in holders]
-            return Attended(*joined(self._parts(calls)))
-        queries = sent.data.shape[0] * sent.data.shape[1] * sent.data.shape[2]
-        if queries * k * self.value_dim * 4 <= ONE_CALL_BYTES:
-            return self._with_values(held, holders, sent, scoring, k)
-        tickets = [group.number() for _ in holders]
-        found = group.answers(
-            [
-                group.ask(shard, "nearest", held.versions[shard].number, sent, k, ticket, scoring.weights)
-                for shard, ticket in zip(holders, tickets, strict=True)
-            ]
-        )
-        counts, best, places = winners([unpack(one[0]) for one in found], k)
-        calls = [
-            group.ask(shard, "attend", ticket, pack(count.to(torch.int32)), *how)
-            for shard, ticket, count in zip(holders, tickets, counts, strict=True)
-            if bool(count.any())
-        ]
-        out, lse = joined(self._parts(calls))
-        return self._weighed(held, holders, [one[1] for one in found], Attended(out, lse), best, places, scoring)
-
-    def _with_values(self, held: Held, holders: Sequence[int], sent: Packed, scoring: Scoring, k: int) -> Attended:
-        """In one call, for few queries: the values travel, and attention is computed here."""
-        found = self.group.answers(
-            [
-                self.group.ask(shard, "nearest_values", held.versions[shard].number, sent, k, scoring.weights)
-                for shard in holders
-            ]
-        )
-        _, best, places = winners([unpack(one[0]) for one in found], k)
-        values = torch.cat([unpack(one[1]) for one in found], dim=-2)
-        values = values.gather(-2, places[..., None].expand(*places.shape, values.shape[-1]))
-        scores = capped(best, scoring.scale, scoring.softcap).masked_fill(best == -torch.inf, -torch.inf)
-        attended = Attended(*attend_scored(scores, values))
-        return self._weighed(held, holders, [one[2] for one in found], attended, best, places, scoring)
-
-    def _weighed(
-        self,
-        held: Held,
-        holders: Sequence[int],
-        local: Sequence[Packed | None],
-        attended: Attended,
-        best: Tensor,
-        places: Tensor,
-        scoring: Scoring,
-    ) -> Attended:
-        """With numbers and scores of the pairs, where they are wanted."""
-        if not scoring.weights:
-            return attended
-        none = best == -torch.inf
-        numbered = self._numbered(held, holders, [unpack(one) for one in local if one is not None])
-        scores = capped(best, scoring.scale, scoring.softcap).masked_fill(none, -torch.inf)
-        return replace(attended, rows=numbered.gather(-1, places).masked_fill(none, -1), scores=scores)
-
-    def _parts(self, calls: Sequence[Any]) -> list[Part]:
-        return [(unpack(out), unpack(lse)) for out, lse in self.group.answers(calls)]
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
         found = [row.drop_oldest(count) for row, count in zip(self.held.rows, counts, strict=True)]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from lightning_fot.config.memory import ShardSettings
 from lightning_fot.config.retriever import RetrieverSpec, layer_spec
-from lightning_fot.config.shards import ShardSettings
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.base import BaseLayer
 from lightning_fot.memory.data_files import Named, Stretches

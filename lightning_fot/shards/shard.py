@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fot.config.memory import SHARDS
 from lightning_fot.config.retriever import RetrieverSpec
-from lightning_fot.config.shards import SETTING
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.data_files import (
     Named,
@@ -197,7 +197,7 @@ class Shard:
         total = sum(held.values())
         if total > self._limit:
             raise SettingError(
-                f"{SETTING}.memory_mib", self._limit >> 20,
+                f"{SHARDS}.memory_mib", self._limit >> 20,
                 f"is full: pairs of shard {self._number} take {total / 2**20:.0f} MiB",
                 "Raise it, take more shards, or set model.memory.capacity or model.memory.dtype=int8.",
             )  # fmt: skip

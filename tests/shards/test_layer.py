@@ -157,7 +157,7 @@ def test_a_long_text_is_cut_into_parts_of_all_shards(cluster: Any) -> None:
 
 
 def test_few_queries_and_many_are_answered_alike(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_fot.shards import layer as module
+    from lightning_fot.shards import asking as module
 
     memory = new_memory(shards.place(SHARDS), shards.shape(), 2)
     for seed in range(4):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_fot.cli import main
-from lightning_fot.config.shards import ShardSettings
+from lightning_fot.config.memory import ShardSettings
 from lightning_fot.errors import MissingLibraryError, SettingError
 from lightning_fot.shards import engine, group
 from lightning_fot.shards.group import Group
@@ -51,7 +51,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     with pytest.raises(MissingLibraryError, match=r"pip install 'lightning-fot\[ray\]'"):
         engine.library()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_fot.request.model.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_fot.shards.engine.find_spec", lambda name: None)
     for words in (["ingest", "mine", "."], ["run", "--config", "smoke"]):
         assert main([*words, "--model.memory.shards=2", *(["--config=smoke"] if words[0] == "ingest" else [])]) == 2
         assert "pip install 'lightning-fot[ray]'" in capsys.readouterr().err

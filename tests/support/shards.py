@@ -40,7 +40,7 @@ def cluster() -> Iterator[Any]:
 
 def place(given: Any) -> Place:
     """Where pairs lie, by the settings of ``model.memory.shards``."""
-    from lightning_fot.config.shards import ShardSettings
+    from lightning_fot.config.memory import ShardSettings
     from lightning_fot.shards.place import Sharded
 
     settings = ShardSettings.read(given)
