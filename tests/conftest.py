@@ -35,3 +35,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def repository() -> Path:
     """Root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves long searches for faults out, whatever else is selected: they run with ``-m robustness_long``."""
+    if "robustness_long" in str(config.getoption("markexpr")):
+        return
+    for item in items:
+        if item.get_closest_marker("robustness_long"):
+            item.add_marker(pytest.mark.skip(reason="long: pytest -m robustness_long"))

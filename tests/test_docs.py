@@ -240,7 +240,7 @@ def test_a_trial_for_ray_tune_is_a_run(desk):
 
 @pytest.mark.slow
 def test_ray_tune_runs_such_trials(desk):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray.tune", exc_type=ImportError)
     trial, search = blocks(_page("cluster"), "python")
     scope = {"__name__": "page"}
     exec(compile(trial.replace('"hnsw"', '"smoke"'), "docs/cluster.md", "exec"), scope)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.config.attending.renamed import OLD_KEYS
+from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer
 from lightning_fot.library.api_key import read_key
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 NOTE = "where the model looked, not what made it answer so"
 # How a memory is asked is free; all else says how its pairs came about.
-_FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", "offload", "offload_dir")
+_FREE = ("top_k", "retriever", "window", "overlap", "sink_tokens", "last_context_length", *OF_THE_MACHINE)
 # Scores divided by less overflow.
 _COLDEST = 0.001
 _PASSAGE_TOKENS = 64

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
 from lightning_fot.library.changes import find_changes
 from lightning_fot.library.library import FILE, Library, count, find_folder, is_free, size_of
@@ -17,16 +18,21 @@ from lightning_fot.pretrained.memory_settings import pretrained_settings
 from lightning_fot.pretrained.quiet import quietly
 from lightning_fot.request.model import settings_of, settings_with
 from lightning_fot.request.request import CONFIG, RETRIEVER, Request, make_request
-from lightning_fot.request.words import Given, Verb, assignments, read
+from lightning_fot.request.words import Given, Option, Verb, assignments, read
 
 if TYPE_CHECKING:
     from lightning_fot.data.text.parts import Found
     from lightning_fot.library.changes import Changes
+    from lightning_fot.library.ingest import Reader
 
 DEFAULT_CONFIG = "smollm2_fot"
 # Of a backbone of the user's own.
 FREE_CONFIG = "training_free"
-VERB = Verb("lightning ingest", (CONFIG,), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
+_WORKERS = (
+    Option("workers", "processes that read, each with a backbone of its own", int),
+    Option("address", "of the Ray cluster that they are part of", str),
+)
+VERB = Verb("lightning ingest", (CONFIG, *_WORKERS), settings=("model.", "ckpt_path"), plain=("MEMORY", "PATH…"))
 HELP = """\
 Usage: {program} MEMORY PATH… [--config NAME|FILE] [--ckpt_path FILE] [--model.KEY=VALUE …]
 
@@ -38,6 +44,8 @@ Reads documents into a memory on disk, to be asked with: {ask} MEMORY "question"
   --config    model settings: a shipped name or a YAML; the rest of the file is not used (default: {default}; of
               another backbone its own settings, and {free} where it has none and you name no memory layers)
   --ckpt_path trained weights: a checkpoint, or last for checkpoints/last.ckpt beside the YAML
+  --workers   processes that read, each with a backbone of its own and each document by itself (extra ray)
+  --address   of the Ray cluster that they are part of; without it, this machine's cores share the work
   --model.…   such as --model.backbone=FOLDER, --model.memory.capacity=1000000, --model.memory.retriever=faiss_ivf
 
 Stopped (Ctrl-C) or killed, the same command goes on where it was; documents that were read already are skipped, and one
@@ -67,6 +75,7 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
         print(HELP.format(program=program, default=DEFAULT_CONFIG, free=FREE_CONFIG, **others))
         return 0
     name, *paths = given.plain
+    _check_workers(given)
     folder = find_folder(name)
     library = _library(folder, given, program)
     library.model.check()
@@ -84,7 +93,15 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
             library.write()
             print(f"Nothing to read: {folder} has all of it, {count(len(library), 'document')}.")
             return 0
-        return _read(library, changes, found, command, program, name, debug)
+        return _read(library, changes, given, command, program, name, debug)
+
+
+def _check_workers(given: Given) -> None:
+    workers, address = given.options.workers, given.options.address
+    if workers is not None and workers < 1:
+        raise SettingError("--workers", workers, "must be at least 1", "Give the number of processes, or leave it out.")
+    if address is not None and workers is None:
+        raise SettingError("--address", address, "is that of workers", "Give --workers too, or leave it out.")
 
 
 def _library(folder: Path, given: Given, program: str) -> Library:
@@ -110,7 +127,7 @@ def _library(folder: Path, given: Given, program: str) -> Library:
             f"{folder} was made with {', '.join(f'{key}={own[key]!r}' for key in different)}",
             "Leave these settings out, or ingest into a new memory.",
         )
-    machine = {key: asked.memory[key] for key in ("offload", "offload_dir")}
+    machine = {key: asked.memory[key] for key in OF_THE_MACHINE}
     library.model = replace(library.model, memory={**library.model.memory, **machine})
     return library
 
@@ -180,18 +197,17 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_NAMED])}{more}"
 
 
-def _read(library: Library, changes: Changes, found: Found, command: str, program: str, word: str, debug: bool) -> int:
+def _read(library: Library, changes: Changes, given: Given, command: str, program: str, word: str, debug: bool) -> int:
     from lightning_fot.system.progress import JobProgress, format_seconds
     from lightning_fot.system.signals import StopGuard, Stopped
 
     with quietly(debug), JobProgress() as progress, StopGuard(progress.message) as guard:
         try:
             progress.message(f"Loading {library.model.backbone} …")
-            from lightning_fot.library.ingest import Reader
             from lightning_fot.training.opening import open_model
 
             lm, tokenizer = open_model(library.model)
-            reader = Reader(lm, tokenizer, library, progress, guard)
+            reader = _reader(given, lm, tokenizer, library, progress, guard)
         except Stopped as stopped:
             progress.message("Stopped before anything was read.")
             return stopped.exit_code
@@ -203,6 +219,8 @@ def _read(library: Library, changes: Changes, found: Found, command: str, progra
             progress.close()
             progress.message(_how_to_go_on(library, reader.name, command, lm.config))
             return stopped.exit_code
+        finally:
+            reader.close()
         seconds = reader.seconds
     speed = reader.tokens / max(seconds, 1e-9)
     gone = reader.skipped.text(named=True)
@@ -216,6 +234,16 @@ def _read(library: Library, changes: Changes, found: Found, command: str, progra
         f'Ask it: {program.replace("ingest", "ask")} {shlex.quote(word)} "…"'
     )
     return 0
+
+
+def _reader(given: Given, *args: Any) -> Reader:
+    from lightning_fot.library.ingest import Reader
+
+    if given.options.workers is None:
+        return Reader(*args)
+    from lightning_fot.library.workers import ParallelReader
+
+    return ParallelReader(*args, count=given.options.workers, address=given.options.address)
 
 
 def _how_to_go_on(library: Library, name: str, command: str, config: Any) -> str:

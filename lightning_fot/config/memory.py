@@ -2,12 +2,74 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from lightning_fot.config.attending import registry, renamed
 from lightning_fot.config.attending.base import Attending
-from lightning_fot.errors import SettingError, check_at_least, check_factor
+from lightning_fot.errors import SettingError, check_at_least, check_factor, close_match
+
+SHARDS = "model.memory.shards"
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """Processes that share out the pairs of a memory (``model.memory.shards``, the number alone or a mapping).
+
+    Args:
+        count: Processes; each holds a slice of the pairs of all memory layers.
+        address: Of a Ray cluster, such as ``10.0.0.1:6379``, or ``auto`` for the one of this machine; None joins the
+            cluster that this process is part of, and starts one on this machine where there is none.
+        cpus: Cores that a shard reserves; it computes with so many threads, and at least one.
+        memory_mib: MiB of memory that a shard reserves, and may fill with pairs; None sets no limit.
+        name: Under which the shards are listed in the cluster; two jobs cannot have one name. None leaves it to Ray.
+
+    Raises:
+        SettingError: A value is out of its range.
+
+    Example:
+        >>> ShardSettings.read({"count": 4, "memory_mib": 2048}).count
+        4
+    """
+
+    count: int
+    address: str | None = None
+    cpus: float = 1.0
+    memory_mib: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(SHARDS, self, 1, "count", "memory_mib")
+        if self.count is None:
+            raise SettingError(f"{SHARDS}.count", None, "must be a whole number of at least 1", "Correct it.")
+        if isinstance(self.cpus, bool) or not isinstance(self.cpus, int | float) or not 0 <= self.cpus < 4096:
+            raise SettingError(f"{SHARDS}.cpus", self.cpus, "must be a number from 0", "1 is usual.")
+        for name in ("address", "name"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise SettingError(f"{SHARDS}.{name}", value, "is no text", "Leave it out, or give a word.")
+
+    @classmethod
+    def read(cls, given: int | Mapping[str, Any] | None) -> Self | None:
+        """As it stands in ``model.memory.shards``; None where the memory is not shared out.
+
+        Raises:
+            SettingError: It is neither a number nor a mapping of these settings.
+        """
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            return cls(given)
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise SettingError(
+                    f"{SHARDS}.{name}", given[name], "is not known",
+                    f"{close_match(str(name), known)}There are: {', '.join(known)}.",
+                )  # fmt: skip
+        if "count" not in given:
+            raise SettingError(SHARDS, dict(given), "does not say how many", "Add count: 2, for example.")
+        return cls(**given)
 
 
 @dataclass
@@ -46,6 +108,8 @@ class MemoryConfig:
             ``top_k`` above its length.
         attending: Another way of attending, for comparison: a name, or ``{"name": ..., **arguments}``; each has a file
             in ``config/attending``. None is FoT's own: one softmax over local and retrieved pairs.
+        shards: Processes that share out the pairs, here or on other machines (needs the extra ``ray``): a number, or
+            ``{"count": ..., "address": ..., "cpus": ..., "memory_mib": ..., "name": ...}``; None keeps all in this one.
 
     Raises:
         SettingError: A value is out of its range.
@@ -72,6 +136,7 @@ class MemoryConfig:
     attending: str | dict[str, Any] | None = None
     distance: int | None = None
     dense_pairs: int = 0
+    shards: int | dict[str, Any] | None = None
 
     def __post_init__(self, *old: Any) -> None:
         prefix = "model.memory"
@@ -117,6 +182,13 @@ class MemoryConfig:
                 f"is more than window={self.window}",
                 "It says how much of the window a prompt may fill.",
             )
+        if self.sharding is not None and self.offload_dir is not None:
+            raise SettingError(
+                f"{prefix}.offload_dir",
+                self.offload_dir,
+                "is of this process, and shards keep the pairs in theirs",
+                "Set shards or offload_dir.",
+            )
         self.way.check(self)
         note = renamed.told(given, self.attending)
         if note is not None:
@@ -143,6 +215,11 @@ class MemoryConfig:
         if self.positions != "constant" or not self.memory_layers:
             return None
         return self.window if self.distance is None else self.distance
+
+    @property
+    def sharding(self) -> ShardSettings | None:
+        """The settings of ``shards``; None where the pairs lie in this process."""
+        return ShardSettings.read(self.shards)
 
     @property
     def way(self) -> Attending:
@@ -194,7 +271,7 @@ TRAINING_FREE: dict[str, Any] = {
 }
 
 # Settings that earlier versions do not know, and the values that say what those did.
-_LATER: dict[str, Any] = {"distance": None, "dense_pairs": 0}
+_LATER: dict[str, Any] = {"distance": None, "dense_pairs": 0, "shards": None}
 
 
 def without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,4 +285,4 @@ def without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Where a memory lies on one machine: not the model's.
-OF_THE_MACHINE = ("offload", "offload_dir")
+OF_THE_MACHINE = ("offload", "offload_dir", "shards")

@@ -105,6 +105,7 @@ class Reader:
         try:
             forget(self.library, self.memory, outdated)
             self._whole = self.memory.snapshot()
+            self._prepare(unread)
             for number, one in enumerate(unread, start=1):
                 self._place = f"document {number}/{len(unread)}"
                 self._check()
@@ -124,6 +125,14 @@ class Reader:
         self.library.write_whole()
         self._progress.finish(PHASE)
 
+    def close(self) -> None:
+        """Lets go what it has taken for the time of reading."""
+        return
+
+    def _prepare(self, unread: Sequence[Unread]) -> None:
+        """Told of all documents before the first is read."""
+        return
+
     def _save_what_is_whole(self) -> None:
         if not self._goes_on:
             self.memory = self._whole
@@ -138,9 +147,8 @@ class Reader:
         # Listed before any of it can be saved: a kill must not leave tokens in the memory that no document owns.
         self.library.write()
         total = start = self._tokens_of(entry)
-        for ids in self._parts(source, start):
-            self.lm.ingest(ids, self.memory, progress=self._window_read, document=entry.name)
-            total += ids.shape[1]
+        for count in self._taken_in(unread, entry, start):
+            total += count
         entry.tokens, entry.read_at = total, int(self.memory.tokens_seen.sum())
         self.library.changed(entry)
         self._finished_bytes += source.size
@@ -149,6 +157,12 @@ class Reader:
             self._whole = self.memory.snapshot()
         if self._is_time(SAVE_AT_END_S):
             self._save()
+
+    def _taken_in(self, unread: Unread, entry: Entry, start: int) -> Iterator[int]:
+        """Reads a document from token ``start`` on into the memory; gives the tokens of each part."""
+        for ids in self._parts(unread.source, start):
+            self.lm.ingest(ids, self.memory, progress=self._window_read, document=entry.name)
+            yield ids.shape[1]
 
     def _is_time(self, seconds: float) -> bool:
         """Whether it is so long since the last save, and long enough to bear what a save costs."""

@@ -10,12 +10,12 @@ from lightning_fot._lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import PACKED_SHARE as PACKED_SHARE
     from lightning_fot.memory.memory import Memory as Memory
-    from lightning_fot.memory.memory import MemoryShape as MemoryShape
     from lightning_fot.memory.memory import Pairs as Pairs
+    from lightning_fot.memory.place import MemoryShape as MemoryShape
 
 _HOME = {
     "Memory": "memory",
-    "MemoryShape": "memory",
+    "MemoryShape": "place",
     "PACKED_SHARE": "memory",
     "Pairs": "memory",
 }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_fot.config.retriever import RetrieverSpec
-from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.memory.base import BaseLayer
+from lightning_fot.memory.found import Retrieved
 from lightning_fot.retrievers.keys.store import KeyStore
 from lightning_fot.retrievers.registry import create_retriever
 
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
     from lightning_fot.retrievers.base import Retriever
 
 
-class MemoryLayer:
-    """Banks (row, KV head) of keys and values, and the retriever over the keys.
-
-    Pairs of a row are numbered from 0, the oldest, to the row's length - 1. Oldest pairs that were dropped stay in the
-    stores, out of sight, until :meth:`keep` packs them.
+class MemoryLayer(BaseLayer):
+    """A layer whose pairs lie in this process. Oldest pairs that were dropped stay in the stores, out of sight, until
+    :meth:`keep` packs them.
 
     Args:
         kv_heads: G.
@@ -43,13 +42,14 @@ class MemoryLayer:
     ) -> None:
         self.batch_size = keys.banks // kv_heads
         self.kv_heads = kv_heads
+        self.key_dim, self.value_dim = keys.dim, values.dim
         self.key_store = keys
         self.value_store = values
         self._spec = spec
         if retriever is None:
             retriever = create_retriever(spec, keys.dim, keys.banks)
             retriever.use_store(keys)
-        self.retriever: Retriever = retriever
+        self._retriever: Retriever = retriever
         self.dropped = [0] * self.batch_size if dropped is None else list(dropped)
         """For each row how many of its oldest pairs, still in the stores, do not count any more."""
 
@@ -84,44 +84,41 @@ class MemoryLayer:
         return cls(kv_heads, keys, KeyStore(value_dim, banks, dtype, device, value_folder), spec)
 
     @property
+    def retriever(self) -> Retriever:
+        """Over the keys."""
+        return self._retriever
+
+    @property
+    def codings(self) -> tuple[object | None, ...]:
+        return self.key_store.quantiser, self.value_store.quantiser
+
+    @property
     def lengths(self) -> list[int]:
-        """Pairs of each row."""
         stored = self.key_store.lengths_list[:: self.kv_heads]
         return [length - dropped for length, dropped in zip(stored, self.dropped, strict=True)]
 
     @property
     def keys(self) -> Tensor:
-        """(B, G, M, D) in a floating dtype; rows shorter than M end in unused places. A view where that is possible."""
         return self._rows(self.key_store)
 
     @property
     def values(self) -> Tensor:
-        """(B, G, M, D), as :attr:`keys`."""
         return self._rows(self.value_store)
 
     def key_blocks(self, bank: int, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
-        """Keys of a bank (a row's KV head, B·G of them) in pieces, for a scan that copies few at a time.
-
-        Yields:
-            The number of the first pair, and at most ``size`` keys (n, D) in a floating dtype.
-        """
         first = self.dropped[bank // self.kv_heads]
         for start, keys in self.key_store.blocks(bank, first, None, size):
             yield start - first, keys
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and index."""
         return self.key_store.nbytes + self.value_store.nbytes + self.retriever.nbytes
 
-    def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
-        """Stores pairs behind those already there.
+    @property
+    def indexed_share(self) -> float:
+        return float(self.retriever.indexed.sum() / self.key_store.lengths.sum().clamp_min(1))
 
-        Args:
-            keys: (B, G, n, D), as if at position 0.
-            values: (B, G, n, D).
-            lengths: (B,) pairs that count in each row; None means n.
-        """
+    def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
         per_bank = None if lengths is None else lengths.repeat_interleave(self.kv_heads)
         folded = keys.flatten(0, 1)
         self.key_store.append(folded, per_bank)
@@ -139,61 +136,36 @@ class MemoryLayer:
         self.value_store.truncate(banks)
 
     def search(self, queries: Tensor, k: int) -> Tensor:
-        """Numbers of the pairs with the k largest inner products.
-
-        Args:
-            queries: (B, G, Q, D), rotated as the layer uses them.
-            k: Pairs wanted.
-
-        Returns:
-            (B, G, Q, k) int64, -1 where a row holds fewer.
-        """
         rows = self._split(self.retriever.search(queries.flatten(0, 1), k))
         if not any(self.dropped):
             return rows
         return torch.where(rows < 0, rows, rows - self._shift(rows.device))
 
+    def observe(self, queries: Tensor) -> None:
+        self.retriever.observe(queries.flatten(0, 1))
+
     def gather(self, rows: Tensor) -> Retrieved:
-        """The pairs of numbers (B, G, Q, K), -1 for none."""
-        valid = rows >= 0
+        index = self._stored(rows)
+        keys, values = self._take(self.key_store, index), self._take(self.value_store, index)
+        return Retrieved(keys, values, rows >= 0, rows)
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """(B, G, Q, K, D) keys of the pairs of numbers (B, G, Q, K); any for -1."""
+        return self._take(self.key_store, self._stored(rows))
+
+    def values_at(self, rows: Tensor) -> Tensor:
+        """(B, G, Q, K, D) values, as :meth:`keys_at`."""
+        return self._take(self.value_store, self._stored(rows))
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        """Numbers in the stores."""
         index = rows.clamp_min(0)
-        if any(self.dropped):
-            index = index + self._shift(rows.device)
-        folded = index.flatten(0, 1).flatten(1)
+        return index + self._shift(rows.device) if any(self.dropped) else index
 
-        def take(store: KeyStore) -> Tensor:
-            return store.gather(folded).view(*rows.shape, store.dim)
-
-        return Retrieved(take(self.key_store), take(self.value_store), valid, rows)
-
-    def read(self, queries: Tensor, k: int, dense_pairs: int = 0) -> Retrieved | Shown | None:
-        """What the queries attend to.
-
-        Args:
-            queries: (B, G, Q, D), as :meth:`search` takes them.
-            k: Pairs wanted for each.
-            dense_pairs: Pairs of a row up to which all are wanted.
-
-        Returns:
-            The k nearest pairs; all of them where there are no more than that or than ``dense_pairs``; None when empty.
-        """
-        lengths = self.lengths
-        stored = max(lengths)
-        if stored == 0:
-            return None
-        if stored <= max(k, dense_pairs):
-            keys, values = self.keys, self.values
-            if torch.is_grad_enabled():
-                # A backward pass needs what was read as it was, and the stores go on to be written to.
-                keys, values = keys.clone(), values.clone()
-            if min(lengths) == stored:
-                return Shown(keys, values)
-            places = torch.arange(stored, device=queries.device)
-            return Shown(keys, values, places < torch.tensor(lengths, device=queries.device)[:, None])
-        return self.gather(self.search(queries, k))
+    def _take(self, store: KeyStore, index: Tensor) -> Tensor:
+        return store.gather(index.flatten(0, 1).flatten(1)).view(*index.shape, store.dim)
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
-        """Drops the ``counts[b]`` oldest pairs of row b; those left are numbered from 0 again."""
         gone = []
         for row, count in enumerate(counts):
             first = self.dropped[row]
@@ -203,7 +175,6 @@ class MemoryLayer:
         self.retriever.remove(gone)
 
     def keep(self, masks: Sequence[Tensor]) -> None:
-        """Keeps the pairs of row b where ``masks[b]``, (M_b,) bool, is True; they are packed and indexed anew."""
         stored = []
         for mask, dropped in zip(masks, self.dropped, strict=True):
             whole = torch.cat([torch.zeros(dropped, dtype=torch.bool), mask.cpu()])
@@ -214,16 +185,22 @@ class MemoryLayer:
         self.retriever.renumber()
 
     def pack(self) -> None:
-        """Gives back the room of dropped pairs."""
         self.keep([torch.ones(length, dtype=torch.bool) for length in self.lengths])
 
     @property
     def unpacked(self) -> int:
-        """Dropped pairs of a row that still take room."""
         return max(self.dropped)
 
+    def use_retriever(self, spec: RetrieverSpec) -> None:
+        if self.unpacked:
+            # What was dropped is known to the other retriever alone.
+            self.pack()
+        self._spec = spec
+        self._retriever = create_retriever(spec, self.key_dim, self.key_store.banks)
+        self._retriever.use_store(self.key_store)
+        self._retriever.renumber()
+
     def select_rows(self, rows: Sequence[int]) -> MemoryLayer:
-        """A new layer whose row i is a snapshot of row ``rows[i]``: nothing is copied."""
         banks = [row * self.kv_heads + head for row in rows for head in range(self.kv_heads)]
         keys, values = self.key_store.select(banks), self.value_store.select(banks)
         dropped = [self.dropped[row] for row in rows]
@@ -241,7 +218,6 @@ class MemoryLayer:
         return other
 
     def mark(self) -> Callable[[], None]:
-        """What takes back all that is done to the layer from now on: nothing is copied."""
         keys, values, dropped, removed = (
             self.key_store.fork(), self.value_store.fork(), list(self.dropped), self.retriever.removed,
         )  # fmt: skip
@@ -255,14 +231,12 @@ class MemoryLayer:
         return back
 
     def reset(self) -> None:
-        """Forgets all pairs."""
         self.key_store.reset()
         self.value_store.reset()
         self.retriever.reset()
         self.dropped = [0] * self.batch_size
 
     def snapshot(self) -> MemoryLayer:
-        """An independent layer that shares what is stored so far: O(1)."""
         keys = self.key_store.fork()
         retriever = self.retriever.fork(keys)
         return MemoryLayer(self.kv_heads, keys, self.value_store.fork(), self._spec, retriever, self.dropped)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from threading import RLock
 from time import perf_counter
 from typing import Any
@@ -16,39 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fot.config.retriever import RetrieverSpec, layer_spec
+from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
-from lightning_fot.memory.layer import MemoryLayer
+from lightning_fot.memory.base import BaseLayer
 from lightning_fot.memory.on_disk import Saved, save_memory
+from lightning_fot.memory.place import InProcess, MemoryShape, Place
 from lightning_fot.memory.token_log import Document, TokenLog, TokensRead
-from lightning_fot.retrievers.keys.quantiser import Quantiser
 from lightning_fot.system.lasting import lasting
 
 # Dropped pairs are packed away once they are this share of the capacity: packing builds indexes anew.
 PACKED_SHARE = 8
 
 Pairs = Mapping[int, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class MemoryShape:
-    """What a memory must share with the model that reads it.
-
-    Args:
-        layers: Memory layers.
-        kv_heads: G of each memory layer.
-        head_dim: D of each memory layer's keys.
-        value_dim: D of each memory layer's values.
-        dtype: Stored dtype; ``torch.int8`` stands for a byte a coordinate and a scale a vector.
-        device: Where the pairs are kept.
-    """
-
-    layers: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    head_dim: tuple[int, ...]
-    value_dim: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 class Memory:
@@ -69,6 +47,7 @@ class Memory:
         value_folder: The same for values.
         layers: Pairs of each memory layer; None starts without.
         log: What they were read from; None is of nothing.
+        place: Where pairs lie; None is this process, with its folders.
 
     Raises:
         SettingError: ``batch_size`` is below 1, or the retriever cannot be made.
@@ -84,8 +63,9 @@ class Memory:
         fingerprint: Callable[[], dict[str, Any]] | None = None,
         key_folder: str | None = None,
         value_folder: str | None = None,
-        layers: dict[int, MemoryLayer] | None = None,
+        layers: dict[int, BaseLayer] | None = None,
         log: TokenLog | None = None,
+        place: Place | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError("batch_size", batch_size, "a memory has at least one row", "Give the number of rows.")
@@ -105,25 +85,9 @@ class Memory:
         """Stands for what is stored: memories of the same one hold the same, and were not changed since."""
         self.forgotten = torch.zeros(batch_size, dtype=torch.int64)
         """(B,) int64: oldest pairs dropped so far in each row; a pair's number plus this never changes."""
-        self.layers: dict[int, MemoryLayer] = (
-            layers
-            if layers is not None
-            else {
-                layer: MemoryLayer.empty(
-                    batch_size,
-                    heads,
-                    dim,
-                    value_dim,
-                    layer_spec(retriever, layer),
-                    shape.dtype,
-                    shape.device,
-                    key_folder,
-                    value_folder,
-                )
-                for layer, heads, dim, value_dim in zip(
-                    shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, strict=True
-                )
-            }
+        self.place = InProcess(key_folder, value_folder) if place is None else place
+        self.layers: dict[int, BaseLayer] = (
+            self.place.layers(shape, batch_size, retriever) if layers is None else layers
         )
         # What is on disk already, so that saving again writes what is new: see persistence.
         self.saved: dict[str, Saved] = {}
@@ -171,6 +135,8 @@ class Memory:
                 back.callback(layer.mark())
             try:
                 yield
+                for layer in self.layers.values():
+                    layer.settle()
             except BaseException:
                 self.forgotten, self.saved = forgotten, saved
                 if before is None:
@@ -225,6 +191,8 @@ class Memory:
                 keys, values = pairs[number]
                 # Stored pairs outlive the pass, and so no graph.
                 layer.append(keys.detach(), values.detach(), lengths)
+            for layer in self.layers.values():
+                layer.settle()
             if any(old is not None and old is not new for old, new in zip(coded, self._coded, strict=True)):
                 # What is on disk was coded otherwise.
                 self.saved = {}
@@ -236,9 +204,9 @@ class Memory:
         self.append_seconds += perf_counter() - began
 
     @property
-    def _coded(self) -> list[Quantiser | None]:
+    def _coded(self) -> list[object | None]:
         """What eight-bit vectors were coded with."""
-        return [store.quantiser for layer in self.layers.values() for store in (layer.key_store, layer.value_store)]
+        return [coding for layer in self.layers.values() for coding in layer.codings]
 
     def _checked(self, pairs: Pairs, lengths: Tensor | None) -> Tensor:
         """Pairs that each row gets, (B,), once everything about them is known to be right."""
@@ -248,8 +216,8 @@ class Memory:
         new = {pairs[number][0].shape[2:3] for number in self.layers} or {torch.Size([0])}
         for number, layer in self.layers.items():
             for name, tensor, dim in (
-                ("keys", pairs[number][0], layer.key_store.dim),
-                ("values", pairs[number][1], layer.value_store.dim),
+                ("keys", pairs[number][0], layer.key_dim),
+                ("values", pairs[number][1], layer.value_dim),
             ):
                 wanted = (self.batch_size, layer.kv_heads, *min(new), dim)
                 if tuple(tensor.shape) != wanted or not tensor.is_floating_point():
@@ -372,8 +340,10 @@ class Memory:
         other.log.end_named()
         return other
 
-    def _with(self, layers: dict[int, MemoryLayer], log: TokenLog, rows: int) -> Memory:
-        return Memory(self.shape, rows, self.retriever, self.capacity, self.fingerprint, layers=layers, log=log)
+    def _with(self, layers: dict[int, BaseLayer], log: TokenLog, rows: int) -> Memory:
+        return Memory(
+            self.shape, rows, self.retriever, self.capacity, self.fingerprint, layers=layers, log=log, place=self.place
+        )
 
     def take(self, other: Memory) -> None:
         """Becomes what another memory of the same model is, as if it had read the same; the other is given up."""

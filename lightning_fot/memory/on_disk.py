@@ -11,35 +11,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.card import CARD, write_card
+from lightning_fot.memory.data_files import DATA_FILE, INDEX_FILE, damaged, read_file, tensor_entries, write_file
 from lightning_fot.memory.token_log import TokenLog
-from lightning_fot.retrievers.keys.quantiser import Quantiser
-from lightning_fot.system.digests import file_digest, sealed, unsealed
-from lightning_fot.system.files import clean, json_text, publish, workspace, write_text
-from lightning_fot.system.tensor_files import Entry, write_tensors
+from lightning_fot.system.digests import sealed, unsealed
+from lightning_fot.system.files import clean, json_text, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_fot.memory.layer import MemoryLayer
-    from lightning_fot.retrievers.keys.store import KeyStore
+    from lightning_fot.memory.base import BaseLayer
+    from lightning_fot.memory.place import Place
 
-FORMATS = (2, 3)
-INDEX_FILE = "memory.json"
+FORMAT = 2
+# The same in eight bits. A scale below zero says that a vector is coded alone, which earlier versions do not know.
+CODED = 3
+# Pairs written by shards: the index says which shard holds which pairs of a row.
+SHARDED = 4
 # A folder of more data files than this is written anew as one.
 MOST_FILES = 64
 # How often a reader begins again because a writer has saved meanwhile.
 _READS = 20
-# What a data file is called: an index may name no other file, and so none of other folders.
-_DATA_FILE = re.compile(r"(?:memory|log)-[0-9a-f]{16}\.safetensors")
 # Temporary files of versions before 0.2, which kills left.
 _OLD_LEFTOVERS = "tmp????????.part"
 
@@ -50,9 +47,10 @@ Saved = tuple[str, list[int]]
 class Stored(Protocol):
     """What is saved and loaded: a :class:`~lightning_fot.memory.memory.Memory`."""
 
-    layers: dict[int, MemoryLayer]
+    layers: dict[int, BaseLayer]
     log: TokenLog
     saved: dict[str, Saved]
+    place: Place
 
     @property
     def lengths(self) -> Tensor:
@@ -82,20 +80,19 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
         for left in target.glob(_OLD_LEFTOVERS):
             left.unlink(missing_ok=True)
         before, older = _named_before(target)
-        shards, done = _already_there(memory, target)
-        if not shards or lengths != done:
-            file = _write(target, "memory", _pairs(memory, done, lengths))
-            shards = [*shards, {**file, "start": done, "stop": lengths}]
+        pairs = memory.place.write(memory.layers, target, _already_there(memory, target), lengths)
+        in_use = memory.place.in_use(target)
+        before += [name for name in older if name in in_use and name not in before]
         log, documents = memory.log.state()
-        log_file = _write(target, "log", _log_entries(memory, log))
-        coded = any(layer.key_store.dtype == torch.int8 for layer in memory.layers.values())
+        log_file = write_file(target, "log", tensor_entries({**log, **pairs.tensors}))
+        plain = CODED if any(any(layer.codings) for layer in memory.layers.values()) else FORMAT
         index = {
-            # In eight bits, a scale below zero says that a vector is coded alone: earlier versions must not read it.
-            "format": FORMATS[1] if coded else FORMATS[0],
+            "format": SHARDED if "placement" in pairs.extra else plain,
             "fingerprint": fingerprint,
             "rows": len(lengths),
             "lengths": lengths,
-            "pairs": shards,
+            "pairs": pairs.files,
+            **pairs.extra,
             "log": log_file,
             "documents": documents,
             "before": before,
@@ -106,7 +103,7 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
     except OSError as error:
         raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
     memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}
-    named = {file["file"] for file in (*shards, log_file)}
+    named = {file["file"] for file in (*pairs.files, log_file)}
     for name in set(older) - named - set(before):
         (target / name).unlink(missing_ok=True)
 
@@ -134,66 +131,23 @@ def _named_before(target: Path) -> tuple[list[str], list[str]]:
     except (OSError, ValueError, KeyError, TypeError):
         return [], []
     # Files that are not named as ours are nobody's to remove.
-    return list(filter(_DATA_FILE.fullmatch, now)), list(filter(_DATA_FILE.fullmatch, older))
+    return list(filter(DATA_FILE.fullmatch, now)), list(filter(DATA_FILE.fullmatch, older))
 
 
-def _already_there(memory: Stored, target: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Data files in the folder that hold the start of this memory, and how far each row is in them."""
-    nothing: tuple[list[dict[str, Any]], list[int]] = ([], [0] * len(memory.lengths))
+def _already_there(memory: Stored, target: Path) -> dict[str, Any]:
+    """The index of the folder where its data files hold the start of this memory; empty otherwise."""
     known = memory.saved.get(str(target.resolve()))
     index_file = target / INDEX_FILE
     if known is None or not index_file.is_file():
-        return nothing
+        return {}
     text = index_file.read_text(encoding="utf-8")
-    digest, lengths = known
-    if _text_digest(text) != digest:
-        return nothing
-    shards = json.loads(text)["pairs"]
-    if len(shards) >= MOST_FILES or not all((target / shard["file"]).is_file() for shard in shards):
-        return nothing
-    return shards, list(lengths)
-
-
-def _pairs(memory: Stored, start: list[int], stop: list[int]) -> list[Entry]:
-    entries = []
-    for number, layer in memory.layers.items():
-        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
-            entries += _store_entries(f"{number}.{name}", layer, store, start, stop)
-    return entries
-
-
-def _store_entries(name: str, layer: MemoryLayer, store: KeyStore, start: list[int], stop: list[int]) -> list[Entry]:
-    """Pairs ``start[b]`` to ``stop[b]`` of each row b as (banks, n, dim), shorter banks filled with zeros."""
-    width = max(end - begin for begin, end in zip(start, stop, strict=True))
-
-    def pieces(scales: bool) -> Iterator[Tensor]:
-        for bank in range(store.banks):
-            row = bank // layer.kv_heads
-            first, last = (number + layer.dropped[row] for number in (start[row], stop[row]))
-            for data, scale in store.raw(bank, first, last):
-                yield scale if scales and scale is not None else data
-            missing = width - (last - first)
-            if missing:
-                yield (
-                    torch.zeros(missing, dtype=torch.float16)
-                    if scales
-                    else torch.zeros(missing, store.dim, dtype=store.dtype)
-                )
-
-    entries = [Entry(name, store.dtype, (store.banks, width, store.dim), pieces(False))]
-    if store.dtype == torch.int8:
-        entries.append(Entry(f"{name}.scales", torch.float16, (store.banks, width), pieces(True)))
-    return entries
-
-
-def _log_entries(memory: Stored, log: dict[str, Tensor]) -> list[Entry]:
-    tensors = dict(log)
-    for number, layer in memory.layers.items():
-        for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
-            if store.quantiser is not None:
-                tensors[f"{number}.{name}.centre"] = store.quantiser.centre
-                tensors[f"{number}.{name}.spread"] = store.quantiser.spread
-    return [Entry(name, tensor.dtype, tuple(tensor.shape), iter([tensor])) for name, tensor in tensors.items()]
+    if _text_digest(text) != known[0]:
+        return {}
+    index: dict[str, Any] = json.loads(text)
+    files = index["pairs"]
+    if len(files) >= MOST_FILES or not all((target / file["file"]).is_file() for file in files):
+        return {}
+    return index
 
 
 def load_memory(
@@ -236,32 +190,15 @@ def _load(
     _refuse_other_model(expected(index["fingerprint"]), index["fingerprint"], folder)
     memory = empty(index["rows"])
     try:
-        log = _read_checked(source, index["log"], folder)
+        log = read_file(source, index["log"], folder)
         memory.log = TokenLog.restore(log, index["documents"])
         # It may have been written while one was being read.
         memory.log.end_named()
-        for shard in index["pairs"]:
-            tensors = _read_checked(source, shard, folder)
-            for number, layer in memory.layers.items():
-                counts = [b - a for a, b in zip(shard["start"], shard["stop"], strict=True)]
-                per_bank = [count for count in counts for _ in range(layer.kv_heads)]
-                for name, store in (("keys", layer.key_store), ("values", layer.value_store)):
-                    key = f"{number}.{name}"
-                    if f"{key}.centre" in log:
-                        centre, spread = log[f"{key}.centre"], log[f"{key}.spread"]
-                        store.quantiser = Quantiser(centre.to(store.device), spread.to(store.device))
-                    data, scales = tensors[key].to(store.device), tensors.get(f"{key}.scales")
-                    scales = None if scales is None else scales.to(store.device)
-                    if len(index["pairs"]) == 1:
-                        store.adopt(data, scales, per_bank)
-                    else:
-                        store.append_raw(data, scales, per_bank)
+        memory.place.read(memory.layers, source, index, log, folder)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _damaged(folder, f"its files do not fit together: {error}") from error
+        raise damaged(folder, f"its files do not fit together: {error}") from error
     if memory.lengths.tolist() != (index["lengths"] if memory.layers else [0] * index["rows"]):
-        raise _damaged(folder, "its files hold more or fewer tokens than memory.json says")
-    for layer in memory.layers.values():
-        layer.retriever.renumber()
+        raise damaged(folder, "its files hold more or fewer tokens than memory.json says")
     memory.saved = {str(source.resolve()): (_text_digest(text), index["lengths"])}
     return memory
 
@@ -275,19 +212,19 @@ def _read_index(source: Path, folder: str | os.PathLike[str]) -> tuple[dict[str,
         index = unsealed(index_file, text)
         written = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
-    if written not in FORMATS:
-        readable = " and ".join(map(str, FORMATS))
+        raise damaged(folder, f"{INDEX_FILE} cannot be read: {error}") from error
+    if written not in (FORMAT, CODED, SHARDED):
+        readable = f"{FORMAT} to {SHARDED}"
         raise SettingError(
             "folder", str(folder), f"has format {written}, this version reads {readable}", "Ingest the documents again."
         )
     missing = {"fingerprint", "rows", "lengths", "pairs", "log", "documents"} - index.keys()
     if missing:
-        raise _damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
+        raise damaged(folder, f"{INDEX_FILE} lacks {', '.join(sorted(missing))}")
     rows, lengths = index["rows"], index["lengths"]
     if not isinstance(rows, int) or not isinstance(lengths, list) or not 0 < rows == len(lengths):
         # Before anything of that size is made.
-        raise _damaged(folder, f"{INDEX_FILE} names {rows} rows, and not as many lengths")
+        raise damaged(folder, f"{INDEX_FILE} names {rows} rows, and not as many lengths")
     return index, text
 
 
@@ -304,37 +241,6 @@ def _refuse_other_model(own: dict[str, Any], written: Any, folder: str | os.Path
         f" ({', '.join(f'{name}: {named.get(name)} there, {own[name]} here' for name in different)})",
         "Load the model and settings that wrote it, or ingest the documents again.",
     )
-
-
-def _read_checked(source: Path, named: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = source / str(named["file"])
-    if not _DATA_FILE.fullmatch(str(named["file"])):
-        raise _damaged(folder, f"{INDEX_FILE} names {named['file']!r}, which is no data file of a memory")
-    try:
-        if file_digest(path) != named["sha256"]:
-            raise _damaged(folder, f"{path.name} is missing, cut short or altered")
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise _damaged(folder, f"{path.name} is missing, cut short or altered") from error
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
-
-
-def _damaged(folder: str | os.PathLike[str], reason: str) -> SettingError:
-    return SettingError("folder", str(folder), f"the memory is damaged: {reason}", "Ingest the documents again.")
-
-
-def _write(target: Path, kind: str, entries: list[Entry]) -> dict[str, Any]:
-    """Writes a data file under a name of its content; gives its name and digest."""
-    with workspace(target / kind) as place:
-        with (place / kind).open("wb") as stream:
-            digest = write_tensors(stream, entries)
-        name = f"{kind}-{digest[:16]}.safetensors"
-        publish(place / kind, target / name)
-    return {"file": name, "sha256": digest}
 
 
 def _text_digest(text: str) -> str:

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.config.retriever import RetrieverSpec
 from lightning_fot.errors import SettingError
-from lightning_fot.memory.memory import Memory, MemoryShape
+from lightning_fot.memory.memory import Memory
 from lightning_fot.memory.on_disk import load_memory
 from lightning_fot.memory.passages import AttentionTrace
+from lightning_fot.memory.place import MemoryShape, Place
 from lightning_fot.model.attention.crossbatch import RowTable
 from lightning_fot.model.backbone.attachment import Attachment
 from lightning_fot.model.backbone.fingerprint import Identity
@@ -155,7 +156,17 @@ class MemoryLM:
             self._identity.now(),
             key_folder=folder if self.config.offload == "all" else None,
             value_folder=folder,
+            place=self._place(),
         )
+
+    def _place(self) -> Place | None:
+        """Where the pairs of memories lie; None is this process."""
+        settings = self.config.sharding
+        if settings is None:
+            return None
+        from lightning_fot.shards.place import Sharded
+
+        return Sharded(settings)
 
     def load_memory(self, folder: str | os.PathLike[str], retriever: RetrieverSpec | None = None) -> Memory:
         """Reads a memory that this model wrote with ``Memory.save``.

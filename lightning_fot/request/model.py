@@ -11,6 +11,7 @@ from lightning_fot.config.memory import OF_THE_MACHINE, MemoryConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.request.request import Request
 from lightning_fot.request.sections import build
+from lightning_fot.shards.engine import check_installed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ModelSettings:
 
         config = self.config
         check_retriever(config.retriever)
+        check_installed(config.sharding)
         layers = check_backbone(self.backbone).num_layers
         if layers is not None:
             config.resolve_layers(layers)

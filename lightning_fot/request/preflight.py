@@ -26,6 +26,7 @@ from lightning_fot.config.run import LIGHTNING, LINKS, TRAINER, RunConfig
 from lightning_fot.errors import MissingLibraryError, SettingError, close_match
 from lightning_fot.request.request import Request, flat_settings
 from lightning_fot.request.sections import build, check_names, unknown_setting
+from lightning_fot.shards.engine import check_installed
 
 # Verbs whose data are those of the section ``data``; others read the model's settings alone.
 _JOBS = ("run", "fit", "validate", "test")
@@ -58,6 +59,7 @@ def check_settings(request: Request) -> None:
     _follow_backbone(request)
     memory = _build(request).model.memory
     check_retriever(memory.retriever)
+    check_installed(memory.sharding)
     if request.get("model.lora") is not None and find_spec("peft") is None:
         raise MissingLibraryError("peft", "pip install 'lightning-fot[lora]'", "model.lora")
     _check_backbone(str(request.get("model.backbone", "smollm2-135m")), memory)

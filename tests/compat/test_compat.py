@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # Settings that came later, with the values that say what was done before.
-LATER = {"distance": None, "dense_pairs": 0}
+LATER = {"distance": None, "dense_pairs": 0, "shards": None}
 # Settings of a memory that ``attending`` has replaced, with the values that left them out.
 REPLACED = {"integration": "softmax", "max_distance": None, "segments": [], "dilations": []}
 

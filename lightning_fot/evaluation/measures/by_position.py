@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fot.evaluation.measures.retrieval import RetrievalQuality, live_quality, sample_rows
 
 if TYPE_CHECKING:
-    from lightning_fot.memory.layer import MemoryLayer
+    from lightning_fot.memory.base import BaseLayer
     from lightning_fot.model.lm import MemoryLM
 
 FIRST_BUCKET = 16
@@ -39,7 +39,7 @@ def position_buckets(window: int) -> list[tuple[int, int]]:
 
 
 def quality_by_position(
-    lm: MemoryLM, number: int, layer: MemoryLayer, queries: Tensor, tokens: int, count: int
+    lm: MemoryLM, number: int, layer: BaseLayer, queries: Tensor, tokens: int, count: int
 ) -> dict[str, RetrievalQuality]:
     """What a memory layer finds for the queries of one window, in buckets of local position.
 

@@ -21,7 +21,7 @@ from lightning_fot.evaluation.speed.timing import SearchTimes, time_calls
 
 if TYPE_CHECKING:
     from lightning_fot.config.evaluation import EvaluationConfig
-    from lightning_fot.memory.layer import MemoryLayer
+    from lightning_fot.memory.base import BaseLayer
     from lightning_fot.memory.memory import Memory
     from lightning_fot.model.lm import MemoryLM
 
@@ -82,7 +82,7 @@ def sample_rows(queries: Tensor, count: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def retrieval_quality(
-    keys: Tensor | MemoryLayer,
+    keys: Tensor | BaseLayer,
     queries: Tensor,
     rows: Tensor,
     *,
@@ -146,17 +146,17 @@ def retrieval_quality(
     )
 
 
-def _held(keys: Tensor | MemoryLayer, lengths: Tensor | None) -> tuple[list[int], int]:
+def _held(keys: Tensor | BaseLayer, lengths: Tensor | None) -> tuple[list[int], int]:
     """Keys that count in each bank, and the size of a key."""
     if not isinstance(keys, Tensor):
-        return [length for length in keys.lengths for _ in range(keys.kv_heads)], keys.key_store.dim
+        return [length for length in keys.lengths for _ in range(keys.kv_heads)], keys.key_dim
     banks, stored, dim = keys.shape
     if lengths is None:
         return [stored] * banks, dim
     return [int(length) for _, length in zip(range(banks), lengths, strict=True)], dim
 
 
-def _pieces(keys: Tensor | MemoryLayer, bank: int, count: int, queries: int) -> Iterator[tuple[int, Tensor]]:
+def _pieces(keys: Tensor | BaseLayer, bank: int, count: int, queries: int) -> Iterator[tuple[int, Tensor]]:
     """Keys (n, D) of a bank and the row of the first, few enough for their scores to be held."""
     size = max(1, MAX_SCORES // queries)
     if not isinstance(keys, Tensor):
@@ -251,7 +251,7 @@ class Capture:
         self.memory = memory
         self.queries = {layer: torch.cat(windows, dim=1) for layer, windows in recorded.items()}
 
-    def layer(self, number: int) -> tuple[MemoryLayer, Tensor]:
+    def layer(self, number: int) -> tuple[BaseLayer, Tensor]:
         """Memory of a layer, and its queries (G, Q, D)."""
         assert self.memory is not None, "nothing was captured"
         return self.memory.layers[number], self.queries[number]
@@ -313,7 +313,7 @@ def measure_capture(
 
 
 def measure_live(
-    lm: MemoryLM, number: int, layer: MemoryLayer, queries: Tensor, repeats: int, sinks: bool = True
+    lm: MemoryLM, number: int, layer: BaseLayer, queries: Tensor, repeats: int, sinks: bool = True
 ) -> dict[str, Any]:
     """Quality and speed of the very retriever that a memory layer searches.
 
@@ -344,7 +344,6 @@ def measure_live(
             "search_ms_p99": times.p99_ms,
             "qps": times.qps,
         }
-    lengths = layer.key_store.lengths
     return {
         "layer": number,
         "memory_tokens": max(layer.lengths),
@@ -354,16 +353,14 @@ def measure_live(
         "add_s": stats.add_seconds,
         "build_s": stats.build_seconds,
         "bytes": layer.nbytes,
-        "indexed_share": float(layer.retriever.indexed.sum() / lengths.sum().clamp_min(1)),
+        "indexed_share": layer.indexed_share,
         "rows_scanned": (searched.rows_scanned - stats.rows_scanned) / quality.queries,
         "fallbacks": layer.retriever.stats().fallbacks,
         "rebuilds": stats.rebuilds,
     }
 
 
-def live_quality(
-    lm: MemoryLM, number: int, layer: MemoryLayer, queries: Tensor, sinks: bool = False
-) -> RetrievalQuality:
+def live_quality(lm: MemoryLM, number: int, layer: BaseLayer, queries: Tensor, sinks: bool = False) -> RetrievalQuality:
     """What a memory layer finds for queries (B·G, Q, D), against exact search over its keys: see `measure_live`."""
     config = lm.config
     rows = layer.search(_by_bank(layer, queries), config.top_k).flatten(0, 1)
@@ -374,7 +371,7 @@ def live_quality(
     return retrieval_quality(layer, queries, rows, scale=scale, softcap=softcap, sink_rows=starts)
 
 
-def _by_bank(layer: MemoryLayer, queries: Tensor) -> Tensor:
+def _by_bank(layer: BaseLayer, queries: Tensor) -> Tensor:
     """(B·G, Q, D) → (B, G, Q, D)."""
     return queries.reshape(layer.batch_size, layer.kv_heads, *queries.shape[1:])
 

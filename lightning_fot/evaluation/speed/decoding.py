@@ -14,7 +14,6 @@ from lightning_fot.evaluation.speed.limits import decoding_limit
 from lightning_fot.evaluation.speed.split import Stopwatch
 from lightning_fot.evaluation.speed.timing import synchronise
 from lightning_fot.model.reading.generation import forward_cached, read_cached, while_generating
-from lightning_fot.retrievers.registry import create_retriever
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
@@ -29,11 +28,7 @@ def searched_exactly(memory: Memory) -> Memory:
     """A copy of a memory that searches the same pairs exactly; none of them is copied."""
     copy = memory.snapshot()
     for layer in copy.layers.values():
-        if layer.unpacked:
-            # What was dropped is known to the other retriever alone.
-            layer.pack()
-        layer.retriever = create_retriever(EXACT, layer.key_store.dim, layer.key_store.banks)
-        layer.retriever.use_store(layer.key_store)
+        layer.use_retriever(EXACT)
     return copy
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_fot.config.crossbatch import CrossbatchConfig
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.found import Shown
-from lightning_fot.model.attention.partial import in_one_dtype
+from lightning_fot.memory.partial import in_one_dtype
 from lightning_fot.model.attention.shared_windows import attend_shared, runs_of
 from lightning_fot.model.attention.softmax import attend
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fot.model.attention.partial import attend_part, dense, in_one_dtype, join, part_gradients, zeros_for_sum
+from lightning_fot.memory.partial import attend_part, dense, in_one_dtype, join, part_gradients, zeros_for_sum
 
 # (segment length, dilation) of each pattern.
 Patterns = Sequence[tuple[int, int]]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fot.model.attention.partial import attend_part, dense, fused, join, part_gradients, zeros_for_sum
+from lightning_fot.memory.partial import attend_part, dense, fused, join, part_gradients, zeros_for_sum
 from lightning_fot.model.attention.softmax import MAX_SCORES
 
 # For each row, (start, stop) places of tokens that it sees.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.memory.found import Attended, Found, Retrieved, Shown
 from lightning_fot.model.attention.whole import attend_all, causal_mask, serves
 
 # Scores held at once. Bounds what a dense read of a large memory takes: 2**26 fp32 scores are 256 MiB.
@@ -26,7 +26,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    outside: Retrieved | Shown | None = None,
+    outside: Found | None = None,
     *,
     scale: float,
     far_query: Tensor | None = None,
@@ -71,7 +71,7 @@ def attend(
     groups = key.shape[1]
     repeats = heads // groups
     full_mask = _additive(mask, query, key)
-    columns = key.shape[2] + (outside.keys.shape[-2] if outside is not None else 0)
+    columns = key.shape[2] + (0 if outside is None else outside.columns)
     step = max(1, min(length, max_scores // max(1, batch * heads * columns)))
     chunks, weights = [], []
     for start in range(0, length, step):
@@ -134,20 +134,28 @@ def _cap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _slice(outside: Retrieved | Shown | None, repeats: int, start: int, stop: int) -> Retrieved | Shown | None:
+def _slice(outside: Found | None, repeats: int, start: int, stop: int) -> Found | None:
     """The pairs of queries ``start`` to ``stop``; retrieved ones as (B, G, R, t, K, D)."""
-    if not isinstance(outside, Retrieved):
+    if outside is None or isinstance(outside, Shown):
         return outside
 
     def cut(tensor: Tensor) -> Tensor:
         batch, groups, rows = tensor.shape[:3]
         return tensor.reshape(batch, groups, repeats, rows // repeats, *tensor.shape[3:])[:, :, :, start:stop]
 
+    if isinstance(outside, Attended):
+        scores = None if outside.scores is None else cut(outside.scores)
+        return Attended(cut(outside.out), cut(outside.lse), scores=scores)
     return Retrieved(cut(outside.keys), cut(outside.values), cut(outside.valid))
 
 
-def _far_scores(part: Tensor, pairs: Retrieved | Shown, scale: float, softcap: float | None) -> Tensor:
-    """Scores (B, G, R, t, K or M) of queries (B, G, R, t, D); the lowest number where a pair is not there."""
+def _far_scores(part: Tensor, pairs: Found, scale: float, softcap: float | None) -> Tensor:
+    """Scores (B, G, R, t, K or M) of queries (B, G, R, t, D); the lowest number where a pair is not there.
+
+    Attention that was computed elsewhere is one pair, (B, G, R, t, 1).
+    """
+    if isinstance(pairs, Attended):
+        return pairs.lse[..., None].clamp_min(torch.finfo(torch.float32).min)
     if isinstance(pairs, Shown):
         scores = _cap(torch.einsum("bgrtd,bgmd->bgrtm", part, pairs.keys.to(part.dtype)) * scale, softcap)
         if pairs.valid is None:
@@ -164,7 +172,7 @@ def _combine(
     local: Tensor,
     value: Tensor,
     far: Tensor | None,
-    pairs: Retrieved | Shown | None,
+    pairs: Found | None,
     gate: Tensor | None,
     dropout: float,
     sinks: Tensor | None,
@@ -185,19 +193,38 @@ def _combine(
         # Equation of fot-semantics section 1: one softmax over the union.
         weights = F.dropout(softmax(torch.cat([local, far], dim=-1)), dropout)
         far_weights = weights[..., local_keys:]
-        mixed = _sum(weights[..., :local_keys], value, None) + _sum(far_weights, pairs.values, pairs)
+        mixed = _sum(weights[..., :local_keys], value, None) + _far_sum(far_weights, pairs)
     else:
         far_weights = far.softmax(-1)
         share = gate.sigmoid().reshape(1, groups, repeats, 1, 1).to(local.dtype)
-        if pairs.valid is not None:
-            valid = pairs.valid if isinstance(pairs, Retrieved) else pairs.valid[:, None, None, None, :]
+        valid = _there(pairs)
+        if valid is not None:
             far_weights = far_weights * valid
             # A row without a memory attends locally alone, as it would in a batch of its own.
             share = share * valid.any(-1, keepdim=True)
         far_weights = F.dropout(share * far_weights, dropout)
         local_weights = F.dropout((1 - share) * softmax(local), dropout)
-        mixed = _sum(far_weights, pairs.values, pairs) + _sum(local_weights, value, None)
-    return mixed.reshape(batch, groups * repeats, length, -1), far_weights
+        mixed = _far_sum(far_weights, pairs) + _sum(local_weights, value, None)
+    mixed = mixed.reshape(batch, groups * repeats, length, -1)
+    if isinstance(pairs, Attended) and pairs.scores is not None and far_weights is not None:
+        # What the one pair got, shared out among those that it stands for.
+        far_weights = far_weights * (pairs.scores - pairs.lse[..., None]).exp().nan_to_num()
+    return mixed, far_weights
+
+
+def _there(pairs: Found) -> Tensor | None:
+    """Which pairs are there, for weights (B, G, R, t, K or M); None where all are."""
+    if isinstance(pairs, Attended):
+        return pairs.lse[..., None] > -torch.inf
+    if isinstance(pairs, Retrieved) or pairs.valid is None:
+        return pairs.valid
+    return pairs.valid[:, None, None, None, :]
+
+
+def _far_sum(weights: Tensor, pairs: Found) -> Tensor:
+    if isinstance(pairs, Attended):
+        return weights * pairs.out.to(weights.dtype)
+    return _sum(weights, pairs.values, pairs)
 
 
 def _sum(weights: Tensor, values: Tensor, pairs: Retrieved | Shown | None) -> Tensor:

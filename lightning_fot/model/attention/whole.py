@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.memory.found import Shown
-from lightning_fot.model.attention.partial import attend_part, dense, fused, join
+from lightning_fot.memory.partial import attend_part, dense, fused, join
 
 
 def fold_heads(query: Tensor, kv_heads: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_fot.config.memory import MemoryConfig
 from lightning_fot.errors import SettingError
-from lightning_fot.memory.memory import Memory, MemoryShape
+from lightning_fot.memory.memory import Memory
+from lightning_fot.memory.place import MemoryShape
 from lightning_fot.memory.token_log import TokensRead
 from lightning_fot.model.backbone import self_test
 from lightning_fot.model.passes.dense import DensePass, stretches

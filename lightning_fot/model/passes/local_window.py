@@ -26,7 +26,7 @@ from lightning_fot.model.attention.whole import causal_mask
 from lightning_fot.model.passes.base import LayerCall, TextPass
 from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
-from lightning_fot.model.passes.recorder import Recorder, searched_queries
+from lightning_fot.model.passes.recorder import Recorder, scoring, searched_queries
 from lightning_fot.model.passes.state_layer import StateFacts, StateLayer, States, new_layer
 
 if TYPE_CHECKING:
@@ -239,7 +239,9 @@ class MemoryCache(Cache, TextPass):
         if call.is_memory_layer:
             far_query = call.asking(query, local_query)
             queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
-            outside = self.memory.layers[call.layer_idx].read(queries, self.config.top_k, self.config.dense_pairs)
+            asked = scoring(call, queries, scale, softcap, self.recorder)
+            layer = self.memory.layers[call.layer_idx]
+            outside = layer.read(queries, self.config.top_k, self.config.dense_pairs, asked)
             if self.recorder is not None:
                 valid = None if self._valid is None else self._valid[:, -query.shape[2] :]
                 on_weights = self.recorder.on_weights(self.memory, call.layer_idx, outside, valid)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.passes.base import LayerCall, Pairs, Pass, StopForward
-from lightning_fot.model.passes.recorder import Recorder, searched_queries
+from lightning_fot.model.passes.recorder import Recorder, scoring, searched_queries
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
@@ -45,7 +45,8 @@ class WindowPass(Pass):
         queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
         if call.layer_idx == self.stop_layer:
             raise StopForward
-        outside = self.memory.layers[call.layer_idx].read(queries, self.top_k, self.dense_pairs)
+        asked = scoring(call, queries, scale, softcap, self.recorder)
+        outside = self.memory.layers[call.layer_idx].read(queries, self.top_k, self.dense_pairs, asked)
         on_weights = None
         if self.recorder is not None:
             on_weights = self.recorder.on_weights(self.memory, call.layer_idx, outside, self.valid)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_fot.config.data import IGNORED
 from lightning_fot.errors import SettingError
-from lightning_fot.memory.memory import Memory, MemoryShape
+from lightning_fot.memory.memory import Memory
+from lightning_fot.memory.place import MemoryShape
 
 if TYPE_CHECKING:
     from lightning_fot.model.backbone.fingerprint import Maker

@@ -132,6 +132,11 @@ class KeyStore:
         """Bytes of the segments, in memory or on disk, spare room included; shared ones count in full."""
         return sum(part.segment.nbytes for part in self._parts)
 
+    @property
+    def segment_bytes(self) -> dict[int, int]:
+        """Bytes of each segment by its identity: stores that share one name the same."""
+        return {id(part.segment): part.segment.nbytes for part in self._parts}
+
     def view(self) -> Tensor:
         """All keys (banks, max_len, dim) in ``float_dtype``; in shorter banks what lies past their length is arbitrary.
 

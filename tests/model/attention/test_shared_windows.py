@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_fot.memory.partial import attend_part, fused, join, part_gradients
 from lightning_fot.model.attention import shared_windows
 from lightning_fot.model.attention.crossbatch import crossbatch_attention, packed_rows, paper_rows
-from lightning_fot.model.attention.partial import attend_part, fused, join, part_gradients
 from lightning_fot.model.attention.shared_windows import runs_of
 
 SIX = [(2, False, 1), (3, True, 4), (6, True, 4), (7, True, 4), (2, True, 2), (3, False, 2)]
@@ -55,8 +55,8 @@ def gradients(out, tensors):
 def kernels(request, monkeypatch):
     """The kernels of this machine, and those that serve a device without them."""
     if request.param != "fused":
-        for module in ("partial", "shared_windows"):
-            monkeypatch.setattr(f"lightning_fot.model.attention.{module}.fused", lambda *_: False)
+        for room in ("memory.partial", "model.attention.shared_windows"):
+            monkeypatch.setattr(f"lightning_fot.{room}.fused", lambda *_: False)
     if "few" in request.param:
         monkeypatch.setattr(shared_windows, "MAX_SCORES", 100)
 

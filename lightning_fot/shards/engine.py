@@ -1,0 +1,216 @@
+"""Ray: joined or started, asked for room, and what its errors mean. The only module that imports it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lightning_fot.config.memory import SHARDS, ShardSettings
+from lightning_fot.errors import MissingLibraryError, SettingError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_DISTRIBUTION = "lightning-fot"
+# A cluster that is started here: no dashboard, and no more shared memory than what travels at once needs.
+_STORE_BYTES = 512 << 20
+_ENVIRONMENT = {
+    # It tells its makers what it is used for, unless it is told not to.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # On a busy machine the 30 seconds that it gives itself to start are too few.
+    "RAY_raylet_start_wait_time_s": "300",
+    # Processes that nobody has asked for yet.
+    "RAY_prestart_worker_first_driver": "0",
+}
+# So long a cluster may take to answer at its address: Ray itself waits for minutes.
+_ANSWER_SECONDS = 10.0
+# Whether this process has started the cluster, for itself alone: there, cores are shared and not reserved.
+_ours = False
+# So long a process that there is room for may take to start.
+START_SECONDS = 300.0
+
+
+class LostError(Exception):
+    """A process has died, or cannot be reached."""
+
+
+def check_installed(settings: ShardSettings | None) -> None:
+    """Checks that what shards need is there, where there are to be any, without loading it.
+
+    Raises:
+        MissingLibraryError: Ray is not installed.
+    """
+    if settings is not None and find_spec("ray") is None:
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS)
+
+
+def library() -> ModuleType:
+    """Ray.
+
+    Raises:
+        MissingLibraryError: It is not installed.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        reason = None if isinstance(error, ModuleNotFoundError) else str(error)
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS, reason) from error
+    found: ModuleType = ray
+    return found
+
+
+def connect(address: str | None, setting: str = SHARDS) -> ModuleType:
+    """Joins a cluster, or starts one on this machine where no address is given and this process is in none.
+
+    Args:
+        address: Of the cluster; None starts one.
+        setting: What asks for it.
+
+    Raises:
+        MissingLibraryError: Ray is not installed.
+        SettingError: Nobody answers at the address, or this process is part of another cluster.
+    """
+    ray = library()
+    if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", joined):
+            raise SettingError(
+                f"{setting}.address", address, f"is not that of the cluster which this process is part of ({joined})",
+                "Leave it out, or begin in a new process.",
+            )  # fmt: skip
+        return ray
+    given: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if address is None:
+        given |= {"address": "local", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    else:
+        given |= {"address": address}
+    global _ours
+    try:
+        _refuse_silent(address)
+        ray.init(**given)
+        _ours = address is None
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        raise SettingError(
+            f"{setting}.address", address, f"cannot be joined ({said[0] if said else type(error).__name__})",
+            "Start it there: ray start --head --port=6379, with the same version of Ray; or leave the address out.",
+        ) from error  # fmt: skip
+    return ray
+
+
+def _refuse_silent(address: str | None) -> None:
+    """Refuses an address at which nobody listens.
+
+    Raises:
+        OSError: Nobody does.
+        ValueError: It is no address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or "//" in host:
+        raise ValueError("it is not HOST:PORT, as `ray start --head` tells it")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+
+
+def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any) -> Any:
+    """A process of its own that holds an instance of ``cls(*args)``; it may still have to start.
+
+    Args:
+        ray: As :func:`connect` gave it.
+        cls: Whose methods can be called there.
+        settings: What it reserves.
+        number: Its number among those of one name.
+        *args: Of ``cls``.
+
+    Raises:
+        SettingError: Another job has the name.
+    """
+    cpus = 0 if _ours else settings.cpus
+    options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0}
+    if settings.memory_mib is not None:
+        options["memory"] = settings.memory_mib << 20
+    if settings.name is not None:
+        options |= {"name": f"{settings.name}-{number}", "namespace": _DISTRIBUTION}
+    try:
+        return ray.remote(cls).options(**options).remote(*args)
+    except ValueError as error:
+        if settings.name is None or "name" not in str(error):
+            raise
+        raise SettingError(
+            f"{SHARDS}.name", settings.name, "is that of another job, which has shards in this cluster",
+            "Choose another name, or end that job.",
+        ) from error  # fmt: skip
+
+
+def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS) -> None:
+    """Refuses shards that no machine of the cluster has free cores or memory for.
+
+    Raises:
+        SettingError: They do not fit.
+    """
+    free = ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": 0.0 if _ours else settings.cpus, "memory": float(settings.memory_mib or 0) * 2**20}
+    for resource, name, unit in (("CPU", "cpus", 1.0), ("memory", "memory_mib", float(2**20))):
+        one, value = wanted[resource], settings.cpus if resource == "CPU" else settings.memory_mib
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if one > largest:
+            raise SettingError(
+                f"{setting}.{name}", value, f"is more than any machine of the cluster has ({largest / unit:,.0f})",
+                "Ask for less, or add a machine.",
+            )  # fmt: skip
+        if one * settings.count > free.get(resource, 0.0):
+            raise SettingError(
+                f"{setting}.count", settings.count,
+                f"processes of {name}={value} do not fit: {free.get(resource, 0.0) / unit:,.0f} of "
+                f"{sum(node.get(resource, 0.0) for node in nodes) / unit:,.0f} are free in the cluster",
+                "Take fewer or smaller ones, end other jobs, or add a machine.",
+            )  # fmt: skip
+
+
+def wait_for(ray: Any, references: Sequence[Any], what: str) -> list[Any]:
+    """Waits for processes to start and gives what each said first.
+
+    Raises:
+        SettingError: Some do not start.
+        LostError: One has died.
+    """
+    _, waiting = ray.wait(list(references), num_returns=len(references), timeout=START_SECONDS)
+    if waiting:
+        raise SettingError(
+            SHARDS, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
+            "See what the cluster waits for: ray status.",
+        )  # fmt: skip
+    return [result(ray, reference) for reference in references]
+
+
+def result(ray: Any, reference: Any) -> Any:
+    """What a call has given, once it has.
+
+    Raises:
+        LostError: The process has died, or cannot be reached.
+        Exception: What went wrong there, as if it had been here.
+    """
+    from ray import exceptions
+
+    try:
+        return ray.get(reference)
+    except exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Exception):
+            raise cause from None
+        raise
+    except (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.ObjectLostError) as error:
+        raise LostError(str(error).strip().splitlines()[0]) from error
+
+
+def end(ray: Any, actor: Any) -> None:
+    """Ends a process that :func:`start` made; nothing happens where it is gone."""
+    if ray.is_initialized():
+        ray.kill(actor, no_restart=True)
