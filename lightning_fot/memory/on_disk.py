@@ -119,7 +119,7 @@ def saved_files(folder: Path) -> list[str]:
         named = [str(file["file"]) for file in (*index["pairs"], index["log"])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError("folder", str(folder), f"is no saved memory ({error})", "Save it again.") from error
-    return [INDEX_FILE, *filter(_DATA_FILE.fullmatch, named), *([CARD] if (folder / CARD).is_file() else [])]
+    return [INDEX_FILE, *filter(DATA_FILE.fullmatch, named), *([CARD] if (folder / CARD).is_file() else [])]
 
 
 def _named_before(target: Path) -> tuple[list[str], list[str]]:

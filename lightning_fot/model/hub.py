@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from lightning_fot.errors import SettingError
-from lightning_fot.memory.on_disk import INDEX_FILE, saved_files
+from lightning_fot.memory.data_files import INDEX_FILE
+from lightning_fot.memory.on_disk import saved_files
 from lightning_fot.pretrained.folder import DELTA_FILE
 from lightning_fot.pretrained.hub import upload
 from lightning_fot.pretrained.longllama import SETTINGS_FILE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lightning_fot.memory.found import Retrieved, Shown
+from lightning_fot.memory.found import Attended, Retrieved, Shown
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.attention.whole import fold_heads
 from lightning_fot.model.passes.base import LayerCall, TextPass
@@ -179,12 +179,15 @@ class SideBySide(Cache, TextPass):
         # (n, G, R, D): the queries of a text beside one another, as it would search with them alone.
         queries = fold_heads(far_query[rows], layer.kv_heads)
         for row, own in zip(rows, queries, strict=True):
-            retriever = self.caches[row].memory.layers[layer_idx].retriever
-            if type(retriever).observe is not Retriever.observe:
-                retriever.observe(own)
+            beside = self.caches[row].memory.layers[layer_idx]
+            retriever = beside.retriever
+            if not isinstance(retriever, Retriever) or type(retriever).observe is not Retriever.observe:
+                beside.observe(own[None])
         count, heads, repeats, _ = queries.shape
         asked = queries.transpose(0, 1).flatten(1, 2)[None]
         outside = layer.read(asked, cache.config.top_k, cache.config.dense_pairs)
+        # No scoring is given: pairs that lie elsewhere are brought here.
+        assert not isinstance(outside, Attended)
         if not isinstance(outside, Retrieved):
             return outside
 
@@ -233,7 +236,9 @@ def _alike(caches: Sequence[MemoryCache]) -> list[list[int]]:
     for row, cache in enumerate(caches):
         memory = cache.memory
         retrievers = [layer.retriever for layer in memory.layers.values()]
-        settings = [getattr(retriever, name) for retriever in retrievers for name in retriever.query_args]
+        settings = [
+            getattr(retriever, name) for retriever in retrievers for name in getattr(retriever, "query_args", ())
+        ]
         groups.setdefault((memory.content, *settings), []).append(row)
     return list(groups.values())
 

@@ -137,9 +137,11 @@ def topk_blocks(
 
 def _topk_block(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
     count, size = len(queries), len(block.keys)
-    if queries.device.type == "cpu" and native.suits(block.keys, min(k, size)):
+    # Kernels know one spread and one centre for all keys: vectors that are coded alone have neither.
+    alike = block.scales is None or not bool((block.scales < 0).any())
+    if alike and queries.device.type == "cpu" and native.suits(block.keys, min(k, size)):
         return _natively(queries, block, min(k, size), removed)
-    if kernels.serves(block.keys):
+    if alike and kernels.serves(block.keys):
         return _by_kernels(queries, block, min(k, size), removed)
     gone = None if removed is None else _gone(removed[block.start : block.start + size].to(queries.device), size)
     grouped = count * size > _SCORE_BUDGET and size >= 4 * k * _ROWS
@@ -171,24 +173,24 @@ def _by_kernels(queries: Tensor, block: Block, k: int, removed: Tensor | None) -
     from lightning_fot.kernels.scan import topk
 
     asked, scales = queries, block.scales
-    if scales is not None and block.spread is not None:
-        asked = queries * block.spread
+    if scales is not None and block.quantiser is not None:
+        asked = queries * block.quantiser.spread[block.bank]
     gone = None if removed is None else removed[block.start :].to(queries.device).contiguous()
     rows, scores = topk(asked.contiguous(), block.keys, k, scales, gone)
-    if block.centre is not None:
-        scores = scores + (queries @ block.centre)[:, None]
+    if block.quantiser is not None:
+        scores = scores + (queries @ block.quantiser.centre[block.bank])[:, None]
     return torch.where(rows < 0, rows, rows + block.start), scores
 
 
 def _natively(queries: Tensor, block: Block, k: int, removed: Tensor | None) -> tuple[Tensor, Tensor]:
     """By the compiled library, whose scores never leave the processor."""
     asked, scales = queries, None
-    if block.scales is not None and block.spread is not None and block.centre is not None:
-        asked, scales = queries * block.spread, block.scales.contiguous()
+    if block.scales is not None and block.quantiser is not None:
+        asked, scales = queries * block.quantiser.spread[block.bank], block.scales.contiguous()
     removed = None if removed is None else removed.cpu()
     rows, scores = native.scan(asked.contiguous(), block.keys, k, scales, removed, block.start)
-    if scales is not None and block.centre is not None:
-        scores.add_((queries @ block.centre)[:, None])
+    if scales is not None and block.quantiser is not None:
+        scores.add_((queries @ block.quantiser.centre[block.bank])[:, None])
     if block.start:
         rows = rows + block.start if removed is None else torch.where(rows < 0, rows, rows + block.start)
     return rows, scores
