@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.model.backbone.layers import following_length
-from lightning_fot.model.passes.side_by_side import SideBySide
+from lightning_fot.model.passes.beside.side_by_side import SideBySide
 from lightning_fot.model.reading.generation import check_progress, forward_cached, while_generating
 from lightning_fot.model.reading.windows import read_windows
 

@@ -19,7 +19,7 @@ from lightning_fot.memory.found import Attended, Retrieved, Shown
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.attention.whole import fold_heads
 from lightning_fot.model.passes.base import LayerCall, TextPass
-from lightning_fot.model.passes.row_buffers import RowBuffers
+from lightning_fot.model.passes.beside.row_buffers import RowBuffers
 from lightning_fot.retrievers.base import Retriever
 
 if TYPE_CHECKING:
