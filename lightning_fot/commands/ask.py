@@ -16,10 +16,10 @@ from lightning_fot.config.attending.renamed import OLD_KEYS
 from lightning_fot.config.memory import OF_THE_MACHINE
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer
-from lightning_fot.library.api_key import read_key
 from lightning_fot.library.library import Library, Saved, count, existing
 from lightning_fot.library.remote import Remote
 from lightning_fot.pretrained.quiet import quietly
+from lightning_fot.request.api_key import read_key
 from lightning_fot.request.model import settings_with
 from lightning_fot.request.request import RETRIEVER, make_request
 from lightning_fot.request.words import Option, Verb, assignments, read

@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 
 from lightning_fot.errors import MissingLibraryError, SettingError
-from lightning_fot.library.api_key import read_key
 from lightning_fot.library.library import Library, existing
 from lightning_fot.pretrained.quiet import quietly
+from lightning_fot.request.api_key import read_key
 from lightning_fot.request.words import Option, Verb, read
 from lightning_fot.serving.settings import ServerSettings
 

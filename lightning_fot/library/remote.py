@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
-from lightning_fot.library.api_key import check_key
+from lightning_fot.request.api_key import check_key
 
 # Seconds in which a server has to say who it is. An answer may take as long as it takes.
 _PATIENCE_S = 30.0

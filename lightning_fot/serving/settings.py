@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.api_key import check_key
+from lightning_fot.request.api_key import check_key
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
