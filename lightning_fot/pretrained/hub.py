@@ -82,7 +82,7 @@ def upload(
 
 def _unanswered(refused: type[Exception]) -> tuple[type[Exception], ...]:
     """Errors of the library that speaks HTTP, which changes with the hub's: the refusal is one of its own."""
-    return ConnectionError, *(base for base in refused.__bases__ if base is not OSError)
+    return ConnectionError, *(base for base in refused.__bases__ if issubclass(base, Exception) and base is not OSError)
 
 
 def _first_line(error: Exception) -> str:
