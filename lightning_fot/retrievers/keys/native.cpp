@@ -425,16 +425,22 @@ class Reaching {
 
     void take(const int32_t *products, const Coded &coded, int64_t first, const float *norms) {
         int32_t top[APART];
+        float slack[APART], high[APART];
         tops(products, top);
         int64_t number = first / GROUP;
+        // All lower bounds first: rows of the first chunk are then measured by the best of it.
         for (int group = 0; group < APART; group++, number++) {
-            float slack = norms[0] * coded.lost[number] + norms[1] * coded.norms[number];
+            slack[group] = norms[0] * coded.lost[number] + norms[1] * coded.norms[number];
             float middle = (float)top[group] * coded.scales[number];
-            if (top[group] == LOWEST || middle + slack < least_) continue;
-            keep_low(middle - slack);
+            high[group] = top[group] == LOWEST ? NONE : middle + slack[group];
+            if (high[group] >= least_ && top[group] != LOWEST) keep_low(middle - slack[group]);
+        }
+        number = first / GROUP;
+        for (int group = 0; group < APART; group++, number++) {
+            if (top[group] == LOWEST || high[group] < least_) continue;
             for (int row = 0; row < GROUP; row++) {
                 int32_t found = products[row * APART + group];
-                float bound = (float)found * coded.scales[number] + slack;
+                float bound = (float)found * coded.scales[number] + slack[group];
                 if (found != LOWEST && bound >= least_) rows_.emplace_back(bound, first + row * APART + group);
             }
         }
