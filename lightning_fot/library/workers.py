@@ -203,7 +203,7 @@ class Workers:
             meanwhile: Called while this process waits.
 
         Raises:
-            SettingError: Workers die over it again and again.
+            SettingError: Workers die again and again.
         """
         given = 0
         for _ in range(_ATTEMPTS):
@@ -219,8 +219,11 @@ class Workers:
             except LostError as error:
                 last = error
                 self._revive(job.worker, job.life)
-        raise SettingError(
-            SETTING, len(self._processes), f"workers have died {_ATTEMPTS} times over one document ({last})",
+        raise self._dying(last)
+
+    def _dying(self, error: Exception) -> SettingError:
+        return SettingError(
+            SETTING, len(self._processes), f"they have died {_ATTEMPTS} times in a row ({error})",
             "See what they ran short of: ray status, ray logs.",
         )  # fmt: skip
 
@@ -229,10 +232,18 @@ class Workers:
         process = self._processes[worker]
         if process.life != life:
             return
-        self.losses += 1
-        engine.end(self._ray, process.actor)
-        process.actor, process.life = self._new_actor(worker), life + 1
-        self._greet([process.actor])
+        last: Exception = LostError()
+        for _ in range(_ATTEMPTS):
+            self.losses += 1
+            engine.end(self._ray, process.actor)
+            process.actor, process.life = self._new_actor(worker), process.life + 1
+            try:
+                self._greet([process.actor])
+                break
+            except LostError as error:
+                last = error
+        else:
+            raise self._dying(last)
         jobs, process.jobs = process.jobs, []
         for job in jobs:
             self._give(job)

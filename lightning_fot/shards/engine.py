@@ -20,8 +20,9 @@ _STORE_BYTES = 512 << 20
 _ENVIRONMENT = {
     # It tells its makers what it is used for, unless it is told not to.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # On a busy machine the 30 seconds that it gives itself to start are too few.
+    # On a busy machine the seconds that it gives itself and its processes to start, 30 and 60, are too few.
     "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "300",
     # Processes that nobody has asked for yet.
     "RAY_prestart_worker_first_driver": "0",
 }
