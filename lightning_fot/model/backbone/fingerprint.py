@@ -269,7 +269,7 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"gate.{index}", gate) for index, gate in attached.gates.items() if index < attached.memory_layers[-1])
 
 
-def _held(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _held(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or those that it is made of: quantised weights hold numbers and scales apart."""
     if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
         parts, _ = tensor.__tensor_flatten__()
