@@ -271,7 +271,8 @@ def _tensors(attached: Attachment) -> Iterator[tuple[str, Tensor]]:
 
 def _held(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or those that it is made of: quantised weights hold numbers and scales apart."""
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+    wrapped: bool = is_traceable_wrapper_subclass(tensor)
+    if wrapped and not isinstance(tensor, DTensor):
         parts, _ = tensor.__tensor_flatten__()
         for part in parts:
             yield from _held(f"{name}.{part}", getattr(tensor, part))
