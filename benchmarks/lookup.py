@@ -290,7 +290,7 @@ def draw(log: Path, file: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("facts answered, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=150)
 
 
