@@ -123,7 +123,9 @@ def _keys(keys: Tensor, scales: Tensor | None = None, removed: Tensor | None = N
 
 
 def _room(count: int, k: int) -> tuple[Tensor, Tensor, _Found]:
-    rows, scores = torch.empty(count, k, dtype=torch.int64), torch.empty(count, k)
+    # Said in full: defaults of dtype and device are the caller's, and the library writes what it is told of.
+    rows = torch.empty(count, k, dtype=torch.int64, device="cpu")
+    scores = torch.empty(count, k, dtype=torch.float32, device="cpu")
     return rows, scores, _Found(rows.data_ptr(), scores.data_ptr())
 
 
@@ -234,7 +236,8 @@ def merge(
         Rows (Q, k) int64, -1 where there are fewer, best first; and why the answer cannot be used, None when it can.
     """
     count, width = answer.shape
-    rows, more, scores, wide = torch.empty(count, k, dtype=torch.int64), None, None, 0
+    rows = torch.empty(count, k, dtype=torch.int64, device="cpu")
+    more, scores, wide = None, None, 0
     if others is not None:
         more, scores, wide = others[0].contiguous(), others[1].contiguous(), others[0].shape[1]
     given = _Answer(

@@ -259,3 +259,24 @@ def test_a_library_of_another_source_is_not_used(folder: Path | None, tmp_path: 
     assert native.load(tmp_path / "other.so") == "it was made of another source"
     (tmp_path / "broken.so").write_bytes(b"nothing")
     assert isinstance(native.load(tmp_path / "broken.so"), str)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.usefixtures("compiled")
+def test_what_callers_have_for_a_default_dtype_is_not_what_the_library_writes_into(default: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(1500, 16, generator=generator)
+    queries = torch.randn(32, 16, generator=generator)
+    wanted = (queries.double() @ keys.double().T).topk(8)
+    torch.set_default_dtype(default)
+    try:
+        rows, scores = topk_rows(queries, keys, 8)
+        few = ExactRetriever(16)
+        few.add(keys[None])
+        found = few.search(queries[None, :2], 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(rows, wanted.indices)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, wanted.values.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0], wanted.indices[:2])
