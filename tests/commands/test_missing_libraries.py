@@ -12,6 +12,7 @@ import pytest
 from lightning_fot.cli import main
 from lightning_fot.commands.bench.tune import _require_matplotlib
 from lightning_fot.config.backbone import LoraSettings
+from lightning_fot.config.memory import ShardSettings
 from lightning_fot.config.sources import HuggingFaceSettings, missing_datasets
 from lightning_fot.errors import MissingLibraryError
 from lightning_fot.pretrained.backbones import check_backbone, load_backbone
@@ -20,6 +21,7 @@ from lightning_fot.request.preflight import check_settings
 from lightning_fot.request.request import read_request
 from lightning_fot.retrievers.optional import require
 from lightning_fot.retrievers.registry import check_retriever
+from lightning_fot.shards import engine
 from lightning_fot.sweep.space import check_optuna
 from lightning_fot.training.parameters import add_lora
 
@@ -50,6 +52,9 @@ CASES: list[tuple[Callable[[], object], str, str, str, str]] = [
     (_datasets, "", "data.sources[0] (kind huggingface)", "datasets", "pip install 'lightning-fot[datasets]'"),
     (lambda: main(["serve", "mine", "--debug"]), "lightning_fot.commands.serve", "lightning serve", "starlette",
      "pip install 'lightning-fot[serve]'"),
+    (lambda: engine.check_installed(ShardSettings(2)), "lightning_fot.shards.engine", "model.memory.shards", "ray",
+     "pip install 'lightning-fot[ray]'"),
+    (engine.library, "", "model.memory.shards", "ray", "pip install 'lightning-fot[ray]'"),
     (_harness, "lightning_fot.commands.lm_eval", "lm-eval", "lm_eval", "pip install 'lightning-fot[lm-eval]'"),
 ]  # fmt: skip
 
@@ -80,5 +85,5 @@ def test_each_call_is_in_the_table() -> None:
     calls = {path.stem for path in folder.rglob("*.py") if "MissingLibraryError(" in path.read_text(encoding="utf-8")}
     assert calls == {
         "errors", "parameters", "preflight", "space", "tune", "figures", "registry", "optional", "backbones", "sources",
-        "lm_eval", "serve",
+        "lm_eval", "serve", "engine",
     }  # fmt: skip
