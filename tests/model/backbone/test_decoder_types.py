@@ -201,7 +201,7 @@ def test_the_self_test_tells_what_differs(place, name, message, monkeypatch):
             self = replace(self, memory=self.memory.snapshot(), pairs=self.pairs)
             self.memory.reset()
         elif place is LocalLayer:
-            self._buffers.pop("plain", None)
+            self.buffers.pop("plain", None)
         elif place is MemoryCache:
             self.config = replace(self.config, sink_tokens=0)
         return whole(self, *given, **named)
