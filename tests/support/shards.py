@@ -24,7 +24,10 @@ def cluster() -> Iterator[Any]:
     from lightning_fot.shards import engine, group
 
     ray = engine.library()
-
+    if ray.is_initialized():
+        # That of another folder of tests, which ends it.
+        yield ray
+        return
     ray.init(
         address="local",
         num_cpus=2,
