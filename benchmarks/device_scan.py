@@ -12,35 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_fot.evaluation.speed.timing import time_calls
 from lightning_fot.retrievers.keys.scan import Block, topk_blocks
 
 DIM, K = 64, 32
 
 
-def waited(device: torch.device) -> None:
-    """Until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Median of several calls, each waited for."""
-    call()
-    found = []
-    for _ in range(rounds):
-        waited(device)
-        began = time.perf_counter()
-        call()
-        waited(device)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+    return statistics.median(time_calls(call, rounds, device))
 
 
 def ways(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:

@@ -123,6 +123,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._rows: list[_Row] = []
+        self._joining: list[Ticket] = []
         self._together = Together(lm.attachment)
         self._closing = False
         self._deadline = float("inf")
@@ -149,7 +150,7 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise ApiError(503, "The server is stopping.", code="stopping")
             # Those that there is a place for do not wait.
-            room = self.max_batch - len(self._rows) + self.max_queue - len(self._waiting)
+            room = self.max_batch - self._taken + self.max_queue - len(self._waiting)
             if len(tickets) > room:
                 raise ApiError(
                     429, f"{len(self._waiting)} answers are waiting already. Try again later.", code="queue_full"
@@ -179,8 +180,13 @@ class Engine:
             self._thread.join()
         self._finisher.shutdown()
 
+    @property
+    def _taken(self) -> int:
+        """Places that answers have, or are about to have."""
+        return len(self._rows) + len(self._joining)
+
     def _count(self) -> None:
-        self._metrics.set("fot_requests_running", len(self._rows))
+        self._metrics.set("fot_requests_running", self._taken)
         self._metrics.set("fot_requests_waiting", len(self._waiting))
 
     def _run(self) -> None:
@@ -199,23 +205,32 @@ class Engine:
                 self._changed.wait()
             late = time.monotonic() > self._deadline
             if not late:
-                while self._waiting and len(self._rows) < self.max_batch:
-                    self._join(self._waiting.popleft())
+                while self._waiting and self._taken < self.max_batch:
+                    self._joining.append(self._waiting.popleft())
             self._count()
+        # Without the lock: quotes are a pass of the model, for which nobody who submits or cancels should wait.
+        while self._joining:
+            row = self._row(self._joining[0])
+            with self._changed:
+                del self._joining[0]
+                if row is not None:
+                    self._rows.append(row)
+                self._count()
         if late:
             self._fail(ApiError(503, "The server has stopped before the answer was complete.", code="stopping"))
         return bool(self._rows or self._waiting or not self._closing)
 
-    def _join(self, ticket: Ticket) -> None:
-        """Gives a place to an answer."""
+    def _row(self, ticket: Ticket) -> _Row | None:
+        """An answer that begins; None where it does not, which its client has been told."""
         if ticket.cancelled:
-            return
+            return None
         try:
-            self._rows.append(_Row(ticket, self.lm, self.tokenizer))
+            return _Row(ticket, self.lm, self.tokenizer)
         except SettingError as error:
             ticket.emit(Failed(ApiError(400, f"The prompt {error.problem}. {error.fix}", code="invalid_value")))
         except Exception as error:
             ticket.emit(Failed(ApiError(500, f"{type(error).__name__}: {error}", code="model_failed")))
+        return None
 
     def _fail(self, error: ApiError) -> None:
         with self._changed:

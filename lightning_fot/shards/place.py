@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Sharded(Place):
         for number, layer in own.items():
             for shard, version in enumerate(layer.held.versions):
                 mine = [one for one in files if one["shard"] == shard]
-                whole: list[Stretches] = [[(shard, 0, row.held(shard))] if row.held(shard) else [] for row in rows]
+                whole = _all_of(shard, rows)
                 # From now on it can be made of the files, and what was kept here for that may go.
                 args = (layer.shape, number, str(target.resolve()), mine, whole)
                 version.origin.rest_on(Change(version.number, None, "load", args))
@@ -98,9 +98,7 @@ class Sharded(Place):
         files, stretches = _as_written_by_shards(index, log)
         if index.get("shards") == count:
             placed = tuple(Row(tuple((shard, size) for shard, size in runs)) for runs in index["placement"])
-            parts: list[list[Stretches]] = [
-                [[(shard, 0, row.held(shard))] if row.held(shard) else [] for row in placed] for shard in range(count)
-            ]
+            parts = [_all_of(shard, placed) for shard in range(count)]
         else:
             parts, placed = _shared_out(stretches, count)
         waiting = []
@@ -116,6 +114,11 @@ class Sharded(Place):
             layer.held = replace(layer.held, versions=tuple(versions), rows=placed)
         for done in waiting:
             done.result()
+
+
+def _all_of(shard: int, rows: Iterable[Row]) -> list[Stretches]:
+    """For each row one stretch of all that a shard holds of it."""
+    return [[(shard, 0, row.held(shard))] if row.held(shard) else [] for row in rows]
 
 
 def _as_written_by_shards(
