@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
-from lightning_fot.library.quotes import find_quotes, with_quotes
+from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
 from lightning_fot.library.words import Words
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Answerer:
         """
         began = time.monotonic()
         prompt = self._prompt(question)
-        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes)
+        neutral = self._prompt(NEUTRAL) if self._quotes and self.chat else None
+        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes, neutral)
         quotes, prompt = len(behind) - len(prompt), behind
         streamer = _Streamer(self.tokenizer, write, self._stops, self.chat)
         seed = self._seed()
@@ -216,7 +217,14 @@ def encoded(tokenizer: Any, text: str, first: bool, setting: str = "question") -
     return ids
 
 
-def quoted(lm: MemoryLM, tokenizer: Any, memory: Memory, prompt: list[int], quotes: int) -> list[int]:
+def quoted(
+    lm: MemoryLM,
+    tokenizer: Any,
+    memory: Memory,
+    prompt: list[int],
+    quotes: int,
+    neutral: Sequence[int] | None = None,
+) -> list[int]:
     """Ids of a prompt behind the passages that it attends to.
 
     Args:
@@ -225,11 +233,14 @@ def quoted(lm: MemoryLM, tokenizer: Any, memory: Memory, prompt: list[int], quot
         memory: One row, what was read.
         prompt: Ids of the question, framed as it will be asked.
         quotes: Passages wanted.
+        neutral: Ids of :data:`~lightning_fot.library.quotes.NEUTRAL`, framed as the prompt is; None encodes it alone.
     """
     if not quotes:
         return prompt
     between = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return with_quotes(prompt, find_quotes(lm, prompt, memory, quotes), between)
+    if neutral is None:
+        neutral = tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
+    return with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, neutral=neutral), between)
 
 
 def attended_passages(

@@ -1,5 +1,7 @@
 """Quotes: passages that a question attends to are read once more, right before it, in its own window.
 
+Some pairs draw any question; so what a question that asks for nothing in particular attends to is taken off.
+
 The memory finds; the window reads. Attention to single pairs of a few layers tells a model where something was said
 more surely than what: read again, the words around it are there for all layers, in order.
 """
@@ -15,14 +17,23 @@ from lightning_fot.errors import SettingError
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
-    from lightning_fot.memory.passages import Passage
+    from lightning_fot.memory.passages import AttentionTrace, Passage
     from lightning_fot.model.lm import MemoryLM
 
 LENGTH = 64
+NEUTRAL = "What is this text about?"
+"""Asks for nothing in particular."""
 
 
 @torch.no_grad()
-def find_quotes(lm: MemoryLM, prompt: Sequence[int], memory: Memory, count: int, length: int = LENGTH) -> list[Passage]:
+def find_quotes(
+    lm: MemoryLM,
+    prompt: Sequence[int],
+    memory: Memory,
+    count: int,
+    length: int = LENGTH,
+    neutral: Sequence[int] = (),
+) -> list[Passage]:
     """The passages that a prompt attends to most, in the order in which they were read.
 
     Args:
@@ -31,6 +42,7 @@ def find_quotes(lm: MemoryLM, prompt: Sequence[int], memory: Memory, count: int,
         memory: One row, what was read; it stays as it is.
         count: Passages wanted.
         length: Tokens of a passage.
+        neutral: Ids of :data:`NEUTRAL`, framed as the prompt is; without them, what draws any question counts too.
 
     Returns:
         At most ``count`` passages: fewer where the prompt attends to less, or the window has no room for more.
@@ -47,10 +59,16 @@ def find_quotes(lm: MemoryLM, prompt: Sequence[int], memory: Memory, count: int,
     count = min(count, max(0, room) // (length + 1))
     if not count or not len(memory):
         return []
+    trace = _attention(lm, prompt, memory)
+    against = _attention(lm, neutral, memory) if neutral else None
+    found = trace.passages(memory, length, count, queries="prompt", against=against)
+    return sorted(found, key=lambda passage: (passage.document.number, passage.start))
+
+
+def _attention(lm: MemoryLM, prompt: Sequence[int], memory: Memory) -> AttentionTrace:
     with lm.record_attention() as trace:
         lm(torch.tensor([list(prompt)], device=lm.device), memory=memory, logits_to_keep=1)
-    found = trace.passages(memory, length, count, queries="prompt")
-    return sorted(found, key=lambda passage: (passage.document.number, passage.start))
+    return trace
 
 
 def with_quotes(prompt: Sequence[int], quotes: Sequence[Passage], between: Sequence[int]) -> list[int]:

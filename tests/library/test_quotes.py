@@ -12,7 +12,7 @@ import torch
 from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import Answerer, AnswerSettings
-from lightning_fot.library.quotes import find_quotes, with_quotes
+from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
@@ -47,6 +47,22 @@ def test_they_are_what_the_prompt_attends_to_in_the_order_of_the_text(read: tupl
     assert len(ids) == len(PROMPT) + 1 + sum(1 + len(quote.token_ids) for quote in found)
     # What was read stays as it was.
     assert memory.tokens_seen.tolist() == [300]
+
+
+def test_what_a_neutral_prompt_attends_to_is_taken_off(read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    neutral = list(range(90, 99))
+    traces = []
+    for ids in (PROMPT, neutral):
+        with torch.no_grad(), lm.record_attention() as trace:
+            lm(torch.tensor([ids]), memory=memory)
+        traces.append(trace)
+    wanted = traces[0].passages(memory, length=10, top=3, against=traces[1])
+    found = find_quotes(lm, PROMPT, memory, 3, 10, neutral)
+    places = [(quote.document.number, quote.start, quote.stop) for quote in found]
+    assert places == sorted((one.document.number, one.start, one.stop) for one in wanted)
+    # A prompt has nothing beyond itself.
+    assert find_quotes(lm, PROMPT, memory, 3, 10, PROMPT) == []
 
 
 @pytest.mark.parametrize(("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 48, 1), (2, 49, 0)])
@@ -88,8 +104,8 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         text = "".join(f"The code of door {number} is {number * 37}. " for number in range(20))
         memory = lm.ingest(torch.tensor([ids_of(text)]), lm.new_memory())
 
-        def direct(prompt: list[int], quotes: int) -> str:
-            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes), newline)
+        def direct(prompt: list[int], quotes: int, neutral: str = f"{NEUTRAL}|") -> str:
+            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, neutral=ids_of(neutral)), newline)
             assert len(behind) == len(prompt) + 65 * quotes + (quotes > 0)
             out = lm.generate(
                 torch.tensor([behind]), memory, max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_token_id
@@ -108,7 +124,9 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         assert words(first.text) == direct(ids_of("Who?|"), 2)
         assert first.prompt_tokens == len(ids_of("Who?|"))
         # The next question has quotes of its own alone.
-        assert words(answerer.ask("Why?").text) == direct(ids_of(f"Who?|{first.text}|Why?|"), 2)
+        assert words(answerer.ask("Why?").text) == direct(
+            ids_of(f"Who?|{first.text}|Why?|"), 2, f"Who?|{first.text}|{NEUTRAL}|"
+        )
         assert words(asked(quotes=0).ask("Who?").text) == direct(ids_of("Who?|"), 0)
         # A text that is continued as it is has none.
         assert words(asked(raw=True).ask("Who?").text) == direct(tokenizer("Who?")["input_ids"][:-1], 0)
