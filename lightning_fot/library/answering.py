@@ -18,6 +18,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
 from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
 from lightning_fot.library.words import Words
+from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,7 +241,8 @@ def quoted(
     between = tokenizer("\n", add_special_tokens=False)["input_ids"]
     if neutral is None:
         neutral = tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
-    return with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, neutral=neutral), between)
+    found = find_quotes(lm, prompt, memory, quotes, neutral=neutral, between=len(between))
+    return with_quotes(prompt, found, between)
 
 
 def attended_passages(
@@ -263,10 +265,15 @@ def attended_passages(
             passage.document.tokens,
             passage.mass,
             passage.lift,
-            tokenizer.decode(passage.token_ids.tolist(), skip_special_tokens=True),
+            tokenizer.decode(_known(passage.token_ids), skip_special_tokens=True),
         )
         for passage in trace.passages(memory, length, top, queries="answer")
     ]
+
+
+def _known(ids: Tensor) -> list[int]:
+    """Ids without those of pairs that were stored without their tokens."""
+    return [token for token in ids.tolist() if token != UNKNOWN_TOKEN]
 
 
 class _Streamer(BaseStreamer):

@@ -65,12 +65,42 @@ def test_what_a_neutral_prompt_attends_to_is_taken_off(read: tuple[MemoryLM, Mem
     assert find_quotes(lm, PROMPT, memory, 3, 10, PROMPT) == []
 
 
-@pytest.mark.parametrize(("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 48, 1), (2, 49, 0)])
+@pytest.mark.parametrize(
+    ("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 47, 1), (2, 48, 0), (900, 1, 24)]
+)
 def test_no_more_than_the_window_has_room_for(
     count: int, length: int, expected: int, read: tuple[MemoryLM, Memory]
 ) -> None:
     lm, memory = read
-    assert len(find_quotes(lm, PROMPT, memory, count, length)) == expected
+    found = find_quotes(lm, PROMPT, memory, count, length)
+    assert len(found) == expected
+    assert len(with_quotes(PROMPT, found, NEWLINE)) <= CONFIG.window
+    # A line break may be several tokens.
+    wide = find_quotes(lm, PROMPT, memory, count, length, between=3)
+    assert len(with_quotes(PROMPT, wide, [*NEWLINE, *NEWLINE, *NEWLINE])) <= CONFIG.window
+
+
+def test_what_was_stored_without_its_tokens_is_not_quoted(read: tuple[MemoryLM, Memory]) -> None:
+    lm, _ = read
+    memory = lm.new_memory()
+    generator = torch.Generator().manual_seed(2)
+    shapes = {number: (1, layer.kv_heads, 30, layer.key_dim) for number, layer in memory.layers.items()}
+    pairs = {number: (torch.randn(shape, generator=generator),) * 2 for number, shape in shapes.items()}
+    memory.append(pairs)
+    assert find_quotes(lm, PROMPT, memory, 2, 10) == []
+    tokenizer = load_tokenizer("tiny-random-llama")
+    for quotes in (0, 2):
+        answer = Answerer(lm, tokenizer, memory, AnswerSettings(max_new_tokens=3, quotes=quotes)).ask("Which?")
+        assert answer.passages is not None
+        assert {passage.text for passage in answer.passages} == {""}
+
+
+@pytest.mark.parametrize("name", ["count", "length", "between"])
+@pytest.mark.parametrize("value", [-1, True, "2", 2.5, None])
+def test_numbers_that_are_none_are_told(name: str, value: Any, read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    with pytest.raises(SettingError, match="must be a whole number"):
+        find_quotes(lm, PROMPT, memory, **{"count": 2, "length": 10, name: value})
 
 
 def test_of_an_empty_memory_there_are_none_and_of_two_rows_it_is_not_known_which(
