@@ -12,7 +12,7 @@ over pairs that many want a little. Attention says where a model looked, not wha
 Beside the trace of a prompt that asks for nothing in particular there is a sharper measure, *excess*: of each layer and
 KV head, the mean weight that the queries gave to the pair, less twice what those of the other prompt gave to it, where
 that is above 0. What any prompt attends to is gone; what this one asks for is left (calibration by a content-free
-query, as in In-Context Re-ranking, arXiv 2410.02642, section 3.2, here for each head and pair).
+query, as in In-Context Re-ranking, arXiv 2410.02642, here for each head and pair).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Queries = Literal["prompt", "answer", "both"]
 # A pair's key in the sums: bank (row · G + KV head) above this many bits of pair number.
 _PAIR_BITS = 40
-# What another prompt attends to as well counts against a pair so many times: twice found most in what was tried.
+# What another prompt attends to as well counts against a pair so many times: once found less, three times no more.
 _AGAINST = 2.0
 # Entries that wait before they are summed: 2**20 take 20 MiB.
 _WAITING = 2**20

@@ -51,13 +51,13 @@ class Answers:
         prompts = await loop.run_in_executor(self._shelves.encoder, self._shelves.prompts, self._asked, longest)
         self._prompt_tokens = sum(map(len, prompts))
         memory, wanted = self._shelf.memory, self._asked.wanted
+        neutral = None
         if self._asked.chat:
             wanted = replace(wanted, stop=(*wanted.stop, *stops_of(self._shelves.tokenizer)), trim=True)
             if wanted.quotes is None:
                 wanted = replace(wanted, quotes=quotes_of(self._shelves.tokenizer))
-        neutral = None
-        if self._asked.chat and wanted.quotes:
-            neutral = await loop.run_in_executor(self._shelves.encoder, self._shelves.neutral, self._asked)
+            if wanted.quotes:
+                neutral = await loop.run_in_executor(self._shelves.encoder, self._shelves.neutral, self._asked)
         for number in range(len(prompts) * self._asked.n):
             copy = number % self._asked.n
             own = wanted if wanted.seed is None else replace(wanted, seed=wanted.seed + copy)
