@@ -28,6 +28,8 @@ CONFIG_FILE = "config.json"
 FORMAT = 1
 # Behind the name of a weight: factors of a difference of low rank, B @ A, as LoRA names them (arXiv 2106.09685).
 _DOWN, _UP = ".lora_A", ".lora_B"
+# Behind the name of a weight whose difference has eight bits: float32 (out, 1), what the integers of a row are times.
+_SCALE = ".scale"
 # Names of those that come with the package, and their folders in it.
 SHIPPED = {"smollm2-135m-fot": shipped("weights", "smollm2_135m_fot")}
 
@@ -112,9 +114,14 @@ def add_delta(model: nn.Module, delta: Delta) -> None:
     if alone is not None:
         raise _not_of(delta, alone + _DOWN)
     factors = {name: (changes.pop(name + _DOWN), changes.pop(name + _UP)) for name in factored}
+    scales = {name: changes.pop(name + _SCALE) for name in list(changes) if name + _SCALE in changes}
     for name, change in changes.items():
         if name not in parameters or parameters[name].shape != change.shape:
             raise _not_of(delta, name)
+        if (name in scales) != (change.dtype == torch.int8):
+            raise _not_of(delta, name)
+        if name in scales and scales[name].shape != (len(change), *[1] * (change.ndim - 1)):
+            raise _not_of(delta, name + _SCALE)
     for name, (down, up) in factors.items():
         weight = parameters.get(name)
         if weight is None or down.ndim != 2 or up.ndim != 2 or weight.shape != (len(up), down.shape[1]):
@@ -123,7 +130,8 @@ def add_delta(model: nn.Module, delta: Delta) -> None:
             raise _not_of(delta, name + _DOWN)
     with torch.no_grad():
         for name, change in changes.items():
-            parameters[name].copy_(parameters[name].float() + change.float())
+            difference = change.float() * scales[name] if name in scales else change.float()
+            parameters[name].copy_(parameters[name].float() + difference)
         for name, (down, up) in factors.items():
             parameters[name].copy_(parameters[name].float() + up.float() @ down.float())
 
@@ -136,6 +144,7 @@ def write_delta(
     after: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    eight_bits: bool = False,
 ) -> Path:
     """Writes the differences of parameters, in bfloat16: within 0.4 % of each difference or factor.
 
@@ -147,6 +156,8 @@ def write_delta(
         after: Parameters after training, of the same names and shapes; those that are equal are left out.
         facts: Of the training, for the reader.
         factors: More differences, by the name of the weight (out, in): A (rank, in) and B (out, rank) of ``B @ A``.
+        eight_bits: Write differences of matrices in eight bits, within 0.4 % of the largest of each row; factors and
+            vectors stay as they are.
 
     Returns:
         The folder.
@@ -165,7 +176,12 @@ def write_delta(
     for name, parameter in after.items():
         change = parameter.detach().float().cpu() - before[name].detach().float().cpu()
         if bool(change.any()):
-            changes[name] = change.to(torch.bfloat16).contiguous()
+            if eight_bits and change.ndim == 2:
+                scale = (change.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+                changes[name] = (change / scale).round().to(torch.int8).contiguous()
+                changes[name + _SCALE] = scale
+            else:
+                changes[name] = change.to(torch.bfloat16).contiguous()
     for name, (down, up) in (factors or {}).items():
         changes[name + _DOWN] = down.detach().cpu().to(torch.bfloat16).contiguous()
         changes[name + _UP] = up.detach().cpu().to(torch.bfloat16).contiguous()

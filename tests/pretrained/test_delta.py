@@ -106,6 +106,33 @@ class TestRoundTrip:
         torch.testing.assert_close(opened[name], before[name] + 1.0 + up @ down)
         torch.testing.assert_close(opened[other], before[other] + 2.0)
 
+    def test_differences_of_eight_bits(self, tmp_path):
+        before = {name: one.detach() for name, one in load_backbone("tiny-random-llama").named_parameters()}
+        name, vector = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+        torch.manual_seed(0)
+        change = torch.randn_like(before[name]) * torch.logspace(-3, 1, len(before[name]))[:, None]
+        change[3] = 0.0
+        after = {name: before[name] + change, vector: before[vector] + 0.25}
+        settings = MemoryConfig(**MEMORY)
+        write_delta(tmp_path / "eight", "tiny-random-llama", settings, before, after, {}, eight_bits=True)
+        opened = dict(load_backbone(str(tmp_path / "eight")).named_parameters())
+        error = (opened[name] - after[name]).abs()
+        # Half a step of 1/127 of the largest of the row, and the rounding of a sum in float32.
+        assert bool((error <= change.abs().amax(1, keepdim=True) / 253 + 1e-6).all())
+        assert torch.equal(opened[vector], after[vector])
+        write_delta(tmp_path / "whole", "tiny-random-llama", settings, before, after, {})
+        sizes = [(tmp_path / kind / "delta.safetensors").stat().st_size for kind in ("eight", "whole")]
+        assert sizes[0] < 0.7 * sizes[1]
+
+    @pytest.mark.parametrize("kept", ["weight", "scale"])
+    def test_eight_bits_without_their_scale_are_refused(self, delta, kept):
+        name = "model.layers.1.mlp.up_proj.weight"
+        shape = dict(load_backbone(str(delta)).named_parameters())[name].shape
+        parts = {"weight": {name: torch.ones(shape, dtype=torch.int8)}, "scale": {f"{name}.scale": torch.ones(3, 1)}}
+        save_tensors(delta / "delta.safetensors", parts[kept], {"format": "pt"})
+        with pytest.raises(SettingError, match=r"up_proj\.weight(\.scale)? is not a parameter of tiny-random-llama"):
+            load_backbone(str(delta))
+
     @pytest.mark.parametrize("shapes", [((2, 3), (4, 2)), ((2, 64), None), ((2, 64), (4, 2))])
     def test_factors_that_are_not_of_the_weight_are_refused(self, delta, shapes):
         name = "model.layers.1.self_attn.q_proj.weight"
