@@ -1,12 +1,11 @@
 """Texts that were handed over to be read into a library: on disk until they have been, whatever is killed and when.
 
-Each lies in the folder ``inbox`` of the memory as ``NUMBER.text`` and ``NUMBER.json``, which says what it is and is
-written last. No file has a name that its giver chose.
+Each lies in the folder ``inbox`` of the memory as ``NUMBER.text`` and ``NUMBER.json``, which says what it is, has both
+digests, and is written last. No file has a name that its giver chose.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,8 @@ from typing import Any
 from lightning_fot.data.text.parts import DocumentSource, Skipped, text_part
 from lightning_fot.errors import SettingError
 from lightning_fot.library.library import BusyError, cannot_write, damaged
-from lightning_fot.system.files import lock, sync, write_json
+from lightning_fot.system.digests import check_files, file_digest, read_sealed, write_sealed
+from lightning_fot.system.files import lock, sync
 
 FOLDER = "inbox"
 _LOCK = ".lock"
@@ -83,10 +83,12 @@ class Inbox:
         found: list[Handed] = []
         for file in sorted(self._folder.glob(f"*{_ABOUT}")):
             try:
-                one = Handed(**json.loads(file.read_text(encoding="utf-8")))
+                about = read_sealed(file)
+                one = Handed(**about["handed"])
                 if self._file(one, _ABOUT) != file or not self._file(one, _TEXT).is_file():
                     raise ValueError("its text is missing")
-            except (OSError, ValueError, TypeError) as error:
+                check_files(self._folder, {self._file(one, _TEXT).name: about["text"]})
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise damaged(self._library, f"{FOLDER}/{file.name}", error, "Remove it.") from error
             found.append(one)
         known = {self._file(one, _TEXT) for one in found}
@@ -120,11 +122,11 @@ class Inbox:
         """
         one = Handed(self._next, name, digest, tokens)
         self._next += 1
-        about: dict[str, Any] = asdict(one)
         try:
+            about: dict[str, Any] = {"handed": asdict(one), "text": file_digest(part)}
             sync(part)
             part.replace(self._file(one, _TEXT))
-            write_json(self._file(one, _ABOUT), about)
+            write_sealed(self._file(one, _ABOUT), about)
         except OSError as error:
             self.remove(one)
             raise cannot_write(self._library, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 
@@ -9,6 +10,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from lightning_fot.serving.requests import ApiError
+
+# It tells each part of each form, bytes and all, to whoever logs at the level DEBUG.
+logging.getLogger("python_multipart").setLevel(logging.INFO)
 
 # What a form may have beside its file: boundaries, headers and the field `name`.
 BESIDE = 2**16
@@ -109,6 +113,12 @@ class Form:
                 raise ApiError(400, "The form holds several files. Send one document a request.", code="invalid_form")
             self._file = _decoded(options[b"filename"], "the file's name")
             return
+        if b"filename*=" in self._disposition.replace(b" ", b"").lower():
+            raise ApiError(
+                400,
+                "The file's name is in the form of 'filename*', which RFC 7578 forbids in forms: send 'filename'.",
+                code="invalid_form",
+            )
         if field != "name" or field in self._fields:
             raise ApiError(400, f"The form may hold a file and one field 'name', not '{field[:100]}'.",
                            field[:100], "unknown_parameter")  # fmt: skip

@@ -56,6 +56,8 @@ KINDS = (
     Kind("log of a memory", ("log-*.safetensors",), _NAMED, _REFUSED),
     Kind("library", ("library.json",), _INSIDE, _REFUSED),
     Kind("journal of a library", ("library.journal",), _INSIDE, Then.BEGINNING),
+    Kind("document that waits to be read", ("inbox/*.json",), _INSIDE, _REFUSED),
+    Kind("text of such a document", ("inbox/*.text",), _NAMED, _REFUSED),
     Kind("piece of ids", ("*.piece",), _INSIDE, _AGAIN),
     Kind("document of ids", ("*.document",), _INSIDE, _AGAIN),
     Kind("checkpoint", ("*.ckpt",), Digest.CRC, _REFUSED),

@@ -7,6 +7,7 @@ exception is a traceback.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 import shutil
 import warnings
@@ -28,6 +29,7 @@ from lightning_fot.config.backbone import LoraSettings
 from lightning_fot.data.text.tokens import TextEncoder
 from lightning_fot.errors import SettingError
 from lightning_fot.evaluation.measures.recording import Recording, RecordSettings
+from lightning_fot.library.inbox import Inbox
 from lightning_fot.library.library import Library
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 from lightning_fot.pretrained.delta import write_delta
@@ -218,9 +220,27 @@ def _read_run(folder: Path) -> Any:
     return AGAIN if training is None or not partial else (results, training, partial)
 
 
+def _inbox(folder: Path) -> None:
+    inbox = Inbox(folder)
+    for name in ("first", "second"):
+        with inbox.part() as part:
+            part.write_text(f"{name}: {TEXT}", encoding="utf-8")
+            inbox.add(part, name, hashlib.sha256(name.encode()).hexdigest(), 300)
+    inbox.close()
+
+
+def _read_inbox(folder: Path) -> Any:
+    inbox = Inbox(folder)
+    try:
+        return [(dataclasses.asdict(one), "".join(inbox.source(one).pieces())) for one in inbox.waiting]
+    finally:
+        inbox.close()
+
+
 CASES = {
     "memory": Case(_memory, _read_memory),
     "library": Case(_library, _read_library),
+    "inbox": Case(_inbox, _read_inbox),
     "tokens": Case(_tokens, _tokens),
     "checkpoint": Case(_checkpoint, _read_checkpoint),
     "retriever": Case(_retriever, _read_retriever),

@@ -178,6 +178,7 @@ def test_what_is_no_form_with_one_document_is_told(own: Room) -> None:
             (form((file, word), ('; name="name"', b"x" * 300)), FORM, 400, "invalid_value"),
             (form((file, word), ('; name="name"', b"\xff")), FORM, 400, "invalid_form"),
             (form((file, word), ('; name="path"', b"/etc")), FORM, 400, "unknown_parameter"),
+            (form(("; name=\"file\"; filename*=UTF-8''x.txt", word)), FORM, 400, "invalid_form"),
             (form(('; name="file"; filename=""', word)), FORM, 400, "invalid_value"),
             (form(('; name="file"; filename="a\x1b[2J"', word)), FORM, 400, "invalid_value"),
             (form((file, b"")), FORM, 400, "not_text"),
