@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.memory import SHARDS, ShardSettings
+from lightning_fot.config.memory import SHARDS, ProcessSettings, ShardSettings
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 if TYPE_CHECKING:
@@ -38,18 +38,21 @@ class LostError(Exception):
     """A process has died, or cannot be reached."""
 
 
-def check_installed(settings: ShardSettings | None) -> None:
-    """Checks that what shards need is there, where there are to be any, without loading it.
+def check_installed(settings: ProcessSettings | None) -> None:
+    """Checks that what processes of a cluster need is there, where there are to be any, without loading it.
 
     Raises:
         MissingLibraryError: Ray is not installed.
     """
     if settings is not None and find_spec("ray") is None:
-        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS)
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", settings.section)
 
 
-def library() -> ModuleType:
+def library(setting: str = SHARDS) -> ModuleType:
     """Ray.
+
+    Args:
+        setting: What asks for it.
 
     Raises:
         MissingLibraryError: It is not installed.
@@ -60,7 +63,7 @@ def library() -> ModuleType:
         import ray
     except ImportError as error:
         reason = None if isinstance(error, ModuleNotFoundError) else str(error)
-        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS, reason) from error
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", setting, reason) from error
     found: ModuleType = ray
     return found
 
@@ -76,7 +79,7 @@ def connect(address: str | None, setting: str = SHARDS) -> ModuleType:
         MissingLibraryError: Ray is not installed.
         SettingError: Nobody answers at the address, or this process is part of another cluster.
     """
-    ray = library()
+    ray = library(setting)
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined):
@@ -132,10 +135,7 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any)
     Raises:
         SettingError: Another job has the name.
     """
-    cpus = 0 if _ours else settings.cpus
-    options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0}
-    if settings.memory_mib is not None:
-        options["memory"] = settings.memory_mib << 20
+    options = {**reserved(settings), "max_restarts": 0, "max_task_retries": 0}
     if settings.name is not None:
         options |= {"name": f"{settings.name}-{number}", "namespace": _DISTRIBUTION}
     try:
@@ -149,17 +149,33 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any)
         ) from error  # fmt: skip
 
 
-def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS) -> None:
-    """Refuses shards that no machine of the cluster has free cores or memory for.
+# What a process may reserve: its setting, how Ray calls it, how Ray's options do, and in which unit.
+_RESOURCES = (
+    ("cpus", "CPU", "num_cpus", 1),
+    ("memory_mib", "memory", "memory", 1 << 20),
+    ("gpus", "GPU", "num_gpus", 1),
+)
+
+
+def reserved(settings: ProcessSettings) -> dict[str, Any]:
+    """Options of Ray by which a process or a task reserves what its settings say."""
+    found = {option: (getattr(settings, name, None) or 0) * unit for name, _, option, unit in _RESOURCES}
+    # Cores are always said: of those that are not, Ray reserves one.
+    wanted: dict[str, Any] = {option: value for option, value in found.items() if value}
+    return {**wanted, "num_cpus": 0 if _ours else settings.cpus}
+
+
+def refuse_without_room(ray: Any, settings: ProcessSettings, setting: str = SHARDS) -> None:
+    """Refuses processes that no machine of the cluster has free cores or memory for.
 
     Raises:
         SettingError: They do not fit.
     """
     free = ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": 0.0 if _ours else settings.cpus, "memory": float(settings.memory_mib or 0) * 2**20}
-    for resource, name, unit in (("CPU", "cpus", 1.0), ("memory", "memory_mib", float(2**20))):
-        one, value = wanted[resource], settings.cpus if resource == "CPU" else settings.memory_mib
+    options = reserved(settings)
+    for name, resource, option, unit in _RESOURCES:
+        one, value = float(options.get(option, 0)), getattr(settings, name, None)
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if one > largest:
             raise SettingError(
@@ -175,7 +191,7 @@ def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS
             )  # fmt: skip
 
 
-def wait_for(ray: Any, references: Sequence[Any], what: str) -> list[Any]:
+def wait_for(ray: Any, references: Sequence[Any], what: str, setting: str = SHARDS) -> list[Any]:
     """Waits for processes to start and gives what each said first.
 
     Raises:
@@ -185,7 +201,7 @@ def wait_for(ray: Any, references: Sequence[Any], what: str) -> list[Any]:
     _, waiting = ray.wait(list(references), num_returns=len(references), timeout=START_SECONDS)
     if waiting:
         raise SettingError(
-            SHARDS, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
+            setting, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
             "See what the cluster waits for: ray status.",
         )  # fmt: skip
     return [result(ray, reference) for reference in references]
