@@ -23,6 +23,8 @@ _ENVIRONMENT = {
     # On a busy machine the seconds that it gives itself and its processes to start, 30 and 60, are too few.
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_register_timeout_seconds": "300",
+    # Whoever asks waits for the answer: no less of a busy machine for them than for this process (Ray: 15).
+    "RAY_worker_niceness": "0",
     # Processes that nobody has asked for yet.
     "RAY_prestart_worker_first_driver": "0",
 }
