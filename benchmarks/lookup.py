@@ -38,6 +38,7 @@ from lightning_fot.config.tasks import MOST_FACTS
 from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.tasks.parts.facts import Fact, make_facts, sentences_of, text_with
 from lightning_fot.library.answering import quoted
+from lightning_fot.library.quotes import NEUTRAL
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
@@ -151,7 +152,10 @@ class Subject:
     def question(self, text: str) -> list[int]:
         """Ids of a question, behind what it quotes."""
         ids = ids_of(self.tokenizer, self.begin + text)
-        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes) if self.quotes else ids
+        if not self.quotes:
+            return ids
+        neutral = ids_of(self.tokenizer, self.begin + NEUTRAL)
+        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes, neutral)
 
     def ask(self, question: str, answer: str) -> tuple[bool, float, list[int], list[int]]:
         """Whether each token of the answer is the most likely; its loss in nats a token; both, and what was likely."""

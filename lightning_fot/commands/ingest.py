@@ -89,7 +89,7 @@ def ingest(words: Sequence[str], program: str, debug: bool = False) -> int:
             raise SettingError("PATH", paths, f"holds no text ({left_out})", "Give text files in UTF-8.")
         for note in _notes(left_out, changes, library, program, name):
             print(note, file=sys.stderr)
-        if not changes.unread and not changes.outdated:
+        if not (changes.unread or changes.outdated or changes.renamed):
             library.write()
             print(f"Nothing to read: {folder} has all of it, {count(len(library), 'document')}.")
             return 0
@@ -182,7 +182,9 @@ def _notes(left_out: str, changes: Changes, library: Library, program: str, word
             f"No longer there, still in the memory: {_listed(names)}. To forget: "
             f"{forget} {' '.join(map(shlex.quote, names[:_NAMED]))}"
         )
-    leaving = {entry.name for entry in changes.outdated}
+    for entry, name in changes.renamed:
+        yield f"Stands elsewhere now: {entry.name} is called {name}."
+    leaving = {entry.name for entry in (*changes.outdated, *(entry for entry, _ in changes.renamed))}
     taken = [
         one.source.name
         for one in changes.unread
@@ -214,7 +216,7 @@ def _read(library: Library, changes: Changes, given: Given, command: str, progra
         loading = progress.elapsed
         guard.deferred = True
         try:
-            reader.read(changes.unread, changes.outdated)
+            reader.read(changes)
         except Stopped as stopped:
             progress.close()
             progress.message(_how_to_go_on(library, reader.name, command, lm.config))
@@ -227,7 +229,7 @@ def _read(library: Library, changes: Changes, given: Given, command: str, progra
     if gone:
         print(f"Could not be read any more: {gone}.", file=sys.stderr)
     print(
-        f"Read {count(len(changes.unread), 'document')}, {reader.tokens:,} tokens in {format_seconds(seconds)} "
+        f"Read {count(reader.documents, 'document')}, {reader.tokens:,} tokens in {format_seconds(seconds)} "
         f"({speed:,.0f} tokens/s), after {format_seconds(loading)} of loading.\n"
         f"{library.path}: {count(len(library), 'document')}, {len(reader.memory):,} tokens stored, "
         f"{size_of(library.path)}.\n"

@@ -16,8 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
-from lightning_fot.library.quotes import find_quotes, with_quotes
+from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
 from lightning_fot.library.words import Words
+from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +99,8 @@ class Answerer:
         """
         began = time.monotonic()
         prompt = self._prompt(question)
-        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes)
+        neutral = self._prompt(NEUTRAL) if self._quotes and self.chat else None
+        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes, neutral)
         quotes, prompt = len(behind) - len(prompt), behind
         streamer = _Streamer(self.tokenizer, write, self._stops, self.chat)
         seed = self._seed()
@@ -216,7 +218,14 @@ def encoded(tokenizer: Any, text: str, first: bool, setting: str = "question") -
     return ids
 
 
-def quoted(lm: MemoryLM, tokenizer: Any, memory: Memory, prompt: list[int], quotes: int) -> list[int]:
+def quoted(
+    lm: MemoryLM,
+    tokenizer: Any,
+    memory: Memory,
+    prompt: list[int],
+    quotes: int,
+    neutral: Sequence[int] | None = None,
+) -> list[int]:
     """Ids of a prompt behind the passages that it attends to.
 
     Args:
@@ -225,11 +234,15 @@ def quoted(lm: MemoryLM, tokenizer: Any, memory: Memory, prompt: list[int], quot
         memory: One row, what was read.
         prompt: Ids of the question, framed as it will be asked.
         quotes: Passages wanted.
+        neutral: Ids of :data:`~lightning_fot.library.quotes.NEUTRAL`, framed as the prompt is; None encodes it alone.
     """
     if not quotes:
         return prompt
     between = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return with_quotes(prompt, find_quotes(lm, prompt, memory, quotes), between)
+    if neutral is None:
+        neutral = tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
+    found = find_quotes(lm, prompt, memory, quotes, neutral=neutral, between=len(between))
+    return with_quotes(prompt, found, between)
 
 
 def attended_passages(
@@ -252,10 +265,15 @@ def attended_passages(
             passage.document.tokens,
             passage.mass,
             passage.lift,
-            tokenizer.decode(passage.token_ids.tolist(), skip_special_tokens=True),
+            tokenizer.decode(_known(passage.token_ids), skip_special_tokens=True),
         )
         for passage in trace.passages(memory, length, top, queries="answer")
     ]
+
+
+def _known(ids: Tensor) -> list[int]:
+    """Ids without those of pairs that were stored without their tokens."""
+    return [token for token in ids.tolist() if token != UNKNOWN_TOKEN]
 
 
 class _Streamer(BaseStreamer):

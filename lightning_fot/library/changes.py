@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,19 @@ class Unread:
     places: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """Documents that take the places of others: these are kept until all of those are read.
+
+    Args:
+        outdated: What was read there before.
+        unread: What stands there now.
+    """
+
+    outdated: tuple[Entry, ...]
+    unread: tuple[Unread, ...]
+
+
 @dataclass
 class Changes:
     """What there is to do.
@@ -43,6 +56,8 @@ class Changes:
     Attributes:
         unread: Documents to be read, in the order in which they were found.
         outdated: What is to be forgotten: former versions, and what a command that was killed had begun to forget.
+        replaced: Which of ``outdated`` is forgotten for which of ``unread``.
+        renamed: Documents that stand elsewhere now, each with the name that it gets: its own is another one's there.
         gone: What was read from below the paths and stands nowhere any more. It is kept.
         known: Documents that were read already.
         twice: Documents with the same text as another that was found.
@@ -50,6 +65,8 @@ class Changes:
 
     unread: list[Unread] = field(default_factory=list)
     outdated: list[Entry] = field(default_factory=list)
+    replaced: list[Replacement] = field(default_factory=list)
+    renamed: list[tuple[Entry, str]] = field(default_factory=list)
     gone: list[Entry] = field(default_factory=list)
     known: int = 0
     twice: int = 0
@@ -84,7 +101,71 @@ def find_changes(found: Found, library: Library, paths: Iterable[str]) -> Change
     for entry in library.documents:
         if not entry.done and not entry.places and entry.source in cut and entry.digest not in by_digest:
             changes.outdated.append(entry)
+    changes.replaced = _replacements(changes, now)
+    changes.renamed = _renamed(library, by_digest, set(map(id, changes.outdated)))
     return changes
+
+
+def _replacements(changes: Changes, now: dict[str, str]) -> list[Replacement]:
+    """Whole documents that are outdated, each with what takes its place, in the order of reading."""
+    unread = {one.digest: one for one in changes.unread}
+    whole = [entry for entry in changes.outdated if entry.done and not entry.leaving]
+    follows = {entry.name: [unread[now[one]] for one in entry.places if now.get(one) in unread] for entry in whole}
+    # A line that was put in or taken out moves all others: what was edited has no place in common with what it was.
+    taken = {one.digest for ones in follows.values() for one in ones}
+    new: dict[str, list[Unread]] = {}
+    for one in changes.unread:
+        if one.digest not in taken and one.source.parts[0].offset is not None:
+            new.setdefault(_file_of(one.source.place), []).append(one)
+    for entry in whole:
+        lines = next((lines for place in entry.places if (lines := new.get(_file_of(place)))), None)
+        if not follows[entry.name] and lines:
+            follows[entry.name] = [lines.pop(0)]
+    return _joined([(entry, follows[entry.name]) for entry in whole if follows[entry.name]], changes.unread)
+
+
+def _joined(pairs: list[tuple[Entry, list[Unread]]], unread: Iterable[Unread]) -> list[Replacement]:
+    """Groups that have no document in common."""
+    by_digest: dict[str, list[int]] = {}
+    for number, (_, ones) in enumerate(pairs):
+        for one in ones:
+            by_digest.setdefault(one.digest, []).append(number)
+    groups: list[Replacement] = []
+    grouped: set[str] = set()
+    for first in unread:
+        if first.digest in grouped or first.digest not in by_digest:
+            continue
+        group, ahead = {first.digest: first}, [first]
+        entries: dict[int, Entry] = {}
+        while ahead:
+            for number in by_digest[ahead.pop().digest]:
+                entries[number], others = pairs[number]
+                fresh = {one.digest: one for one in others if one.digest not in group}
+                group |= fresh
+                ahead += fresh.values()
+        grouped |= group.keys()
+        groups.append(Replacement(tuple(entries.values()), tuple(group.values())))
+    return groups
+
+
+def _renamed(
+    library: Library, by_digest: dict[str, list[DocumentSource]], outdated: set[int]
+) -> list[tuple[Entry, str]]:
+    """Documents whose names are those of other documents that were found, with the names of their places."""
+    owners: dict[str, set[str]] = {}
+    for digest, sources in by_digest.items():
+        for source in sources:
+            owners.setdefault(source.name, set()).add(digest)
+    found = []
+    for entry in library.documents:
+        sources = by_digest.get(entry.digest, [])
+        # Whoever stands where the name leads to keeps it; so does what stands elsewhere, where nobody has looked.
+        if not sources or id(entry) in outdated or not owners.get(entry.source, set()) - {entry.digest}:
+            continue
+        names = [source.name for source in sources]
+        if entry.source not in names and set(entry.places) <= {source.place for source in sources}:
+            found.append((entry, names[0]))
+    return found
 
 
 def digest_of(source: DocumentSource, skipped: Skipped) -> str | None:
@@ -94,13 +175,28 @@ def digest_of(source: DocumentSource, skipped: Skipped) -> str | None:
         source: The document; it is read once.
         skipped: Counts what turns out to be no text.
     """
-    digest, empty, before = hashlib.sha256(), True, skipped.total()
-    for piece in source.pieces(skipped):
-        digest.update(piece.encode("utf-8", "surrogatepass"))
+    text, empty, before = TextDigest(source.pieces(skipped)), True, skipped.total()
+    for piece in text:
         empty = empty and not piece.strip()
     if empty and skipped.total() == before:
         leave_out(skipped, EMPTY, source.name)
-    return None if empty else digest.hexdigest()
+    return None if empty else text.hexdigest()
+
+
+class TextDigest:
+    """Pieces of a text as they come, and SHA-256 of all that have come."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces, self._digest = pieces, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self._digest.update(piece.encode("utf-8", "surrogatepass"))
+            yield piece
+
+    def hexdigest(self) -> str:
+        """Of what has come so far."""
+        return self._digest.hexdigest()
 
 
 class _Looked:
@@ -108,13 +204,11 @@ class _Looked:
 
     def __init__(self, found: Found, paths: Iterable[str]) -> None:
         self._roots = [place_of(Path(path).expanduser()) for path in paths]
-        self._files = {
-            source.place.rpartition(":")[0] for source in found.documents if source.parts[0].offset is not None
-        }
+        self._files = {_file_of(source.place) for source in found.documents if source.parts[0].offset is not None}
 
     def a_line_of(self, place: str) -> bool:
         """Whether it is a line of a file whose lines were all looked at."""
-        return place.rpartition(":")[0] in self._files
+        return _file_of(place) in self._files
 
     def below(self, place: str) -> bool:
         """Whether it lies below one of the paths."""
@@ -158,4 +252,9 @@ def _compare(library: Library, now: dict[str, str], looked: _Looked, changes: Ch
 
 
 def _is_there(place: str) -> bool:
-    return os.path.lexists(place) or os.path.lexists(place.rpartition(":")[0])
+    return os.path.lexists(place) or os.path.lexists(_file_of(place))
+
+
+def _file_of(place: str) -> str:
+    """The file of a line."""
+    return place.rpartition(":")[0]

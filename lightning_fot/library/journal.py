@@ -2,8 +2,9 @@
 
 Writing the whole list for each document would cost more the more there are. So changes are added to
 ``library.journal``, a line each, and joined into ``library.json`` when a command ends. The journal names the list that
-it belongs to, so that one which a kill left beside a newer list counts for nothing. Both hold digests: a line that a
-kill cut short is the last one and is left out, any other change is told.
+it belongs to, so that one which a kill left beside a newer list counts for nothing. Changes that go with one of the
+memory are a line that counts once ``memory.json`` is no longer what it was. Both files hold digests: a line that a kill
+cut short is the last one and is left out, any other change is told.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fot.system.digests import KEY, AlteredError, json_digest, unsealed
+from lightning_fot.system.digests import KEY, AlteredError, file_digest, json_digest, unsealed
 from lightning_fot.system.files import append_bytes, json_text, write_text
 
 FILE = "library.json"
 JOURNAL = "library.journal"
+MEMORY_FILE = "memory.json"
 DOCUMENTS = "documents"
 _LINE_DIGEST = 16
 _READS = 20
@@ -43,12 +45,30 @@ def read_list(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     documents = {document["name"]: document for document in listed}
     if len(documents) != len(listed):
         raise ValueError("two documents have one name")
-    for change in _changes(folder / JOURNAL, data, digest):
-        if "put" in change:
-            documents[change["put"]["name"]] = change["put"]
-        else:
-            documents.pop(change["drop"], None)
+    memory = None
+    for line in _changes(folder / JOURNAL, data, digest):
+        if "once" in line:
+            memory = memory_digest(folder) if memory is None else memory
+            if line["once"] == memory:
+                continue
+        for change in line["changes"] if "once" in line else (line,):
+            if "put" in change:
+                documents[change["put"]["name"]] = change["put"]
+            else:
+                documents.pop(change["drop"], None)
     return content, documents
+
+
+def memory_digest(folder: Path) -> str:
+    """What stands for the memory as it is saved in a folder; empty where none is.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        return file_digest(folder / MEMORY_FILE)
+    except FileNotFoundError:
+        return ""
 
 
 def write_list(folder: Path, content: Mapping[str, Any], documents: Iterable[Mapping[str, Any]]) -> str:
@@ -74,7 +94,8 @@ def append(folder: Path, digest: str, changes: Iterable[Mapping[str, Any]], dura
     Args:
         folder: Of the library.
         digest: As :func:`write_list` gave it.
-        changes: ``{"put": document}`` or ``{"drop": name}``.
+        changes: ``{"put": document}`` or ``{"drop": name}``; or several in ``{"once": digest, "changes": […]}``, which
+            count once :func:`memory_digest` is another one.
         durable: Whether they have to outlive a power cut that follows at once.
 
     Raises:

@@ -5,13 +5,13 @@ reads the memory, and its documents. The list is written before the memory, and 
 had been read in all when it was complete. So where the two differ after a kill, the memory counts: a document is read
 once the saved memory has come so far, even where ``capacity`` has dropped it since. A document that is to be forgotten
 is marked so first, then the memory is saved without it, then it leaves the list: whoever writes next ends what a kill
-has cut short.
+has cut short. Where one takes the place of another, the list changes with the memory (:meth:`Library.commit`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from lightning_fot.config.retriever import check_named
 from lightning_fot.errors import SettingError
 from lightning_fot.library import journal
 from lightning_fot.library.journal import FILE as FILE
+from lightning_fot.library.journal import MEMORY_FILE as MEMORY_FILE
 from lightning_fot.request.model import ModelSettings
 from lightning_fot.system.digests import unsealed
 from lightning_fot.system.files import clean, is_unfinished, lock
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from lightning_fot.model.lm import MemoryLM
 
 ROOT = Path("memories")
-MEMORY_FILE = "memory.json"
 LOCK_FILE = ".lock"
 # What kills left of files that versions before 0.2 were writing.
 _UNFINISHED = ("tmp????????.part", f".{FILE}.????????")
@@ -257,15 +257,55 @@ class Library:
 
     def add(self, source: str, digest: str, places: Iterable[str] = ()) -> Entry:
         """A new document; its name is that of its source, with a number where that is taken."""
-        name, number = source, self._numbers.get(source, 2)
-        while name in self._entries:
-            name, number = f"{source} ({number})", number + 1
-            self._numbers[source] = number
-        entry = Entry(name, source, digest, places=list(places))
-        self._entries[name] = entry
-        self._by_digest[digest] = entry
+        entry = Entry(self.free_name(source), source, digest, places=list(places))
+        self._put(entry)
         self.changed(entry)
         return entry
+
+    def free_name(self, source: str, leaving: Collection[str] = (), taken: Collection[str] = ()) -> str:
+        """A name for a document of that source: with a number where it is taken.
+
+        Args:
+            source: Its name where it was found.
+            leaving: Names that will be free.
+            taken: Names that will not.
+        """
+        name, number = source, 2 if leaving or taken else self._numbers.get(source, 2)
+        while (name in self._entries and name not in leaving) or name in taken:
+            name, number = f"{source} ({number})", number + 1
+            if not (leaving or taken):
+                self._numbers[source] = number
+        return name
+
+    def commit(self, save: Callable[[], object], drop: Iterable[Entry], put: Sequence[Entry]) -> None:
+        """Changes the list together with the memory: whatever happens, both count or neither.
+
+        Args:
+            save: Saves the memory into the folder.
+            drop: Documents that it no longer holds.
+            put: Documents that it holds from then on; they may have the names of those that go.
+
+        Raises:
+            SettingError: The folder cannot be written.
+        """
+        gone = list(drop)
+        self.write()
+        digest, self._digest = self._digest, None
+        assert digest is not None
+        changes: list[dict[str, object]] = [{"drop": entry.name} for entry in gone]
+        changes += [{"put": asdict(entry)} for entry in put]
+        try:
+            once = {"once": journal.memory_digest(self.path), "changes": changes}
+            journal.append(self.path, digest, [once], durable=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        # Where this fails the list is written whole the next time, as it was.
+        save()
+        for entry in gone:
+            self._drop(entry)
+        for entry in put:
+            self._put(entry)
+        self._digest = digest
 
     def changed(self, entry: Entry) -> None:
         """Notes that a document is to be written again."""
@@ -273,12 +313,19 @@ class Library:
 
     def remove(self, entry: Entry) -> None:
         """Takes a document from the list."""
+        self._drop(entry)
+        self._changes.append({"drop": entry.name})
+
+    def _put(self, entry: Entry) -> None:
+        self._entries[entry.name] = entry
+        self._by_digest[entry.digest] = entry
+
+    def _drop(self, entry: Entry) -> None:
         del self._entries[entry.name]
         if self._by_digest.get(entry.digest) is entry:
             del self._by_digest[entry.digest]
         # Its name is free again, and so are those with a number.
         self._numbers.pop(entry.source, None)
-        self._changes.append({"drop": entry.name})
 
     def load(self, lm: MemoryLM) -> Memory:
         """The memory; an empty one where none was saved yet.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fot.config.memory import ShardSettings
 from lightning_fot.errors import SettingError
-from lightning_fot.library.ingest import Reader
+from lightning_fot.library.ingest import ChangedError, Reader
 from lightning_fot.memory.token_log import TokensRead
 from lightning_fot.request.model import ModelSettings
 from lightning_fot.shards import engine
@@ -265,6 +265,7 @@ class ParallelReader(Reader):
         self._ahead = count * _AHEAD
         self._coming: deque[Unread] = deque()
         self._jobs: dict[str, Job] = {}
+        self._changed: set[str] = set()
 
     def close(self) -> None:
         """Ends the workers."""
@@ -277,16 +278,23 @@ class ParallelReader(Reader):
     def _begin(self) -> None:
         while self._coming and len(self._jobs) < self._ahead:
             one = self._coming.popleft()
-            pieces = list(self._parts_of(one))
-            # What a document is read beside is its own beginning: who goes on with one reads it from there.
-            self._jobs[one.digest] = self.workers.begin(torch.cat(pieces) if pieces else torch.zeros(0).long())
+            try:
+                self._begin_one_of(one)
+            except ChangedError:
+                self._changed.add(one.digest)
 
-    def _parts_of(self, one: Unread) -> Iterator[Tensor]:
-        for ids in self._parts(one.source, 0):
-            yield ids[0]
+    def _begin_one_of(self, one: Unread) -> Job:
+        pieces = [ids[0] for ids in self._parts(one, 0)]
+        # What a document is read beside is its own beginning: who goes on with one reads it from there.
+        job = self.workers.begin(torch.cat(pieces) if pieces else torch.zeros(0).long())
+        self._jobs[one.digest] = job
+        return job
 
     def _taken_in(self, unread: Unread, entry: Entry, start: int) -> Iterator[int]:
-        job = self._jobs[unread.digest]
+        if unread.digest in self._changed:
+            raise ChangedError
+        # One that was replaced together with another that has changed meanwhile is read again.
+        job = self._jobs.get(unread.digest) or self._begin_one_of(unread)
         if not len(job.ids):
             self._jobs.pop(unread.digest)
             self._begin()

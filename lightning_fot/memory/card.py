@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ def write_card(
     """
     file = folder / CARD
     text = _card(fingerprint, lengths, documents)
-    if file.exists():
+    if os.path.lexists(file):
+        if not file.is_file():
+            # A folder, a pipe, a link that leads nowhere: somebody has put it there.
+            return
         there = file.read_text(encoding="utf-8", errors="replace")
         if there == text or not _is_own(there):
             return

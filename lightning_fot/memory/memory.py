@@ -302,6 +302,24 @@ class Memory:
             self.saved = {}
         return sum(known.stored for known in found)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives documents other names in every row, all at once, so that two may change theirs with each other.
+
+        Args:
+            names: New names by old ones; what the memory does not hold is passed over.
+
+        Raises:
+            SettingError: Two documents of a row would have one name, or one is just being read.
+        """
+        with self._whole(log=True):
+            read = next((name for names_read in self._reading for name in names_read if name in names), None)
+            if read is not None:
+                raise SettingError("names", read, "is being read into this memory", "Rename it when it has been read.")
+            try:
+                self.log.rename(names)
+            except ValueError as error:
+                raise SettingError("names", dict(names), f"cannot be: {error}", "Give free names.") from error
+
     @lasting
     def snapshot(self) -> Memory:
         """An independent memory that shares what is stored so far: O(1), copied on write."""

@@ -98,8 +98,9 @@ def save_memory(memory: Stored, fingerprint: dict[str, Any], folder: str | os.Pa
             "before": before,
         }
         text = json_text(sealed(index))
-        write_text(target / INDEX_FILE, text)
+        # Before the index, so that what fails leaves the memory that was there.
         write_card(target, fingerprint, lengths, [(one["name"], one["first"] + one["kept"]) for one in documents])
+        write_text(target / INDEX_FILE, text)
     except OSError as error:
         raise SettingError("folder", str(folder), f"cannot be written ({error})", "Choose another folder.") from error
     memory.saved = {str(target.resolve()): (_text_digest(text), lengths)}

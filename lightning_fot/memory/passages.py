@@ -8,6 +8,11 @@ pairs are ranked by *corrected* mass. Of each layer and KV head, with Q queries 
 ``share`` is the pair's part of what the query gave to the memory as a whole. The first factor is the inverse document
 frequency of text search, with queries in the place of documents; the square favours pairs that few queries want much
 over pairs that many want a little. Attention says where a model looked, not what made it answer as it did.
+
+Beside the trace of a prompt that asks for nothing in particular there is a sharper measure, *excess*: of each layer and
+KV head, the mean weight that the queries gave to the pair, less twice what those of the other prompt gave to it, where
+that is above 0. What any prompt attends to is gone; what this one asks for is left (calibration by a content-free
+query, as in In-Context Re-ranking, arXiv 2410.02642, here for each head and pair).
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 Queries = Literal["prompt", "answer", "both"]
 # A pair's key in the sums: bank (row · G + KV head) above this many bits of pair number.
 _PAIR_BITS = 40
+# What another prompt attends to as well counts against a pair so many times: once found less, three times no more.
+_AGAINST = 2.0
 # Entries that wait before they are summed: 2**20 take 20 MiB.
 _WAITING = 2**20
 
@@ -42,7 +49,7 @@ class Passage:
         start: Position of its first token in the document.
         stop: Position behind its last token.
         mass: Its part of all attention that went to the memory, 0 to 1.
-        lift: Its part of all corrected mass, 0 to 1: what passages are ranked by.
+        lift: Its part of all corrected mass, or of all excess, 0 to 1: what passages are ranked by.
         token_ids: (stop - start,) int64.
     """
 
@@ -192,10 +199,47 @@ class AttentionTrace:
         Raises:
             SettingError: The recorded rows are not those of the memory.
         """
+        mass, corrected = torch.zeros(2, int(memory.lengths[row]), dtype=torch.float32)
+        for table, asked in self._tables(memory, row, queries).values():
+            mass += table[0].sum(0)
+            rarity = torch.log((asked + 1) / table[2].clamp_min(1)).clamp_min(0)
+            corrected += (rarity**2 * table[1]).sum(0)
+        return mass, corrected
+
+    def pair_excess(
+        self, memory: Memory, against: AttentionTrace, row: int = 0, queries: Queries = "both"
+    ) -> tuple[Tensor, Tensor]:
+        """Mass of every stored pair of a row, and its excess over what another prompt attended to.
+
+        Args:
+            memory: The memory that both attended to.
+            against: Trace of the other prompt.
+            row: Row of the memory.
+            queries: Whose attention counts, in both.
+
+        Returns:
+            Two (M,) float32 tensors: mass in units of queries times heads, excess in units of heads.
+
+        Raises:
+            SettingError: The recorded rows are not those of the memory.
+        """
+        mass, excess = torch.zeros(2, int(memory.lengths[row]), dtype=torch.float32)
+        others = against._tables(memory, row, queries)
+        for layer, (table, asked) in self._tables(memory, row, queries).items():
+            mass += table[0].sum(0)
+            mean = table[0] / max(1, asked)
+            if layer in others:
+                other, count = others[layer]
+                mean = (mean - _AGAINST * other[0] / max(1, count)).clamp_min(0)
+            excess += mean.sum(0)
+        return mass, excess
+
+    def _tables(self, memory: Memory, row: int, queries: Queries) -> dict[int, tuple[Tensor, int]]:
+        """By layer: (3, G, M) of mass, squared shares and queries that found each pair, and how many queries asked."""
         self._sum()
         stored = int(memory.lengths[row])
-        mass, corrected = torch.zeros(2, stored, dtype=torch.float32)
         chosen = {"prompt": (False,), "answer": (True,), "both": (False, True)}[queries]
+        tables = {}
         for layer in sorted({layer for _, layer in self._sums}):
             parts = [self._sums[phase, layer] for phase in chosen if (phase, layer) in self._sums]
             if not parts:
@@ -218,13 +262,17 @@ class AttentionTrace:
                 flat = (bank % heads * stored + pair)[mine]
                 table.view(3, -1).index_add_(1, flat, sums.values[mine].T)
                 asked += int(sums.queries[row * copies : (row + 1) * copies].sum())
-            mass += table[0].sum(0)
-            rarity = torch.log((asked + 1) / table[2].clamp_min(1)).clamp_min(0)
-            corrected += (rarity**2 * table[1]).sum(0)
-        return mass, corrected
+            tables[layer] = table, asked
+        return tables
 
     def passages(
-        self, memory: Memory, length: int = 64, top: int = 5, row: int = 0, queries: Queries = "both"
+        self,
+        memory: Memory,
+        length: int = 64,
+        top: int = 5,
+        row: int = 0,
+        queries: Queries = "both",
+        against: AttentionTrace | None = None,
     ) -> list[Passage]:
         """The stretches of the documents of a row that drew most attention, best first; none overlaps another.
 
@@ -234,6 +282,8 @@ class AttentionTrace:
             top: Passages wanted.
             row: Row of the memory.
             queries: Whose attention counts.
+            against: Trace of a prompt that asks for nothing in particular, beside the same memory: passages are ranked
+                by what is attended to in excess of it.
 
         Raises:
             SettingError: A number is below 1, or the recorded rows are not those of the memory.
@@ -241,7 +291,10 @@ class AttentionTrace:
         for name, value in (("length", length), ("top", top)):
             if value < 1:
                 raise SettingError(name, value, "must be at least 1", "Correct it.")
-        mass, corrected = self.pair_mass(memory, row, queries)
+        if against is None:
+            mass, corrected = self.pair_mass(memory, row, queries)
+        else:
+            mass, corrected = self.pair_excess(memory, against, row, queries)
         attended = corrected.nonzero()[:, 0]
         if not len(attended):
             return []

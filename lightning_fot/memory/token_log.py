@@ -6,7 +6,7 @@ immutable but the row objects, so that a fork shares all that was logged before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -159,6 +159,16 @@ class _Row:
             self.texts[slot] = replace(text, first=first, ids=ids, stored=stored)
         for slot in [slot for slot, text in self.texts.items() if not text.stored and slot != self.current]:
             self.drop(slot)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        texts = {
+            slot: replace(text, name=names.get(text.name, text.name)) if text.name is not None else text
+            for slot, text in self.texts.items()
+        }
+        named = {text.name: slot for slot, text in texts.items() if text.name is not None}
+        if len(named) != len(self.named):
+            raise ValueError("two documents would have one name")
+        self.texts, self.named = texts, named
 
     def drop(self, slot: int) -> None:
         """Forgets a text without pairs."""
@@ -342,6 +352,15 @@ class TokenLog:
             slot = row.named.get(name)
             if slot is not None and not row.texts[slot].stored:
                 row.drop(slot)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives documents other names, all at once.
+
+        Raises:
+            ValueError: Two documents of a row would have one name.
+        """
+        for row in self._rows:
+            row.rename(names)
 
     def mark(self) -> Callable[[], None]:
         """What takes back all that :meth:`extend` and :meth:`skip` log from now on: its cost is that of the rows."""

@@ -89,6 +89,8 @@ class Ticket:
         wanted: How to generate it.
         emit: Gets what comes, in the engine's threads.
         cancelled: Set by whoever does not want it any more.
+        neutral: Token ids of a question for nothing in particular, framed as the prompt: quotes are what is attended to
+            beyond it.
     """
 
     prompt: list[int]
@@ -96,6 +98,7 @@ class Ticket:
     wanted: Wanted
     emit: Callable[[Event], None]
     cancelled: bool = False
+    neutral: list[int] | None = None
     asked_at: float = field(default_factory=time.monotonic)
 
 
@@ -295,7 +298,7 @@ class _Row:
         self.ticket = ticket
         self.last = ticket.prompt[-1]
         self.count = 0
-        prompt = quoted(lm, tokenizer, ticket.memory, ticket.prompt, ticket.wanted.quotes or 0)
+        prompt = quoted(lm, tokenizer, ticket.memory, ticket.prompt, ticket.wanted.quotes or 0, ticket.neutral)
         self.trace = AttentionTrace() if ticket.wanted.passages and len(ticket.memory) else None
         self.text = lm.continuation(prompt, ticket.memory, self.trace)
         wanted = ticket.wanted

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.changes import Unread
+from lightning_fot.library.changes import Changes, Replacement, Unread
 from lightning_fot.library.forget import forget
 from lightning_fot.library.inbox import Inbox
 from lightning_fot.library.ingest import Reader
@@ -328,7 +328,12 @@ class Reading:
         reader: Reader = Reader(self._lm, self._tokenizer, self._library, quiet, guard, memory=self._memory)
         self._memory = reader.memory
         try:
-            reader.read([Unread(source, job.handed.digest, (source.place,))], outdated)
+            unread = [Unread(source, job.handed.digest, (source.place,))]
+            replaced = [Replacement(tuple(outdated), tuple(unread))] if outdated else []
+            reader.read(Changes(unread, outdated, replaced))
+            if not reader.documents:
+                raise SettingError("document", job.handed.name, f"cannot be read any more ({reader.skipped.text()})",
+                                   "Send it again.")  # fmt: skip
         except Stopped:
             job.state = "waiting"
             return False

@@ -13,6 +13,7 @@ from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import encoded, framed
 from lightning_fot.library.inbox import Handed
 from lightning_fot.library.library import Library
+from lightning_fot.library.quotes import NEUTRAL
 from lightning_fot.serving.requests import ApiError, Asked
 
 if TYPE_CHECKING:
@@ -181,6 +182,14 @@ class Shelves:
             if not 0 <= min(ids) <= max(ids) < self.lm.vocabulary:
                 raise ApiError(400, f"Token ids must be from 0 to {self.lm.vocabulary - 1}.", field, "invalid_value")
         return prompts
+
+    def neutral(self, asked: Asked) -> list[int]:
+        """Token ids of a conversation whose last message asks for nothing in particular; called as :meth:`prompts`.
+
+        Args:
+            asked: A request for a chat, whose prompts were found good.
+        """
+        return self._conversation([*asked.messages[:-1], {**asked.messages[-1], "content": NEUTRAL}])
 
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,181 @@ def test_a_changed_document_replaces_what_it_was(here: Path, capsys: pytest.Capt
         "The harbour is closed.",
         "The harbour opens again.",
     ]
+
+
+def _rewrite(here: Path, **texts: str) -> None:
+    for name, words in texts.items():
+        (here / "shelf" / f"{name}.txt").write_text(words, encoding="utf-8")
+
+
+@pytest.mark.parametrize("extra", [(), OVERLAP])
+def test_what_was_read_stays_until_what_replaces_it_is_in(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
+) -> None:
+    old = {"a": "The harbour opens at eight. " * 5, "b": "The mill is closed. " * 9, "c": "Nothing changes here. " * 4}
+    new = {"a": "The harbour opens at ten. " * 5, "b": "The mill is open on Sundays. " * 9, "d": "Also new. " * 8}
+    (here / "shelf").mkdir()
+    _rewrite(here, **old)
+    assert ingest("mine", "shelf", *SETTINGS, *extra) == 0
+    _rewrite(here, **new)
+    ordinary = MemoryLM.ingest
+    # Whichever window of whichever document fails: each document is as it was, or as it is now.
+    for moment in range(100):
+        left = [moment]
+
+        def fails(lm: MemoryLM, *args: Any, left: list[int] = left, **kw: Any) -> Memory:
+            def shown(tokens: int, progress: Any = kw["progress"]) -> None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise RuntimeError("no more memory")
+                progress(tokens)
+
+            return ordinary(lm, *args, **{**kw, "progress": shown})
+
+        shutil.copytree(here / "memories" / "mine", here / "kept", dirs_exist_ok=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryLM, "ingest", fails)
+            try:
+                ended = ingest("mine", "shelf")
+            except RuntimeError:
+                ended = 1
+        held = _held(here)
+        for name in "abc":
+            assert sorted(held[f"shelf/{name}.txt"]) in (sorted(old[name]), sorted(new.get(name, old[name]))), moment
+        listed = {entry.name for entry in Library.read(here / "memories" / "mine").documents if entry.done}
+        assert {"shelf/a.txt", "shelf/b.txt", "shelf/c.txt"} <= listed
+        if ended == 0:
+            break
+        # From there on it comes to its end.
+        assert ingest("mine", "shelf") == 0
+        assert {name: sorted(words) for name, words in _held(here).items()} == {
+            f"shelf/{name}.txt": sorted(words) for name, words in {**old, **new}.items()
+        }
+        shutil.rmtree(here / "memories" / "mine")
+        (here / "kept").rename(here / "memories" / "mine")
+    assert moment > 10
+
+
+class _KilledError(BaseException):
+    """Nothing of the work catches it, and nothing is written from then on."""
+
+
+class _Killing:
+    """Ends the work at one of its changes on the disk, and lets nothing be written afterwards: as a kill does."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+        sys.addaudithook(self._look)
+
+    def _look(self, event: str, arguments: Any) -> None:
+        if self.left is None or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            return
+        reads = event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"))
+        if not reads and "memories/mine" in str(arguments[0]):
+            self.left -= 1
+            if self.left < 0:
+                raise _KilledError
+
+
+_KILLING = _Killing()
+
+
+def _killed(moment: int, *words: str) -> bool:
+    """Whether the command did not survive that change on the disk."""
+    _KILLING.left = moment
+    try:
+        assert ingest(*words) == 0
+    except _KilledError:
+        return True
+    finally:
+        _KILLING.left = None
+    return False
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_each_document_is_as_it_was_or_as_it_is(here: Path) -> None:
+    old = {"a": "The harbour opens at eight. " * 5, "b": "The mill is closed. " * 9, "c": "Swapped with d. " * 4}
+    old["d"] = "Swapped with c, and longer. " * 4
+    new = {**old, "a": "The harbour opens at ten. " * 5, "b": "Open on Sundays. " * 9, "c": old["d"], "d": old["c"]}
+    (here / "shelf").mkdir()
+    _rewrite(here, **old)
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    _rewrite(here, **new)
+    mine, kept = here / "memories" / "mine", here / "kept"
+    shutil.copytree(mine, kept)
+    for moment in range(200):
+        killed = _killed(moment, "mine", "shelf")
+        held = _held(here)
+        assert held["shelf/a.txt"] in (old["a"], new["a"]), moment
+        assert held["shelf/b.txt"] in (old["b"], new["b"]), moment
+        assert [held["shelf/c.txt"], held["shelf/d.txt"]] in ([old["c"], old["d"]], [new["c"], new["d"]]), moment
+        listed = {entry.name: entry for entry in Library.read(mine).documents}
+        assert set(listed) == {name for name, entry in listed.items() if entry.done} == set(held), moment
+        for name, words in held.items():
+            assert listed[name].digest == hashlib.sha256(words.encode()).hexdigest(), (moment, name)
+        if not killed:
+            break
+        assert ingest("mine", "shelf") == 0
+        assert _held(here) == {f"shelf/{name}.txt": words for name, words in new.items()}
+        shutil.rmtree(mine)
+        shutil.copytree(kept, mine)
+    assert moment > 10
+
+
+def test_documents_have_the_names_of_their_places(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = {"a": "Of the harbour. " * 5, "b": "Of the mill. " * 9, "c": "Of the bridge. " * 4}
+    (here / "shelf").mkdir()
+    _rewrite(here, **old)
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    # Two have changed places.
+    _rewrite(here, a=old["b"], b=old["a"])
+    capsys.readouterr()
+    assert ingest("mine", "shelf") == 0
+    assert "shelf/a.txt is called shelf/b.txt" in capsys.readouterr().err
+    assert _held(here) == {"shelf/a.txt": old["b"], "shelf/b.txt": old["a"], "shelf/c.txt": old["c"]}
+    assert ingest("mine", "shelf") == 0
+    assert "Nothing to read" in capsys.readouterr().out
+    # All three move on by one, as logs do: the last one goes, and the first place has another text.
+    _rewrite(here, c=old["a"], b=old["b"], a="A new one. " * 7)
+    assert ingest("mine", "shelf") == 0
+    assert "Read 1 document," in capsys.readouterr().out
+    expected = {"shelf/c.txt": old["a"], "shelf/b.txt": old["b"], "shelf/a.txt": "A new one. " * 7}
+    assert _held(here) == expected
+    assert {entry.name: Path(entry.places[0]).name for entry in Library.read(here / "memories" / "mine").documents} == {
+        name: Path(name).name for name in expected
+    }
+    assert main(["forget", "mine", "shelf/b.txt"]) == 0
+    assert list(_held(here)) == ["shelf/c.txt", "shelf/a.txt"]
+
+
+def test_a_text_that_changes_while_it_is_found_is_not_taken_for_what_was_found(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_fot.commands import ingest as command
+
+    (here / "shelf").mkdir()
+    _rewrite(here, a="As it was. " * 5, b="As it was, too. " * 5)
+    assert ingest("mine", "shelf", *SETTINGS) == 0
+    _rewrite(here, a="As it is. " * 5, b="As it is, too. " * 5, c="New. " * 9, d="New as well. " * 9)
+    ordinary = command._read
+
+    def meanwhile(*args: Any) -> int:
+        _rewrite(here, a="As it will be. " * 5)
+        (here / "shelf" / "c.txt").unlink()
+        return ordinary(*args)
+
+    monkeypatch.setattr(command, "_read", meanwhile)
+    assert ingest("mine", "shelf") == 0
+    said = capsys.readouterr()
+    assert "shelf/a.txt" in said.err
+    assert "shelf/c.txt" in said.err
+    assert "Read 2 documents," in said.out
+    assert _held(here) == {"shelf/a.txt": "As it was. " * 5, "shelf/b.txt": "As it is, too. " * 5,
+                           "shelf/d.txt": "New as well. " * 9}  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert ingest("mine", "shelf") == 0
+    assert _held(here)["shelf/a.txt"] == "As it will be. " * 5
 
 
 def test_other_documents_of_the_same_name_are_kept_and_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

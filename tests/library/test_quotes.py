@@ -12,7 +12,7 @@ import torch
 from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import Answerer, AnswerSettings
-from lightning_fot.library.quotes import find_quotes, with_quotes
+from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
@@ -49,12 +49,58 @@ def test_they_are_what_the_prompt_attends_to_in_the_order_of_the_text(read: tupl
     assert memory.tokens_seen.tolist() == [300]
 
 
-@pytest.mark.parametrize(("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 48, 1), (2, 49, 0)])
+def test_what_a_neutral_prompt_attends_to_is_taken_off(read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    neutral = list(range(90, 99))
+    traces = []
+    for ids in (PROMPT, neutral):
+        with torch.no_grad(), lm.record_attention() as trace:
+            lm(torch.tensor([ids]), memory=memory)
+        traces.append(trace)
+    wanted = traces[0].passages(memory, length=10, top=3, against=traces[1])
+    found = find_quotes(lm, PROMPT, memory, 3, 10, neutral)
+    places = [(quote.document.number, quote.start, quote.stop) for quote in found]
+    assert places == sorted((one.document.number, one.start, one.stop) for one in wanted)
+    # A prompt has nothing beyond itself.
+    assert find_quotes(lm, PROMPT, memory, 3, 10, PROMPT) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 47, 1), (2, 48, 0), (900, 1, 24)]
+)
 def test_no_more_than_the_window_has_room_for(
     count: int, length: int, expected: int, read: tuple[MemoryLM, Memory]
 ) -> None:
     lm, memory = read
-    assert len(find_quotes(lm, PROMPT, memory, count, length)) == expected
+    found = find_quotes(lm, PROMPT, memory, count, length)
+    assert len(found) == expected
+    assert len(with_quotes(PROMPT, found, NEWLINE)) <= CONFIG.window
+    # A line break may be several tokens.
+    wide = find_quotes(lm, PROMPT, memory, count, length, between=3)
+    assert len(with_quotes(PROMPT, wide, [*NEWLINE, *NEWLINE, *NEWLINE])) <= CONFIG.window
+
+
+def test_what_was_stored_without_its_tokens_is_not_quoted(read: tuple[MemoryLM, Memory]) -> None:
+    lm, _ = read
+    memory = lm.new_memory()
+    generator = torch.Generator().manual_seed(2)
+    shapes = {number: (1, layer.kv_heads, 30, layer.key_dim) for number, layer in memory.layers.items()}
+    pairs = {number: (torch.randn(shape, generator=generator),) * 2 for number, shape in shapes.items()}
+    memory.append(pairs)
+    assert find_quotes(lm, PROMPT, memory, 2, 10) == []
+    tokenizer = load_tokenizer("tiny-random-llama")
+    for quotes in (0, 2):
+        answer = Answerer(lm, tokenizer, memory, AnswerSettings(max_new_tokens=3, quotes=quotes)).ask("Which?")
+        assert answer.passages is not None
+        assert {passage.text for passage in answer.passages} == {""}
+
+
+@pytest.mark.parametrize("name", ["count", "length", "between"])
+@pytest.mark.parametrize("value", [-1, True, "2", 2.5, None])
+def test_numbers_that_are_none_are_told(name: str, value: Any, read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    with pytest.raises(SettingError, match="must be a whole number"):
+        find_quotes(lm, PROMPT, memory, **{"count": 2, "length": 10, name: value})
 
 
 def test_of_an_empty_memory_there_are_none_and_of_two_rows_it_is_not_known_which(
@@ -88,8 +134,8 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         text = "".join(f"The code of door {number} is {number * 37}. " for number in range(20))
         memory = lm.ingest(torch.tensor([ids_of(text)]), lm.new_memory())
 
-        def direct(prompt: list[int], quotes: int) -> str:
-            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes), newline)
+        def direct(prompt: list[int], quotes: int, neutral: str = f"{NEUTRAL}|") -> str:
+            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, neutral=ids_of(neutral)), newline)
             assert len(behind) == len(prompt) + 65 * quotes + (quotes > 0)
             out = lm.generate(
                 torch.tensor([behind]), memory, max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_token_id
@@ -108,7 +154,9 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         assert words(first.text) == direct(ids_of("Who?|"), 2)
         assert first.prompt_tokens == len(ids_of("Who?|"))
         # The next question has quotes of its own alone.
-        assert words(answerer.ask("Why?").text) == direct(ids_of(f"Who?|{first.text}|Why?|"), 2)
+        assert words(answerer.ask("Why?").text) == direct(
+            ids_of(f"Who?|{first.text}|Why?|"), 2, f"Who?|{first.text}|{NEUTRAL}|"
+        )
         assert words(asked(quotes=0).ask("Who?").text) == direct(ids_of("Who?|"), 0)
         # A text that is continued as it is has none.
         assert words(asked(raw=True).ask("Who?").text) == direct(tokenizer("Who?")["input_ids"][:-1], 0)

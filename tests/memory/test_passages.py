@@ -124,6 +124,35 @@ def test_pairs_that_every_query_finds_count_less() -> None:
     assert int(corrected.argmax()) != 29
 
 
+def test_what_another_prompt_attends_to_as_well_does_not_count() -> None:
+    """Excess, against the formula on made-up weights of two layers, one of which the other prompt did not ask."""
+    lm = reader()
+    memory = read(lm, a=tokens(1, 30))
+    draw = torch.Generator().manual_seed(4)
+
+    def noted(queries: int, layers: list[int]) -> tuple[AttentionTrace, Tensor]:
+        trace, mean = AttentionTrace(), torch.zeros(4, 2, 30)
+        for layer in layers:
+            weights = torch.rand(1, 2, queries, 30, generator=draw) ** 4
+            weights[..., 7] = 1  # a hub
+            trace.add(layer, weights, rows=None, valid=None, forgotten=torch.zeros(1, dtype=torch.int64))
+            mean[layer] = weights[0].mean(1)
+        return trace, mean
+
+    asked, mine = noted(6, [1, 3])
+    other, neutral = noted(10, [3])
+    mass, excess = asked.pair_excess(memory, other)
+    expected = (mine[3] - 2 * neutral[3]).clamp_min(0).sum(0) + mine[1].sum(0)
+    assert torch.allclose(mass, 6 * mine.sum((0, 1)), atol=1e-5)
+    assert torch.allclose(excess, expected, atol=1e-6)
+    asked, mine = noted(6, [3])
+    assert int(asked.pair_mass(memory)[0].argmax()) == 7
+    best = asked.passages(memory, length=1, top=1, against=other)[0]
+    excess = (mine[3] - 2 * neutral[3]).clamp_min(0).sum(0)
+    assert best.start == int(excess.argmax()) != 7
+    assert best.lift == pytest.approx(float(excess.max() / excess.sum()))
+
+
 def test_best_windows_equal_brute_force() -> None:
     for seed in range(40):
         draw = random.Random(seed)

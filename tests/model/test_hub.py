@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,3 +149,18 @@ def test_a_memory_has_a_card_that_follows_it_until_a_user_edits_it(tmp_path: Pat
         memory.reset()
         memory.save(tmp_path)
         assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"{card}My own words.\n"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_somebody_has_put_in_the_place_of_a_card_is_left_alone(tmp_path: Path, kind: str) -> None:
+    card = tmp_path / "README.md"
+    if kind == "folder":
+        card.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(card)
+    else:
+        card.symlink_to("nowhere")
+    with attach_memory(tiny_llama(), settings()) as lm:
+        lm.ingest(tokens(1, 30), lm.new_memory(), document="a").save(tmp_path)
+        assert len(lm.load_memory(tmp_path)) == 30
+    assert card.is_dir() or card.is_fifo() or card.is_symlink()

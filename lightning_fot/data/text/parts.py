@@ -24,6 +24,7 @@ LARGE_FILE_BYTES = 100 * 1024 * 1024
 NO_TEXT = "binary or not UTF-8"
 UNREADABLE = "unreadable"
 EMPTY = "empty"
+CHANGED = "changed meanwhile"
 # Names kept of what was left out for one reason.
 _NAMED = 10
 _BEFORE_A_BYTE = re.compile(r"\\+(?=x[0-9a-f]{2}|[\udc80-\udcff])")
@@ -209,7 +210,7 @@ class DocumentSource:
             except UnicodeError:
                 leave_out(skipped, NO_TEXT, readable(part.path))
             except ValueError:
-                leave_out(skipped, "changed meanwhile", self.name)
+                leave_out(skipped, CHANGED, self.name)
             except OSError:
                 leave_out(skipped, UNREADABLE, readable(part.path))
 

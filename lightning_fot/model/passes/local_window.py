@@ -23,7 +23,7 @@ from lightning_fot.model.attention.angles import Angles
 from lightning_fot.model.attention.rotary import Embeddings
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.attention.whole import causal_mask
-from lightning_fot.model.passes.base import LayerCall, TextPass
+from lightning_fot.model.passes.base import LayerCall, StopForward, TextPass
 from lightning_fot.model.passes.columns import Columns
 from lightning_fot.model.passes.local_layer import LocalLayer
 from lightning_fot.model.passes.recorder import Recorder, scoring, searched_queries
@@ -74,6 +74,9 @@ class MemoryCache(Cache, TextPass):
         """(B,) int64 on the CPU: column at which the tokens of each row end; what follows is padding."""
         self.names: Sequence[str | None] | None = None
         """Documents that the rows belong to, where they have any."""
+        self.stop_layer: int | None = None
+        """Memory layer above which no forward computes anything, for texts that are only read; None computes all."""
+        self._stopped = False
         self.before_first: Callable[[int], None] | None = None
         """Called once with the number of rows, before the first forward."""
         self.widths = [0] * memory.batch_size
@@ -180,6 +183,7 @@ class MemoryCache(Cache, TextPass):
 
     def end(self, completed: bool) -> None:
         """Counts the tokens of a forward, or takes back those of one that failed."""
+        completed, self._stopped = completed or self._stopped, False
         if not completed:
             self._broken = bool(self.state_layers)
             self._ids, self._storable = (
@@ -239,6 +243,9 @@ class MemoryCache(Cache, TextPass):
         if call.is_memory_layer:
             far_query = call.asking(query, local_query)
             queries = searched_queries(self.memory, call.layer_idx, far_query, self.recorder)
+            if call.layer_idx == self.stop_layer:
+                self._stopped = True
+                raise StopForward
             asked = scoring(call, queries, scale, softcap, self.recorder)
             layer = self.memory.layers[call.layer_idx]
             outside = layer.read(queries, self.config.top_k, self.config.dense_pairs, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from transformers.generation.stopping_criteria import (
 
 from lightning_fot.errors import SettingError
 from lightning_fot.model.backbone.layers import decoder_of
+from lightning_fot.model.passes.base import StopForward
 from lightning_fot.model.passes.local_window import MemoryCache
 
 if TYPE_CHECKING:
@@ -91,10 +93,11 @@ def forward_cached(model: PreTrainedModel, ids: Tensor, cache: Cache, logits_to_
         logits_to_keep: Logits wanted, of the last columns.
 
     Returns:
-        (B, logits_to_keep, V); None for 0 or less.
+        (B, logits_to_keep, V); None for 0 or less, and nothing above ``cache.stop_layer`` is computed.
     """
     if logits_to_keep <= 0:
-        decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        with suppress(StopForward):  # above its last memory layer a text that is only read needs nothing
+            decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
         return None
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
     logits: Tensor = output.logits

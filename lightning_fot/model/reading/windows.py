@@ -54,6 +54,8 @@ def read_windows(
     if attached.config.overlap or attached.config.sink_tokens:
         cache = attached.new_cache(memory, attached.config, attached.recorder)
         cache.ends, cache.names = lengths, names
+        if keep_from >= length and attached.memory_layers:
+            cache.stop_layer = attached.memory_layers[-1]
         while cache.seen < length:
             start, stop = cache.seen, min(length, cache.seen + cache.room)
             logits = forward_cached(attached.model, ids[:, start:stop], cache, stop - max(start, keep_from))

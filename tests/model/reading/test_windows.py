@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_fot import attach_memory
+from lightning_fot.model.backbone.layers import decoder_of
 from tests.support.models import WINDOW, settings, tiny_llama, tokens
 from tests.support.oracle import dense_logits
 
@@ -61,6 +62,33 @@ def test_ingest_then_read_equals_one_call():
     assert seen == [32, 32, 32]
     assert len(memory) == 48
     assert len(rest.memory) == 70
+
+
+@pytest.mark.parametrize("change", [{}, {"overlap": 3}, {"overlap": 3, "sink_tokens": 2, "skip_window_start": 1}])
+@pytest.mark.parametrize("kind", [None, "left"])
+def test_reading_computes_nothing_above_the_last_memory_layer(change, kind):
+    """And the memory is that of a call that also gives logits, for which all layers are computed."""
+    ids, mask = ragged(kind)
+    with attach_memory(tiny_llama(), settings(memory_layers=[1], top_k=3, **change)) as lm:
+        ran = Counter()
+        for index, layer in enumerate(decoder_of(lm.model).layers):
+            layer.mlp.register_forward_hook(lambda *_, index=index: ran.update([index]))
+        whole = lm.new_memory(len(ids))
+        lm(ids, memory=whole, attention_mask=mask, update_memory=True)
+        assert ran[3] == ran[0]
+        ran.clear()
+        read = lm.ingest(ids, lm.new_memory(len(ids)), attention_mask=mask)
+        assert ran[0]
+        assert sum(ran[index] for index in (1, 2, 3)) == 0
+        # A text that goes on is read further.
+        for memory in (whole, read):
+            lm.ingest(ids, memory, attention_mask=mask)
+        for row in range(len(ids)):
+            stored = whole.layers[1].lengths[row]
+            assert stored == read.layers[1].lengths[row] > 0
+            for name in ("keys", "values"):
+                wanted, found = (getattr(memory.layers[1], name)[row, :, :stored] for memory in (whole, read))
+                torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_memory_given_stays_as_it_was_and_questions_do_not_see_each_other():
