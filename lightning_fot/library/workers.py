@@ -208,7 +208,7 @@ class Workers:
         given = 0
         for _ in range(_ATTEMPTS):
             try:
-                while not self._ray.wait([job.reference], timeout=_LOOK_S)[0]:
+                while not engine.wait(self._ray, [job.reference], 1, _LOOK_S):
                     meanwhile()
                 for reference in engine.result(self._ray, job.reference)[given:]:
                     part: Part = engine.result(self._ray, reference)

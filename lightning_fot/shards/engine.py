@@ -1,10 +1,12 @@
-"""Ray: joined or started, asked for room, and what its errors mean. The only module that imports it."""
+"""Ray: joined or started, asked for room, and what its errors mean."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ _ENVIRONMENT = {
 _ANSWER_SECONDS = 10.0
 # Whether this process has started the cluster, for itself alone: there, cores are shared and not reserved.
 _ours = False
+# So often Ray is interrupted while it waits: only then is it seen whether a signal has come.
+_LOOK_S = 0.5
 # So long a process that there is room for may take to start.
 START_SECONDS = 300.0
 
@@ -200,13 +204,35 @@ def wait_for(ray: Any, references: Sequence[Any], what: str, setting: str = SHAR
         SettingError: Some do not start.
         LostError: One has died.
     """
-    _, waiting = ray.wait(list(references), num_returns=len(references), timeout=START_SECONDS)
+    waiting = len(references) - len(wait(ray, references, len(references), START_SECONDS))
     if waiting:
         raise SettingError(
-            setting, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
+            setting, len(references), f"{waiting} {what} did not start within {START_SECONDS:.0f} s",
             "See what the cluster waits for: ray status.",
         )  # fmt: skip
     return [result(ray, reference) for reference in references]
+
+
+def wait(ray: Any, references: Sequence[Any], count: int, seconds: float) -> list[Any]:
+    """Those of some calls that have ended, once ``count`` of them have, or after so many seconds."""
+    ends = time.monotonic() + seconds
+    while True:
+        left = max(0.0, ends - time.monotonic())
+        with _signals():
+            ended = list(ray.wait(list(references), num_returns=count, timeout=min(left, _LOOK_S))[0])
+        if len(ended) >= count or left <= _LOOK_S:
+            return ended
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Passes on what handlers of signals raise: Ray waits to its end all the same, and hides it in its own error."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 def result(ray: Any, reference: Any) -> Any:
@@ -219,7 +245,9 @@ def result(ray: Any, reference: Any) -> Any:
     from ray import exceptions
 
     try:
-        return ray.get(reference)
+        while True:
+            with suppress(exceptions.GetTimeoutError), _signals():
+                return ray.get(reference, timeout=_LOOK_S)
     except exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Exception):

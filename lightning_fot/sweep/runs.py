@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -16,6 +17,8 @@ from lightning_fot.sweep.grid import combinations, digest, label_of
 from lightning_fot.system.digests import read_sealed
 from lightning_fot.system.files import write_text
 from lightning_fot.training.run_folder import RunFolder
+
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ def _run(words: list[str], log: Any) -> int:
     # A terminal tells all processes of a session to stop. It is told by us alone: told twice it would not save.
     with subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
         try:
-            return process.wait()
+            while True:
+                # Ray asks a task to stop where Python looks, which it does not while it waits without an end.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_LOOK_S)
         except BaseException:
             process.terminate()
             process.wait()

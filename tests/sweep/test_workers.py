@@ -247,12 +247,16 @@ def ended(pid: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_saves_what_it_has_when_its_sweep_is_told_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_a_run_saves_what_it_has_when_its_sweep_is_told_to_stop(where: str, tmp_path: Path) -> None:
+    if where == "there":
+        pytest.importorskip("ray")
     config = tmp_path / "runs.yaml"
     smoke = (SHIPPED / "smoke.yaml").read_text().replace("max_steps: 6", "max_steps: 100000")
     config.write_text(smoke + "sweep:\n  runs:\n    data.max_documents: [12]\n")
     folder = tmp_path / "out"
     words = [sys.executable, "-m", "lightning_fot", "sweep", "--config", str(config), f"--run_dir={folder}"]
+    words += [WORKERS] if where == "there" else []
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def trains() -> bool:

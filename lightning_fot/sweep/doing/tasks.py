@@ -97,7 +97,7 @@ class Tasks:
 
     def ended(self, tickets: Sequence[Any]) -> list[Any]:
         """Those of some tickets whose cells have ended; waits half a second for one."""
-        return list(self._ray.wait(list(tickets), num_returns=1, timeout=_LOOK_S)[0])
+        return engine.wait(self._ray, tickets, 1, _LOOK_S)
 
     def result(self, ticket: Any) -> None:
         """Raises what went wrong with a cell that has ended, as if it had been done here.
@@ -121,7 +121,7 @@ class Tasks:
         """Has cells end soon, and waits until they have: runs save what they have."""
         for ticket in tickets:
             self._ray.cancel(ticket)
-        self._ray.wait(list(tickets), num_returns=len(tickets), timeout=_STOP_S)
+        engine.wait(self._ray, tickets, len(tickets), _STOP_S)
 
 
 def _look(file: str, text: str) -> tuple[dict[str, str], bool]:
