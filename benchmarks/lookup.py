@@ -37,7 +37,7 @@ from lightning_fot import MemoryConfig, attach_memory, attach_pretrained
 from lightning_fot.config.tasks import MOST_FACTS
 from lightning_fot.evaluation.measures.passkey import wilson
 from lightning_fot.evaluation.tasks.parts.facts import Fact, make_facts, sentences_of, text_with
-from lightning_fot.library.answering import quoted
+from lightning_fot.library.answering import quoted, quoting_of
 from lightning_fot.library.quotes import NEUTRAL
 from lightning_fot.model.passes.recorder import Recorder
 from lightning_fot.pretrained import load_backbone, load_tokenizer
@@ -155,7 +155,7 @@ class Subject:
         if not self.quotes:
             return ids
         neutral = ids_of(self.tokenizer, self.begin + NEUTRAL)
-        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes, neutral)
+        return quoted(self.lm, self.tokenizer, self.memory, ids, self.quotes, quoting_of(self.tokenizer, ids, neutral))
 
     def ask(self, question: str, answer: str) -> tuple[bool, float, list[int], list[int]]:
         """Whether each token of the answer is the most likely; its loss in nats a token; both, and what was likely."""

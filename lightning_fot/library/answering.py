@@ -16,9 +16,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
-from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
+from lightning_fot.library.quotes import NEUTRAL, Quoting, find_quotes, with_quotes
+from lightning_fot.library.spelling import spelling
 from lightning_fot.library.words import Words
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
+from lightning_fot.memory.windows import AskedWords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,8 +101,10 @@ class Answerer:
         """
         began = time.monotonic()
         prompt = self._prompt(question)
-        neutral = self._prompt(NEUTRAL) if self._quotes and self.chat else None
-        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes, neutral)
+        quoting = None
+        if self._quotes and self.chat:
+            quoting = quoting_of(self.tokenizer, encoded(self.tokenizer, question, False), self._prompt(NEUTRAL))
+        behind = quoted(self.lm, self.tokenizer, self.memory, prompt, self._quotes, quoting)
         quotes, prompt = len(behind) - len(prompt), behind
         streamer = _Streamer(self.tokenizer, write, self._stops, self.chat)
         seed = self._seed()
@@ -224,9 +228,9 @@ def quoted(
     memory: Memory,
     prompt: list[int],
     quotes: int,
-    neutral: Sequence[int] | None = None,
+    quoting: Quoting | None = None,
 ) -> list[int]:
-    """Ids of a prompt behind the passages that it attends to.
+    """Ids of a prompt behind the passages that it is about.
 
     Args:
         lm: The attached model.
@@ -234,15 +238,26 @@ def quoted(
         memory: One row, what was read.
         prompt: Ids of the question, framed as it will be asked.
         quotes: Passages wanted.
-        neutral: Ids of :data:`~lightning_fot.library.quotes.NEUTRAL`, framed as the prompt is; None encodes it alone.
+        quoting: What they are found by; None takes the prompt for the question, framed by nothing.
     """
     if not quotes:
         return prompt
     between = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    if neutral is None:
-        neutral = tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
-    found = find_quotes(lm, prompt, memory, quotes, neutral=neutral, between=len(between))
+    if quoting is None:
+        quoting = quoting_of(tokenizer, prompt, tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"])
+    found = find_quotes(lm, prompt, memory, quotes, quoting=quoting, between=len(between))
     return with_quotes(prompt, found, between)
+
+
+def quoting_of(tokenizer: Any, question: Sequence[int], neutral: Sequence[int]) -> Quoting:
+    """What quotes are found by, beside the prompt.
+
+    Args:
+        tokenizer: Of the model.
+        question: Ids of the question alone.
+        neutral: Ids of :data:`~lightning_fot.library.quotes.NEUTRAL`, framed as the prompt is.
+    """
+    return Quoting(neutral, AskedWords(spelling(tokenizer), torch.tensor(question, dtype=torch.int64)))
 
 
 def attended_passages(

@@ -1,6 +1,7 @@
-"""Quotes: passages that a question attends to are read once more, right before it, in its own window.
+"""Quotes: passages that a question is about are read once more, right before it, in its own window.
 
-Some pairs draw any question; so what a question that asks for nothing in particular attends to is taken off.
+They are those that it attends to, and those that share its rare words. Some pairs draw any question; so what a question
+that asks for nothing in particular attends to is taken off.
 
 The memory finds; the window reads. Attention to single pairs of a few layers tells a model where something was said
 more surely than what: read again, the words around it are there for all layers, in order.
@@ -9,6 +10,7 @@ more surely than what: read again, the words around it are there for all layers,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +21,25 @@ from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
     from lightning_fot.memory.passages import AttentionTrace, Passage
+    from lightning_fot.memory.windows import AskedWords
     from lightning_fot.model.lm import MemoryLM
 
 LENGTH = 64
 NEUTRAL = "What is this text about?"
 """Asks for nothing in particular."""
+
+
+@dataclass(frozen=True)
+class Quoting:
+    """What quotes of a prompt are found by, beside the prompt.
+
+    Args:
+        neutral: Ids of :data:`NEUTRAL`, framed as the prompt is; without them, what draws any question counts too.
+        words: The question's own words; None goes by attention alone.
+    """
+
+    neutral: Sequence[int] = ()
+    words: AskedWords | None = None
 
 
 @torch.no_grad()
@@ -33,10 +49,10 @@ def find_quotes(
     memory: Memory,
     count: int,
     length: int = LENGTH,
-    neutral: Sequence[int] = (),
+    quoting: Quoting = Quoting(),
     between: int = 1,
 ) -> list[Passage]:
-    """The passages that a prompt attends to most, in the order in which they were read.
+    """The passages that a prompt attends to most or shares its rarest words with, in the order in which they were read.
 
     Args:
         lm: The attached model.
@@ -44,7 +60,7 @@ def find_quotes(
         memory: One row, what was read; it stays as it is.
         count: Passages wanted.
         length: Tokens of a passage.
-        neutral: Ids of :data:`NEUTRAL`, framed as the prompt is; without them, what draws any question counts too.
+        quoting: What they are found by, beside the prompt.
         between: Tokens that will stand before each quote and behind the last.
 
     Returns:
@@ -66,8 +82,8 @@ def find_quotes(
     if not count or not len(memory):
         return []
     trace = _attention(lm, prompt, memory)
-    against = _attention(lm, neutral, memory) if neutral else None
-    passages = trace.passages(memory, length, count, queries="prompt", against=against)
+    against = _attention(lm, quoting.neutral, memory) if quoting.neutral else None
+    passages = trace.passages(memory, length, count, queries="prompt", against=against, words=quoting.words)
     found = [one for one in passages if _is_known(one)]
     return sorted(found, key=lambda passage: (passage.document.number, passage.start))
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_fot.errors import SettingError
+from lightning_fot.memory.windows import AskedWords, Line, best_of_both, best_windows
 
 if TYPE_CHECKING:
     from lightning_fot.memory.memory import Memory
@@ -273,6 +274,7 @@ class AttentionTrace:
         row: int = 0,
         queries: Queries = "both",
         against: AttentionTrace | None = None,
+        words: AskedWords | None = None,
     ) -> list[Passage]:
         """The stretches of the documents of a row that drew most attention, best first; none overlaps another.
 
@@ -284,6 +286,7 @@ class AttentionTrace:
             queries: Whose attention counts.
             against: Trace of a prompt that asks for nothing in particular, beside the same memory: passages are ranked
                 by what is attended to in excess of it.
+            words: Of the prompt: passages are ranked by the words that they share with it, too.
 
         Raises:
             SettingError: A number is below 1, or the recorded rows are not those of the memory.
@@ -296,72 +299,32 @@ class AttentionTrace:
         else:
             mass, corrected = self.pair_excess(memory, against, row, queries)
         attended = corrected.nonzero()[:, 0]
-        if not len(attended):
+        if not len(attended) and words is None:
             return []
-        numbers, positions = memory.log.locate(row, attended)
-        documents = [document for document in memory.log.documents if document.row == row]
-        # All documents on one line, a passage apart, so that no window reaches from one into the next.
-        starts, at = {}, 0
-        for document in documents:
-            starts[document.number] = at - document.first
-            at += document.tokens - document.first + length
-        places = positions + torch.tensor([starts[number] for number in numbers.tolist()])
+        line = Line(memory.log, row, length)
+        places = line.places(*memory.log.locate(row, attended))
         places, order = places.sort()
+        # Nothing may be attended to where words are shared.
+        tiny = torch.finfo(torch.float32).tiny
         found, all_mass, all_corrected = [], float(mass.sum()), float(corrected.sum())
-        ends = [(starts[document.number] + document.first, starts[document.number] + document.tokens, document)
-                for document in documents]  # fmt: skip
-        for start, stop in best_windows(places, corrected[attended][order], length, top, [one[:2] for one in ends]):
-            document = next(document for low, high, document in ends if low <= start < high)
+        scores = corrected[attended][order]
+        windows = (
+            best_windows(places, scores, length, top, line.bounds)
+            if words is None
+            else best_of_both(line, places, scores, words, top)
+        )
+        for start, stop in windows:
+            document, offset = line.found(start)
             inside = attended[order][(places >= start) & (places < stop)]
-            start, stop = start - starts[document.number], stop - starts[document.number]
+            start, stop = start - offset, stop - offset
             found.append(
                 Passage(
                     document,
                     start,
                     stop,
-                    float(mass[inside].sum()) / all_mass,
-                    float(corrected[inside].sum()) / all_corrected,
+                    float(mass[inside].sum()) / max(all_mass, tiny),
+                    float(corrected[inside].sum()) / max(all_corrected, tiny),
                     memory.log.tokens(document.number, start, stop),
                 )
             )
         return found
-
-
-def best_windows(
-    places: Tensor, scores: Tensor, length: int, top: int, bounds: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Windows that hold the largest sums, taken one after the other, none overlapping another.
-
-    Args:
-        places: (n,) int64, ascending.
-        scores: (n,), not negative.
-        length: Widest window.
-        top: Windows wanted.
-        bounds: Stretches (start, stop) that windows stay within, ascending; every place is in one, and stretches are at
-            least ``length`` apart.
-
-    Returns:
-        (start, stop) of each, largest sum first; as wide as ``length`` where there is room, what counts in the middle.
-    """
-    taken: list[tuple[int, int]] = []
-    scores = scores.double()
-    for _ in range(top):
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), scores.cumsum(0)])
-        # A window begins at a place that counts and ends before the next one that is taken.
-        barriers = torch.tensor([*sorted(start for start, _ in taken), torch.iinfo(torch.int64).max])
-        last = torch.minimum(places + length, barriers[torch.searchsorted(barriers, places, right=True)])
-        totals = (sums[torch.searchsorted(places, last)] - sums[:-1]).masked_fill(scores == 0, 0)
-        best = int(totals.argmax())
-        if float(totals[best]) <= 0:
-            break
-        start, stop = int(places[best]), int(last[best])
-        inside = places[(places >= start) & (places < stop) & (scores > 0)]
-        low, high = next((low, high) for low, high in bounds if low <= start < high)
-        low = max([low, *(end for _, end in taken if end <= start)])
-        high = min([high, *(begin for begin, _ in taken if begin > start)])
-        start = int(inside[0]) - (length - int(inside[-1] - inside[0]) - 1) // 2
-        start = max(low, min(start, high - length))
-        stop = min(high, start + length)
-        taken.append((start, stop))
-        scores = scores.masked_fill((places >= start) & (places < stop), 0)
-    return taken

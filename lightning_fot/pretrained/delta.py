@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "delta.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = 1
+# Behind the name of a weight: factors of a difference of low rank, B @ A, as LoRA names them (arXiv 2106.09685).
+_DOWN, _UP = ".lora_A", ".lora_B"
 # Names of those that come with the package, and their folders in it.
 SHIPPED = {"smollm2-135m-fot": shipped("weights", "smollm2_135m_fot")}
 
@@ -105,15 +107,25 @@ def add_delta(model: nn.Module, delta: Delta) -> None:
     except (OSError, ValueError) as error:
         raise _unusable(delta.name, f"{WEIGHTS_FILE} cannot be read ({error})") from error
     parameters = dict(model.named_parameters())
-    strange = [
-        name for name, change in changes.items() if name not in parameters or parameters[name].shape != change.shape
-    ]
-    if strange:
-        raise _unusable(delta.name, f"{strange[0]} is not a parameter of {delta.base}, or of another shape")
+    factored = [name.removesuffix(_DOWN) for name in changes if name.endswith(_DOWN)]
+    alone = next((name for name in factored if name + _UP not in changes), None)
+    if alone is not None:
+        raise _not_of(delta, alone + _DOWN)
+    factors = {name: (changes.pop(name + _DOWN), changes.pop(name + _UP)) for name in factored}
+    for name, change in changes.items():
+        if name not in parameters or parameters[name].shape != change.shape:
+            raise _not_of(delta, name)
+    for name, (down, up) in factors.items():
+        weight = parameters.get(name)
+        if weight is None or down.ndim != 2 or up.ndim != 2 or weight.shape != (len(up), down.shape[1]):
+            raise _not_of(delta, name + _DOWN)
+        if up.shape[1] != len(down):
+            raise _not_of(delta, name + _DOWN)
     with torch.no_grad():
         for name, change in changes.items():
-            parameter = parameters[name]
-            parameter.copy_(parameter.float() + change.float())
+            parameters[name].copy_(parameters[name].float() + change.float())
+        for name, (down, up) in factors.items():
+            parameters[name].copy_(parameters[name].float() + up.float() @ down.float())
 
 
 def write_delta(
@@ -123,8 +135,9 @@ def write_delta(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     facts: Mapping[str, Any],
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Path:
-    """Writes the differences of parameters, in bfloat16: within 0.4 % of each difference.
+    """Writes the differences of parameters, in bfloat16: within 0.4 % of each difference or factor.
 
     Args:
         folder: Made if it is not there; a delta or a saved model in it is replaced as a whole.
@@ -133,6 +146,7 @@ def write_delta(
         before: Parameters of the base by name.
         after: Parameters after training, of the same names and shapes; those that are equal are left out.
         facts: Of the training, for the reader.
+        factors: More differences, by the name of the weight (out, in): A (rank, in) and B (out, rank) of ``B @ A``.
 
     Returns:
         The folder.
@@ -152,6 +166,9 @@ def write_delta(
         change = parameter.detach().float().cpu() - before[name].detach().float().cpu()
         if bool(change.any()):
             changes[name] = change.to(torch.bfloat16).contiguous()
+    for name, (down, up) in (factors or {}).items():
+        changes[name + _DOWN] = down.detach().cpu().to(torch.bfloat16).contiguous()
+        changes[name + _UP] = up.detach().cpu().to(torch.bfloat16).contiguous()
     if not changes:
         raise SettingError("RUN_FOLDER", str(folder), "its weights are those of the backbone", "Train it first.")
     target = check_target(folder)
@@ -164,6 +181,10 @@ def write_delta(
         files = [DELTA_FILE, WEIGHTS_FILE, CONFIG_FILE, CARD]
         write_sealed(fresh / DELTA_FILE, {**settings, CARD_DIGEST: card, "files": files})
     return target
+
+
+def _not_of(delta: Delta, name: str) -> SettingError:
+    return _unusable(delta.name, f"{name} is not a parameter of {delta.base}, or of another shape")
 
 
 def _unusable(name: str, problem: str, fix: str = "Export it again: lightning export RUN OUT --delta.") -> SettingError:

@@ -51,18 +51,18 @@ class Answers:
         prompts = await loop.run_in_executor(self._shelves.encoder, self._shelves.prompts, self._asked, longest)
         self._prompt_tokens = sum(map(len, prompts))
         memory, wanted = self._shelf.memory, self._asked.wanted
-        neutral = None
+        quoting = None
         if self._asked.chat:
             wanted = replace(wanted, stop=(*wanted.stop, *stops_of(self._shelves.tokenizer)), trim=True)
             if wanted.quotes is None:
                 wanted = replace(wanted, quotes=quotes_of(self._shelves.tokenizer))
             if wanted.quotes:
-                neutral = await loop.run_in_executor(self._shelves.encoder, self._shelves.neutral, self._asked)
+                quoting = await loop.run_in_executor(self._shelves.encoder, self._shelves.quoting, self._asked)
         for number in range(len(prompts) * self._asked.n):
             copy = number % self._asked.n
             own = wanted if wanted.seed is None else replace(wanted, seed=wanted.seed + copy)
             prompt, emit = prompts[number // self._asked.n], self._emitter(loop, number)
-            self._tickets.append(Ticket(prompt, memory, own, emit, neutral=neutral))
+            self._tickets.append(Ticket(prompt, memory, own, emit, quoting=quoting))
         self._engine.submit(self._tickets)
 
     def _emitter(self, loop: asyncio.AbstractEventLoop, number: int) -> Callable[[Event], None]:

@@ -24,6 +24,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import AttendedPassage
 from lightning_fot.library.answering import attended_passages, ends_of, quoted
+from lightning_fot.library.quotes import Quoting
 from lightning_fot.library.words import Words
 from lightning_fot.memory.passages import AttentionTrace
 from lightning_fot.model.reading.together import Together
@@ -89,8 +90,7 @@ class Ticket:
         wanted: How to generate it.
         emit: Gets what comes, in the engine's threads.
         cancelled: Set by whoever does not want it any more.
-        neutral: Token ids of a question for nothing in particular, framed as the prompt: quotes are what is attended to
-            beyond it.
+        quoting: What the prompt's quotes are found by; None takes all of the prompt for the question.
     """
 
     prompt: list[int]
@@ -98,7 +98,7 @@ class Ticket:
     wanted: Wanted
     emit: Callable[[Event], None]
     cancelled: bool = False
-    neutral: list[int] | None = None
+    quoting: Quoting | None = None
     asked_at: float = field(default_factory=time.monotonic)
 
 
@@ -298,7 +298,7 @@ class _Row:
         self.ticket = ticket
         self.last = ticket.prompt[-1]
         self.count = 0
-        prompt = quoted(lm, tokenizer, ticket.memory, ticket.prompt, ticket.wanted.quotes or 0, ticket.neutral)
+        prompt = quoted(lm, tokenizer, ticket.memory, ticket.prompt, ticket.wanted.quotes or 0, ticket.quoting)
         self.trace = AttentionTrace() if ticket.wanted.passages and len(ticket.memory) else None
         self.text = lm.continuation(prompt, ticket.memory, self.trace)
         wanted = ticket.wanted

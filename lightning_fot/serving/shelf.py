@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_fot.errors import SettingError
-from lightning_fot.library.answering import encoded, framed
+from lightning_fot.library.answering import encoded, framed, quoting_of
 from lightning_fot.library.inbox import Handed
 from lightning_fot.library.library import Library
-from lightning_fot.library.quotes import NEUTRAL
+from lightning_fot.library.quotes import NEUTRAL, Quoting
 from lightning_fot.serving.requests import ApiError, Asked
 
 if TYPE_CHECKING:
@@ -183,13 +183,15 @@ class Shelves:
                 raise ApiError(400, f"Token ids must be from 0 to {self.lm.vocabulary - 1}.", field, "invalid_value")
         return prompts
 
-    def neutral(self, asked: Asked) -> list[int]:
-        """Token ids of a conversation whose last message asks for nothing in particular; called as :meth:`prompts`.
+    def quoting(self, asked: Asked) -> Quoting:
+        """What quotes of a conversation are found by: the words of its last message; called as :meth:`prompts`.
 
         Args:
             asked: A request for a chat, whose prompts were found good.
         """
-        return self._conversation([*asked.messages[:-1], {**asked.messages[-1], "content": NEUTRAL}])
+        last = asked.messages[-1]
+        neutral = self._conversation([*asked.messages[:-1], {**last, "content": NEUTRAL}])
+        return quoting_of(self.tokenizer, self._encoded(last["content"], False, "messages"), neutral)
 
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):

@@ -11,8 +11,9 @@ import torch
 
 from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
-from lightning_fot.library.answering import Answerer, AnswerSettings
-from lightning_fot.library.quotes import NEUTRAL, find_quotes, with_quotes
+from lightning_fot.library.answering import Answerer, AnswerSettings, quoting_of
+from lightning_fot.library.quotes import NEUTRAL, Quoting, find_quotes, with_quotes
+from lightning_fot.memory.windows import AskedWords
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
 
@@ -58,11 +59,25 @@ def test_what_a_neutral_prompt_attends_to_is_taken_off(read: tuple[MemoryLM, Mem
             lm(torch.tensor([ids]), memory=memory)
         traces.append(trace)
     wanted = traces[0].passages(memory, length=10, top=3, against=traces[1])
-    found = find_quotes(lm, PROMPT, memory, 3, 10, neutral)
+    found = find_quotes(lm, PROMPT, memory, 3, 10, Quoting(neutral))
     places = [(quote.document.number, quote.start, quote.stop) for quote in found]
     assert places == sorted((one.document.number, one.start, one.stop) for one in wanted)
     # A prompt has nothing beyond itself.
-    assert find_quotes(lm, PROMPT, memory, 3, 10, PROMPT) == []
+    assert find_quotes(lm, PROMPT, memory, 3, 10, Quoting(PROMPT)) == []
+
+
+def test_rare_words_of_the_question_are_found_where_attention_sees_nothing(read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    second = memory.log.documents[1].number
+    wanted = memory.log.tokens(second, 70, 74)
+    spelling = torch.arange(lm.vocabulary + 1)
+    # Against itself, a prompt attends to nothing.
+    quoting = Quoting(PROMPT, AskedWords(spelling, wanted))
+    found = find_quotes(lm, PROMPT, memory, 1, 10, quoting)
+    assert [quote.document.name for quote in found] == ["second"]
+    assert found[0].start <= 70
+    assert found[0].stop >= 74
+    assert (found[0].mass >= 0, found[0].lift) == (True, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +149,9 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         text = "".join(f"The code of door {number} is {number * 37}. " for number in range(20))
         memory = lm.ingest(torch.tensor([ids_of(text)]), lm.new_memory())
 
-        def direct(prompt: list[int], quotes: int, neutral: str = f"{NEUTRAL}|") -> str:
-            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, neutral=ids_of(neutral)), newline)
+        def direct(prompt: list[int], quotes: int, neutral: str = f"{NEUTRAL}|", question: str = "Who?") -> str:
+            quoting = quoting_of(tokenizer, ids_of(question), ids_of(neutral))
+            behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, quoting=quoting), newline)
             assert len(behind) == len(prompt) + 65 * quotes + (quotes > 0)
             out = lm.generate(
                 torch.tensor([behind]), memory, max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_token_id
@@ -155,7 +171,7 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         assert first.prompt_tokens == len(ids_of("Who?|"))
         # The next question has quotes of its own alone.
         assert words(answerer.ask("Why?").text) == direct(
-            ids_of(f"Who?|{first.text}|Why?|"), 2, f"Who?|{first.text}|{NEUTRAL}|"
+            ids_of(f"Who?|{first.text}|Why?|"), 2, f"Who?|{first.text}|{NEUTRAL}|", "Why?"
         )
         assert words(asked(quotes=0).ask("Who?").text) == direct(ids_of("Who?|"), 0)
         # A text that is continued as it is has none.

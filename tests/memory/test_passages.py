@@ -15,7 +15,8 @@ from lightning_fot import attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.memory import Memory
 from lightning_fot.memory.found import Retrieved
-from lightning_fot.memory.passages import AttentionTrace, best_windows
+from lightning_fot.memory.passages import AttentionTrace
+from lightning_fot.memory.windows import best_windows
 from lightning_fot.model.attention.softmax import attend
 from lightning_fot.model.lm import MemoryLM
 from tests.support.models import settings, tiny_llama, tokens

@@ -22,6 +22,7 @@ from lightning_fot.library.answering import stops_of
 from lightning_fot.pretrained import check_backbone, load_backbone, load_tokenizer
 from lightning_fot.pretrained.delta import write_delta
 from lightning_fot.pretrained.memory_settings import pretrained_settings
+from lightning_fot.system.tensor_files import save_tensors
 from lightning_fot.training.module import FocusedTransformer
 
 MEMORY = {"memory_layers": [1, 3], "window": 16, "top_k": 8, "retriever": "exact"}
@@ -90,6 +91,33 @@ class TestRoundTrip:
         card = (delta / "README.md").read_text(encoding="utf-8")
         assert "what training changed in `tiny-random-llama`" in card
         assert "attach_pretrained" in card
+
+    def test_differences_of_low_rank(self, tmp_path):
+        name, other = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+        before = dict(load_backbone("tiny-random-llama").named_parameters())
+        out, into = before[name].shape
+        # Powers of two: bfloat16 keeps them as they are.
+        down, up = torch.full((2, into), 0.5), torch.eye(out, 2)
+        after = {name: before[name] + 1.0, other: before[other] + 2.0}
+        write_delta(
+            tmp_path / "low", "tiny-random-llama", MemoryConfig(**MEMORY), before, after, {}, {name: (down, up)}
+        )
+        opened = dict(load_backbone(str(tmp_path / "low")).named_parameters())
+        torch.testing.assert_close(opened[name], before[name] + 1.0 + up @ down)
+        torch.testing.assert_close(opened[other], before[other] + 2.0)
+
+    @pytest.mark.parametrize("shapes", [((2, 3), (4, 2)), ((2, 64), None), ((2, 64), (4, 2))])
+    def test_factors_that_are_not_of_the_weight_are_refused(self, delta, shapes):
+        name = "model.layers.1.self_attn.q_proj.weight"
+        file = delta / "delta.safetensors"
+        kept = {
+            f"{name}.{part}": torch.zeros(shape)
+            for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
+            if shape
+        }
+        save_tensors(file, {**load_file(file), **kept}, {"format": "pt"})
+        with pytest.raises(SettingError, match=r"q_proj\.weight\.lora_A is not a parameter of tiny-random-llama"):
+            load_backbone(str(delta))
 
     def test_a_delta_of_a_delta(self, delta, tmp_path):
         name = "model.norm.weight"
