@@ -106,8 +106,8 @@ class MilvusIndex:
             rows = [{"row": self._size + place, "key": key} for place, key in enumerate(part)]
             self._client.insert(self._name, rows, timeout=self._timeout)
             self._size += len(part)
-        # What was inserted is sealed, and its graph built, while searches go on: until then the server scans it.
-        self._client.flush(self._name, timeout=self._timeout)
+        # No flush: a server allows one in ten seconds (quotaAndLimits.flushRate). It seals what was inserted by itself,
+        # builds the graph while searches go on, and scans until then.
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         rows = np.full((len(queries), k), -1, dtype=np.int64)
