@@ -7,17 +7,19 @@ import json
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.errors import MissingLibraryError, SettingError
+from lightning_fot.errors import SettingError
 from lightning_fot.request.request import CONFIG, SHIPPED, Request, make_request
 from lightning_fot.request.words import Option, Verb, read
+from lightning_fot.sweep.doing.cell import Here
+from lightning_fot.sweep.doing.flow import Flow, Unit
 from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.grid import Build, combinations, digest, label_of
 from lightning_fot.sweep.runs import RunCell, run_cells, with_settings
@@ -25,6 +27,7 @@ from lightning_fot.sweep.search import JOURNAL, Search, index_measures
 from lightning_fot.sweep.settings import SweepConfig
 
 if TYPE_CHECKING:
+    from lightning_fot.sweep.doing.tasks import Tasks
     from lightning_fot.sweep.measure import IndexCell, Recorded
     from lightning_fot.system.progress import JobProgress
     from lightning_fot.system.signals import StopGuard
@@ -44,6 +47,7 @@ model, and whole runs; with a section sweep.search, Optuna tries settings in pla
   --run_dir FOLDER  where cells and results go (default: sweeps/NAME); the same folder again goes on: finished cells
                     are kept and skipped, also after a kill, and several processes may share one
   --plan            print the cells and whether they are done, and do nothing
+  --sweep.workers=N  so many cells at once, as tasks of a Ray cluster: docs/scale.md (extra ray)
   --json            print the results as JSON instead of tables
   --key.sub=value   as in run, and --sweep.tokens=8192, --sweep.memory_tokens=[8192]"""
 
@@ -118,10 +122,12 @@ class _Sweep:
         own = {"sweep", "run_dir", "ckpt_path"} if trains else {"sweep", "run_dir"}
         self.settings = {key: value for key, value in request.settings.items() if key not in own}
         self.builds: list[Build] = config.builds()
+        self.workers = config.tasks()
         self.layers: list[Recorded] = []
         self.search: Search | None = None
         self.failures: dict[str, str] = {}
         self.busy: list[str] = []
+        self.progress: JobProgress | None = None
 
     def check(self) -> None:
         """Finds what cannot work before anything is measured."""
@@ -184,9 +190,12 @@ class _Sweep:
         from lightning_fot.system.progress import JobProgress
         from lightning_fot.system.signals import StopGuard, Stopped
 
+        tasks = self._open_tasks()
         self.folder.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({**self.settings, "sweep": vars(self.config)}, sort_keys=False)
         write_text(self.folder.config, f"# {self.request.program} --config {self.folder.config}\n{text}")
+        if tasks is not None:
+            tasks.greet(self.folder.config)
         cells: list[IndexCell] = []
         code = 0
         # Other commands that this one calls print: standard output is for the results alone.
@@ -202,13 +211,32 @@ class _Sweep:
                         progress.message(
                             f"{len(cells)} index cells: {len(cells) - open_cells} done, {open_cells} to do."
                         )
-                    self._measure(cells, progress, guard)
-                    self._train(self._runs(), progress)
-                    self._search(progress, guard)
+                    self._do(cells, tasks, progress, guard)
                 except (Stopped, KeyboardInterrupt) as stop:
                     code = stop.exit_code if isinstance(stop, Stopped) else 130
         self._finish(cells, code)
         return code or int(bool(self.failures))
+
+    def _open_tasks(self) -> Tasks | None:
+        """The cluster that does the cells, joined; None where they are done here."""
+        if self.workers is None:
+            return None
+        from lightning_fot.sweep.doing.tasks import Tasks
+
+        return Tasks(self.workers, self.folder)
+
+    def _do(self, cells: Sequence[IndexCell], tasks: Tasks | None, progress: JobProgress, guard: StopGuard) -> None:
+        """Does all cells, and then what the search draws until it has its trials."""
+        place = tasks or Here(self.folder, guard.check)
+        progress.beside, self.progress = place.count, progress
+        flow = Flow(self.folder, place, progress, guard.check, self.failures, self.busy, self.options.debug)
+        for some in (cells, self._runs()):
+            todo = [cell for cell in some if not cell.is_done(self.folder.read(cell.key))]
+            progress.plan([(cell.label, cell.cost) for cell in todo])
+            flow.do(partial(next, iter([Unit([cell]) for cell in todo]), None))
+        if self.searched is not None:
+            self.search = self._open_search()
+            flow.do(self._trial)
 
     def _recording(self, change: dict[str, Any]) -> Path:
         model = with_settings(self.settings, change)
@@ -278,30 +306,6 @@ class _Sweep:
         self.layers = [layer for name, file in files for layer in read_layers(file, name, self.config.queries)]
         return index_cells(self.layers, self.builds, self.config)
 
-    def _measure(self, cells: Sequence[IndexCell], progress: JobProgress, guard: StopGuard) -> None:
-        todo = [cell for cell in cells if cell.missing(self.folder.read(cell.key))]
-        progress.plan([(cell.label, cell.cost) for cell in todo])
-        for cell in todo:
-            with self._ours(cell.key, cell.label) as known:
-                if known is None or not cell.missing(known):
-                    continue
-                progress.start(cell.label)
-                with self._recorded_failure(cell.key, cell.label, progress):
-                    cell.measure(known, partial(self.folder.write, cell.key), guard.check)
-                progress.finish(cell.label)
-
-    def _train(self, cells: Sequence[RunCell], progress: JobProgress) -> None:
-        todo = [cell for cell in cells if not (self.folder.read(cell.key) or {}).get("rows")]
-        progress.plan([(cell.label, 1e6) for cell in todo])
-        for cell in todo:
-            with self._ours(cell.key, cell.label) as known:
-                if known is None or known.get("rows"):
-                    continue
-                progress.start(cell.label)
-                with self._recorded_failure(cell.key, cell.label, progress):
-                    self.folder.write(cell.key, cell.run())
-                progress.finish(cell.label)
-
     def _open_search(self) -> Search:
         assert self.searched is not None
         identity: Any = self.settings
@@ -310,53 +314,40 @@ class _Sweep:
             identity = [[layer.identity for layer in self.layers], asked]
         return Search(self.searched, self.folder, identity)
 
-    def _search(self, progress: JobProgress, guard: StopGuard) -> None:
-        """Tries what the search draws until it has its trials, with others who share the folder or the storage."""
-        if self.searched is None:
+    def _trial(self) -> Unit | None:
+        """The next trial of the search; None where all are done, or being done, by us or others who share it."""
+        assert self.search is not None
+        with ExitStack() as held:
+            found = held.enter_context(self.search.next())
+            if found is None:
+                return None
+            trial, drawn = found
+            indexes, runs = self._cells_of([drawn])
+            return Unit([*indexes, *runs], partial(self._tell, trial, indexes, runs), True, held.pop_all())
+
+    def _tell(self, trial: Any, indexes: Sequence[IndexCell], runs: Sequence[RunCell], error: str | None) -> None:
+        """Ends a trial whose cells have ended."""
+        assert self.search is not None
+        assert self.searched is not None
+        assert self.progress is not None
+        try:
+            if error is not None:
+                raise RuntimeError(error)
+            measures = self._measures(indexes, runs)
+            self.search.tell(trial, measures)
+        except (SettingError, RuntimeError) as problem:
+            self.search.fail(trial, str(problem))
+            self.failures[f"trial {trial.number}"] = str(problem)
             return
-        self.search = self._open_search()
-        while True:
-            guard.check()
-            with self.search.next() as found:
-                if found is None:
-                    return
-                trial, drawn = found
-                try:
-                    measures = self._measured(drawn, progress, guard)
-                    self.search.tell(trial, measures)
-                except (SettingError, RuntimeError) as error:
-                    self.search.fail(trial, str(error))
-                    self.failures[f"trial {trial.number}"] = str(error)
-                    continue
-                told = ", ".join(f"{name} {measures[name]:.4g}" for name in self.searched.objectives)
-                progress.message(f"Trial {trial.number} ({self.search.ended} of {self.searched.trials} done): {told}")
+        told = ", ".join(f"{name} {measures[name]:.4g}" for name in self.searched.objectives)
+        self.progress.message(f"Trial {trial.number} ({self.search.ended} of {self.searched.trials} done): {told}")
 
-    def _measured(self, drawn: Build | dict[str, Any], progress: JobProgress, guard: StopGuard) -> dict[str, Any]:
-        """What is known of what a trial tries, once it has been measured, by us or by another process.
-
-        Raises:
-            RuntimeError: It cannot be measured.
-        """
-        indexes, runs = self._cells_of([drawn])
-        cells: list[IndexCell | RunCell] = [*indexes, *runs]
-        labels = [cell.label for cell in cells]
-        while True:
-            guard.check()
-            self._measure(indexes, progress, guard)
-            self._train(runs, progress)
-            failed = [self.failures[label] for label in labels if label in self.failures]
-            if failed:
-                raise RuntimeError(failed[0])
-            known = [self.folder.read(cell.key) or {} for cell in cells]
-            complete = not any(cell.missing(one) for cell, one in zip(indexes, known, strict=False))
-            if complete and all(one.get("rows") for one in known):
-                break
-            time.sleep(1.0)
-        # Another process may have been at one of them.
-        self.busy = [label for label in self.busy if label not in labels]
+    def _measures(self, indexes: Sequence[IndexCell], runs: Sequence[RunCell]) -> dict[str, Any]:
+        """What is known of what a trial has tried."""
         if indexes:
-            return index_measures([row for cell, one in zip(indexes, known, strict=True) for row in cell.wanted(one)])
-        return dict(known[0]["rows"][0])
+            return index_measures([row for cell in indexes for row in cell.wanted(self.folder.read(cell.key))])
+        known = self.folder.read(runs[0].key) or {}
+        return dict(known["rows"][0])
 
     def _cells_of(self, drawn: Sequence[Build | dict[str, Any]]) -> tuple[list[IndexCell], list[RunCell]]:
         """The cells of what trials have drawn."""
@@ -366,30 +357,6 @@ class _Sweep:
         parent = self.folder.runs.resolve()
         runs = [RunCell(one, with_settings(self.settings, one), parent) for one in drawn if not isinstance(one, Build)]
         return index_cells(self.layers, builds, self.config) if builds else [], runs
-
-    @contextlib.contextmanager
-    def _ours(self, key: str, label: str) -> Iterator[dict[str, Any] | None]:
-        """What is known of a cell that is ours for the block; None where another process works on it."""
-        with self.folder.claim(key) as ours:
-            if not ours:
-                self.busy.append(label)
-                yield None
-            else:
-                # Another process may have finished it since.
-                yield self.folder.read(key) or {}
-
-    @contextlib.contextmanager
-    def _recorded_failure(self, key: str, label: str, progress: JobProgress) -> Iterator[None]:
-        """Notes an error with the cell, and lets the others go on."""
-        try:
-            yield
-        except (SettingError, MissingLibraryError, RuntimeError, ValueError, OSError, MemoryError) as error:
-            if self.options.debug:
-                traceback.print_exc()
-            self.failures[label] = f"{type(error).__name__}: {error}"
-            known = self.folder.read(key) or {}
-            self.folder.write(key, {**known, "error": self.failures[label]})
-            progress.message(f"{label} failed: {error}")
 
     def _finish(self, cells: Sequence[IndexCell], code: int) -> None:
         from lightning_fot.sweep.outcome import Outcome

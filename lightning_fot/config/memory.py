@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from lightning_fot.config.attending import registry, renamed
 from lightning_fot.config.attending.base import Attending
@@ -13,45 +13,47 @@ SHARDS = "model.memory.shards"
 
 
 @dataclass(frozen=True)
-class ShardSettings:
-    """Processes that share out the pairs of a memory (``model.memory.shards``, the number alone or a mapping).
+class ProcessSettings:
+    """Processes of a Ray cluster (a setting that is a number, or a mapping).
 
     Args:
-        count: Processes; each holds a slice of the pairs of all memory layers.
+        count: Processes.
         address: Of a Ray cluster, such as ``10.0.0.1:6379``, or ``auto`` for the one of this machine; None joins the
             cluster that this process is part of, and starts one on this machine where there is none.
-        cpus: Cores that a shard reserves; it computes with so many threads, and at least one.
-        memory_mib: MiB of memory that a shard reserves, and may fill with pairs; None sets no limit.
-        name: Under which the shards are listed in the cluster; two jobs cannot have one name. None leaves it to Ray.
+        cpus: Cores that a process reserves; it computes with so many threads, and at least one.
+        memory_mib: MiB of memory that a process reserves; None reserves none.
 
     Raises:
         SettingError: A value is out of its range.
-
-    Example:
-        >>> ShardSettings.read({"count": 4, "memory_mib": 2048}).count
-        4
     """
+
+    section: ClassVar[str]
 
     count: int
     address: str | None = None
     cpus: float = 1.0
     memory_mib: int | None = None
-    name: str | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(SHARDS, self, 1, "count", "memory_mib")
+        check_at_least(self.section, self, 1, "count", "memory_mib")
         if self.count is None:
-            raise SettingError(f"{SHARDS}.count", None, "must be a whole number of at least 1", "Correct it.")
-        if isinstance(self.cpus, bool) or not isinstance(self.cpus, int | float) or not 0 <= self.cpus < 4096:
-            raise SettingError(f"{SHARDS}.cpus", self.cpus, "must be a number from 0", "1 is usual.")
-        for name in ("address", "name"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise SettingError(f"{SHARDS}.{name}", value, "is no text", "Leave it out, or give a word.")
+            raise SettingError(f"{self.section}.count", None, "must be a whole number of at least 1", "Correct it.")
+        self._check_amount("cpus")
+        self._check_word("address")
+
+    def _check_amount(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 4096:
+            raise SettingError(f"{self.section}.{name}", value, "must be a number from 0", "1 is usual.")
+
+    def _check_word(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise SettingError(f"{self.section}.{name}", value, "is no text", "Leave it out, or give a word.")
 
     @classmethod
     def read(cls, given: int | Mapping[str, Any] | None) -> Self | None:
-        """As it stands in ``model.memory.shards``; None where the memory is not shared out.
+        """As it stands in the configuration; None where nothing is shared out.
 
         Raises:
             SettingError: It is neither a number nor a mapping of these settings.
@@ -64,12 +66,40 @@ class ShardSettings:
         for name in given:
             if name not in known:
                 raise SettingError(
-                    f"{SHARDS}.{name}", given[name], "is not known",
+                    f"{cls.section}.{name}", given[name], "is not known",
                     f"{close_match(str(name), known)}There are: {', '.join(known)}.",
                 )  # fmt: skip
         if "count" not in given:
-            raise SettingError(SHARDS, dict(given), "does not say how many", "Add count: 2, for example.")
+            raise SettingError(cls.section, dict(given), "does not say how many", "Add count: 2, for example.")
         return cls(**given)
+
+
+@dataclass(frozen=True)
+class ShardSettings(ProcessSettings):
+    """Processes that share out the pairs of a memory (``model.memory.shards``): each holds a slice of all layers.
+
+    Args:
+        count: As :class:`ProcessSettings`.
+        address: As there.
+        cpus: As there.
+        memory_mib: MiB of memory that a shard reserves, and may fill with pairs; None sets no limit.
+        name: Under which the shards are listed in the cluster; two jobs cannot have one name. None leaves it to Ray.
+
+    Raises:
+        SettingError: A value is out of its range.
+
+    Example:
+        >>> ShardSettings.read({"count": 4, "memory_mib": 2048}).count
+        4
+    """
+
+    section: ClassVar[str] = SHARDS
+
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_word("name")
 
 
 @dataclass

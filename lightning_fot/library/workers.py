@@ -150,7 +150,7 @@ class Workers:
     def __init__(self, count: int, settings: ModelSettings, address: str | None, fingerprint: dict[str, Any]) -> None:
         self._settings, self._fingerprint = settings, fingerprint
         self._room = ShardSettings(count, address)
-        self._ray = engine.connect(address)
+        self._ray = engine.connect(address, SETTING)
         engine.refuse_without_room(self._ray, self._room, SETTING)
         self._processes: list[_Process] = []
         self.losses = 0
@@ -173,7 +173,7 @@ class Workers:
     def _greet(self, actors: Sequence[Any]) -> None:
         own = versions_here()
         references = [actor.ready.remote() for actor in actors]
-        for versions, fingerprint in engine.wait_for(self._ray, references, "workers"):
+        for versions, fingerprint in engine.wait_for(self._ray, references, "workers", SETTING):
             if versions != own:
                 raise SettingError(SETTING, len(self._processes), f"one runs {versions}, and this process {own}",
                                    "Install the same versions everywhere.")  # fmt: skip
@@ -208,7 +208,7 @@ class Workers:
         given = 0
         for _ in range(_ATTEMPTS):
             try:
-                while not self._ray.wait([job.reference], timeout=_LOOK_S)[0]:
+                while not engine.wait(self._ray, [job.reference], 1, _LOOK_S):
                     meanwhile()
                 for reference in engine.result(self._ray, job.reference)[given:]:
                     part: Part = engine.result(self._ray, reference)

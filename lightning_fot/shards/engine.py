@@ -1,14 +1,16 @@
-"""Ray: joined or started, asked for room, and what its errors mean. The only module that imports it."""
+"""Ray: joined or started, asked for room, and what its errors mean."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_fot.config.memory import SHARDS, ShardSettings
+from lightning_fot.config.memory import SHARDS, ProcessSettings, ShardSettings
 from lightning_fot.errors import MissingLibraryError, SettingError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ _ENVIRONMENT = {
     # On a busy machine the seconds that it gives itself and its processes to start, 30 and 60, are too few.
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_register_timeout_seconds": "300",
+    # Whoever asks waits for the answer: no less of a busy machine for them than for this process (Ray: 15).
+    "RAY_worker_niceness": "0",
     # Processes that nobody has asked for yet.
     "RAY_prestart_worker_first_driver": "0",
 }
@@ -30,6 +34,8 @@ _ENVIRONMENT = {
 _ANSWER_SECONDS = 10.0
 # Whether this process has started the cluster, for itself alone: there, cores are shared and not reserved.
 _ours = False
+# So often Ray is interrupted while it waits: only then is it seen whether a signal has come.
+_LOOK_S = 0.5
 # So long a process that there is room for may take to start.
 START_SECONDS = 300.0
 
@@ -38,18 +44,21 @@ class LostError(Exception):
     """A process has died, or cannot be reached."""
 
 
-def check_installed(settings: ShardSettings | None) -> None:
-    """Checks that what shards need is there, where there are to be any, without loading it.
+def check_installed(settings: ProcessSettings | None) -> None:
+    """Checks that what processes of a cluster need is there, where there are to be any, without loading it.
 
     Raises:
         MissingLibraryError: Ray is not installed.
     """
     if settings is not None and find_spec("ray") is None:
-        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS)
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", settings.section)
 
 
-def library() -> ModuleType:
+def library(setting: str = SHARDS) -> ModuleType:
     """Ray.
+
+    Args:
+        setting: What asks for it.
 
     Raises:
         MissingLibraryError: It is not installed.
@@ -60,7 +69,7 @@ def library() -> ModuleType:
         import ray
     except ImportError as error:
         reason = None if isinstance(error, ModuleNotFoundError) else str(error)
-        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", SHARDS, reason) from error
+        raise MissingLibraryError("ray", f"pip install '{_DISTRIBUTION}[ray]'", setting, reason) from error
     found: ModuleType = ray
     return found
 
@@ -76,7 +85,7 @@ def connect(address: str | None, setting: str = SHARDS) -> ModuleType:
         MissingLibraryError: Ray is not installed.
         SettingError: Nobody answers at the address, or this process is part of another cluster.
     """
-    ray = library()
+    ray = library(setting)
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined):
@@ -132,10 +141,7 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any)
     Raises:
         SettingError: Another job has the name.
     """
-    cpus = 0 if _ours else settings.cpus
-    options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0}
-    if settings.memory_mib is not None:
-        options["memory"] = settings.memory_mib << 20
+    options = {**reserved(settings), "max_restarts": 0, "max_task_retries": 0}
     if settings.name is not None:
         options |= {"name": f"{settings.name}-{number}", "namespace": _DISTRIBUTION}
     try:
@@ -149,17 +155,33 @@ def start(ray: Any, cls: type, settings: ShardSettings, number: int, *args: Any)
         ) from error  # fmt: skip
 
 
-def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS) -> None:
-    """Refuses shards that no machine of the cluster has free cores or memory for.
+# What a process may reserve: its setting, how Ray calls it, how Ray's options do, and in which unit.
+_RESOURCES = (
+    ("cpus", "CPU", "num_cpus", 1),
+    ("memory_mib", "memory", "memory", 1 << 20),
+    ("gpus", "GPU", "num_gpus", 1),
+)
+
+
+def reserved(settings: ProcessSettings) -> dict[str, Any]:
+    """Options of Ray by which a process or a task reserves what its settings say."""
+    found = {option: (getattr(settings, name, None) or 0) * unit for name, _, option, unit in _RESOURCES}
+    # Cores are always said: of those that are not, Ray reserves one.
+    wanted: dict[str, Any] = {option: value for option, value in found.items() if value}
+    return {**wanted, "num_cpus": 0 if _ours else settings.cpus}
+
+
+def refuse_without_room(ray: Any, settings: ProcessSettings, setting: str = SHARDS) -> None:
+    """Refuses processes that no machine of the cluster has free cores or memory for.
 
     Raises:
         SettingError: They do not fit.
     """
     free = ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": 0.0 if _ours else settings.cpus, "memory": float(settings.memory_mib or 0) * 2**20}
-    for resource, name, unit in (("CPU", "cpus", 1.0), ("memory", "memory_mib", float(2**20))):
-        one, value = wanted[resource], settings.cpus if resource == "CPU" else settings.memory_mib
+    options = reserved(settings)
+    for name, resource, option, unit in _RESOURCES:
+        one, value = float(options.get(option, 0)), getattr(settings, name, None)
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if one > largest:
             raise SettingError(
@@ -175,20 +197,42 @@ def refuse_without_room(ray: Any, settings: ShardSettings, setting: str = SHARDS
             )  # fmt: skip
 
 
-def wait_for(ray: Any, references: Sequence[Any], what: str) -> list[Any]:
+def wait_for(ray: Any, references: Sequence[Any], what: str, setting: str = SHARDS) -> list[Any]:
     """Waits for processes to start and gives what each said first.
 
     Raises:
         SettingError: Some do not start.
         LostError: One has died.
     """
-    _, waiting = ray.wait(list(references), num_returns=len(references), timeout=START_SECONDS)
+    waiting = len(references) - len(wait(ray, references, len(references), START_SECONDS))
     if waiting:
         raise SettingError(
-            SHARDS, len(references), f"{len(waiting)} {what} did not start within {START_SECONDS:.0f} s",
+            setting, len(references), f"{waiting} {what} did not start within {START_SECONDS:.0f} s",
             "See what the cluster waits for: ray status.",
         )  # fmt: skip
     return [result(ray, reference) for reference in references]
+
+
+def wait(ray: Any, references: Sequence[Any], count: int, seconds: float) -> list[Any]:
+    """Those of some calls that have ended, once ``count`` of them have, or after so many seconds."""
+    ends = time.monotonic() + seconds
+    while True:
+        left = max(0.0, ends - time.monotonic())
+        with _signals():
+            ended = list(ray.wait(list(references), num_returns=count, timeout=min(left, _LOOK_S))[0])
+        if len(ended) >= count or left <= _LOOK_S:
+            return ended
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Passes on what handlers of signals raise: Ray waits to its end all the same, and hides it in its own error."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 def result(ray: Any, reference: Any) -> Any:
@@ -201,7 +245,9 @@ def result(ray: Any, reference: Any) -> Any:
     from ray import exceptions
 
     try:
-        return ray.get(reference)
+        while True:
+            with suppress(exceptions.GetTimeoutError), _signals():
+                return ray.get(reference, timeout=_LOOK_S)
     except exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Exception):

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_fot.bench.measure import (
     times,
 )
 from lightning_fot.evaluation.speed.limits import scan_limit, scanned_bytes
+from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.grid import Build, digest
 from lightning_fot.sweep.settings import SweepConfig
 
@@ -146,6 +148,14 @@ class IndexCell:
         done = {_row_key(row["query"], row["k"], row["batch"]) for row in (cell or {}).get("rows", [])}
         wanted = [(q, k, b) for q in self.build.query for k in self.config.top_k for b in self.config.batch]
         return [one for one in wanted if _row_key(*one) not in done]
+
+    def is_done(self, known: Mapping[str, Any] | None) -> bool:
+        """Whether it has all that is asked for."""
+        return not self.missing(known)
+
+    def do(self, folder: SweepFolder, check: Callable[[], None]) -> None:
+        """Measures what is missing in the folder, and keeps it there; see :meth:`measure`."""
+        self.measure(folder.read(self.key), partial(folder.write, self.key), check)
 
     def measure(
         self, cell: Mapping[str, Any] | None, keep: Callable[[dict[str, Any]], None], check: Callable[[], None]

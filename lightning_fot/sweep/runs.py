@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_fot.sweep.folder import SweepFolder
 from lightning_fot.sweep.grid import combinations, digest, label_of
 from lightning_fot.system.digests import read_sealed
 from lightning_fot.system.files import write_text
 from lightning_fot.training.run_folder import RunFolder
+
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,28 @@ class RunCell:
         """Where it runs."""
         return RunFolder(self.parent / self.key)
 
+    @property
+    def cost(self) -> float:
+        """More than that of any index."""
+        return 1e6
+
+    def is_done(self, known: Mapping[str, Any] | None) -> bool:
+        """Whether there are results."""
+        return bool((known or {}).get("rows"))
+
+    def do(self, folder: SweepFolder, check: Callable[[], None]) -> None:
+        """Does it, and keeps the results.
+
+        Raises:
+            RuntimeError: The run failed, with its last words.
+            KeyboardInterrupt: It was stopped; it has saved what it had.
+        """
+        folder.write(self.key, self.run())
+
     def command(self) -> list[str]:
         """The command line that does it, or goes on with it."""
-        words = [sys.executable, "-m", "lightning_fot", "run", "--config", str(self._config())]
+        words = [sys.executable, "-m", "lightning_fot.sweep.doing.child", str(os.getpid())]
+        words += ["run", "--config", str(self._config())]
         words.append(f"--run_dir={self.folder.path}")
         return [*words, "--ckpt_path=last"] if self.folder.resumable else words
 
@@ -72,15 +96,29 @@ class RunCell:
             self.folder.path.rename(self.parent / f"{self.key}.{len(list(self.parent.iterdir()))}.stopped")
         log = self.parent / f"{self.key}.log"
         with log.open("ab") as file:
-            # Signals of the terminal reach it too: it saves, and its exit code tells.
-            done = subprocess.run(self.command(), stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode in (130, 143):
+            code = _run(self.command(), file)
+        if code in (130, 143):
             raise KeyboardInterrupt
-        if done.returncode:
+        if code:
             words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise RuntimeError(words[-1] if words else f"exit code {done.returncode}")
+            raise RuntimeError(words[-1] if words else f"exit code {code}")
         results = read_sealed(self.folder.results)
         return {"settings": self.combination, "folder": str(self.folder.path), "rows": [headline(results)]}
+
+
+def _run(words: list[str], log: Any) -> int:
+    """Runs a command that saves what it has when this process is stopped; gives its exit code."""
+    # A terminal tells all processes of a session to stop. It is told by us alone: told twice it would not save.
+    with subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            while True:
+                # Ray asks a task to stop where Python looks, which it does not while it waits without an end.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_LOOK_S)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def run_cells(grid: Mapping[str, Any], settings: Mapping[str, Any], parent: Path) -> list[RunCell]:

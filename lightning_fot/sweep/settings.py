@@ -6,13 +6,41 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning_fot.config.memory import ProcessSettings
 from lightning_fot.errors import SettingError, close_match
+from lightning_fot.shards.engine import check_installed
 from lightning_fot.sweep.grid import Build, check_count, combinations
 
 if TYPE_CHECKING:
     from lightning_fot.sweep.space import SearchConfig
+
+WORKERS = "sweep.workers"
+
+
+@dataclass(frozen=True)
+class TaskSettings(ProcessSettings):
+    """Tasks that do the cells of a sweep (``sweep.workers``, the number alone or a mapping).
+
+    Args:
+        count: So many cells at once.
+        address: As :class:`~lightning_fot.config.memory.ProcessSettings`.
+        cpus: As there.
+        memory_mib: As there.
+        gpus: GPUs that a cell reserves; it sees no others.
+
+    Raises:
+        SettingError: A value is out of its range.
+    """
+
+    section: ClassVar[str] = WORKERS
+
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_amount("gpus")
 
 
 @dataclass
@@ -39,6 +67,8 @@ class SweepConfig:
         runs: Grid over any settings, such as ``{model.crossbatch.d: [1, 2, 8]}``: each combination is a run.
         search: In place of a grid, or beside one: what Optuna tries
             (:class:`~lightning_fot.sweep.space.SearchConfig`).
+        workers: Cells that are done at once, as tasks of a Ray cluster (needs the extra ``ray``): a number, or
+            ``{count: ..., address: ..., cpus: ..., memory_mib: ..., gpus: ...}``; None does one after the other here.
 
     Raises:
         SettingError: A value is out of its range, or nothing is asked for.
@@ -56,6 +86,7 @@ class SweepConfig:
     repeats: int = 3
     runs: dict[str, list[Any]] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+    workers: int | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "queries", "past", "repeats"):
@@ -103,6 +134,17 @@ class SweepConfig:
                     f"{close_match(str(key), names)}Use {', '.join(names)}.",
                 )
         return cls(**{str(key): value for key, value in section.items() if value is not None})
+
+    def tasks(self) -> TaskSettings | None:
+        """The section ``workers``, checked; None where cells are done here.
+
+        Raises:
+            SettingError: It is wrong.
+            MissingLibraryError: Ray is not installed.
+        """
+        found = TaskSettings.read(self.workers)
+        check_installed(found)
+        return found
 
     @property
     def searches_indexes(self) -> bool:

@@ -67,6 +67,8 @@ class JobProgress:
         self._every = every_s
         self._clock = clock
         self._first_speed = first_speed
+        self.beside = 1
+        """So many phases go on at once: what is left takes so many times less."""
         self._phases: dict[str, _Phase] = {}
         self._current: _Phase | None = None
         self._began = clock()
@@ -133,12 +135,19 @@ class JobProgress:
         phase.note = note or phase.note
         self._show(force=False)
 
-    def finish(self, name: str) -> None:
-        """Ends a phase (all its work counts as done)."""
+    def finish(self, name: str, seconds: float | None = None) -> None:
+        """Ends a phase (all its work counts as done).
+
+        Args:
+            name: Of the phase.
+            seconds: What it took, where it was not started here but went on beside others.
+        """
         phase = self._phases.get(name)
         if phase is None or phase.finished:
             return
-        if phase.started is not None:
+        if seconds is not None:
+            phase.seconds = seconds
+        elif phase.started is not None:
             phase.seconds = self._clock() - phase.started
         phase.finished, phase.done = True, phase.cost
         if self._current is phase:
@@ -183,7 +192,7 @@ class JobProgress:
             if begun is not None and phase.done > 0 and now > begun:
                 speed = phase.done / (now - begun)
             left += (phase.cost - phase.done) / speed
-        return left
+        return left / self.beside
 
     def _fraction(self) -> float:
         total = sum(phase.cost for phase in self._phases.values())

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 
 from lightning_fot.errors import SettingError
 from lightning_fot.memory.found import Attended, Scoring
+from lightning_fot.shards import engine
+from lightning_fot.system.signals import Stopped
 from tests.support import shards
+from tests.support.patience import PATIENCE_S
 from tests.support.shards import attended, contents, new_memory, read_text
 
 # Shards of their own: others are not to die with them.
@@ -109,3 +113,26 @@ def test_what_cannot_be_made_again_is_told(cluster: Any, tmp_path: Path) -> None
     read_text(other, [20, 20], 0)
     read_text(other, [20, 20], 1)
     check(again, other, 3)
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        pytest.param(lambda ray, call: engine.wait(ray, [call], 1, PATIENCE_S), id="wait"),
+        pytest.param(engine.result, id="result"),
+    ],
+)
+def test_what_a_signal_raises_while_ray_waits_arrives(cluster: Any, waits: Any) -> None:
+    def handler(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    endless = cluster.remote(lambda: time.sleep(3600)).options(num_cpus=0).remote()
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(Stopped):
+            waits(cluster, endless)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        cluster.cancel(endless, force=True)

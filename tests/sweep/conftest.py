@@ -1,0 +1,3 @@
+"""The cluster of these tests."""
+
+from tests.support.shards import cluster as cluster
