@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from lightning_fot import Memory, MemoryConfig, attach_memory
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answering import Answerer, AnswerSettings, quoting_of
-from lightning_fot.library.quotes import NEUTRAL, Quoting, find_quotes, with_quotes
+from lightning_fot.library.quotes import LENGTH, NEUTRAL, Quoting, find_quotes, with_quotes
+from lightning_fot.memory.passages import Passage
 from lightning_fot.memory.windows import AskedWords
 from lightning_fot.model.lm import MemoryLM
 from lightning_fot.pretrained import load_backbone, load_tokenizer
@@ -34,16 +36,46 @@ def read() -> Iterator[tuple[MemoryLM, Memory]]:
 PROMPT = list(range(40, 55))
 
 
+def _are_around(quotes: list[Passage], found: list[Passage], length: int) -> None:
+    """Each quote holds what was found, in the order of the text, is as long as it may be, and reaches into no other."""
+    ordered = sorted(found, key=lambda one: (one.document.number, one.start))
+    assert len(quotes) == len(ordered)
+    for quote, one in zip(quotes, ordered, strict=True):
+        assert quote.document == one.document
+        assert quote.start <= one.start < one.stop <= quote.stop
+        assert len(quote.token_ids) == quote.stop - quote.start <= length
+    for quote, following in pairwise(quotes):
+        assert quote.document != following.document or quote.stop <= following.start
+    for number, quote in enumerate(quotes):
+        beside = [other for other in quotes[max(0, number - 1) : number + 2] if other.document == quote.document]
+        room = sum(other.stop - other.start for other in beside) < quote.document.tokens
+        touches = any(quote.stop == other.start or quote.start == other.stop for other in beside)
+        assert quote.stop - quote.start == length or touches or not room
+
+
+def test_quotes_of_one_document_end_where_others_begin(read: tuple[MemoryLM, Memory]) -> None:
+    lm, memory = read
+    first = memory.log.documents[0].number
+    spelling = torch.arange(lm.vocabulary + 1)
+    near = [memory.log.tokens(first, at, at + 5) for at in (0, 60, 68, 145)]
+    quoting = Quoting(PROMPT, AskedWords(spelling, torch.cat(near)))
+    found = find_quotes(lm, PROMPT, memory, 4, 9, quoting)
+    assert len(found) == 4
+    assert (found[0].start, found[-1].stop) == (0, 150)
+    assert [quote.stop - quote.start for quote in found].count(9) >= 2
+    assert found[1].stop <= found[2].start
+    assert {place for quote in found for place in range(quote.start, quote.stop)} >= {*range(60, 65), *range(68, 73)}
+
+
 def test_they_are_what_the_prompt_attends_to_in_the_order_of_the_text(read: tuple[MemoryLM, Memory]) -> None:
     lm, memory = read
     with torch.no_grad(), lm.record_attention() as trace:
         lm(torch.tensor([PROMPT]), memory=memory)
     wanted = trace.passages(memory, length=10, top=3)
-    found = find_quotes(lm, PROMPT, memory, 3, length=10)
-    places = [(quote.document.number, quote.start, quote.stop) for quote in found]
-    assert places == sorted((one.document.number, one.start, one.stop) for one in wanted)
+    found = find_quotes(lm, PROMPT, memory, 3, length=15)
+    _are_around(found, wanted, 15)
     ids = with_quotes(PROMPT, found, NEWLINE)
-    assert ids[:11] == [*NEWLINE, *found[0].token_ids.tolist()]
+    assert ids[: 1 + len(found[0].token_ids)] == [*NEWLINE, *found[0].token_ids.tolist()]
     assert ids[-16:] == [*NEWLINE, *PROMPT]
     assert len(ids) == len(PROMPT) + 1 + sum(1 + len(quote.token_ids) for quote in found)
     # What was read stays as it was.
@@ -59,9 +91,8 @@ def test_what_a_neutral_prompt_attends_to_is_taken_off(read: tuple[MemoryLM, Mem
             lm(torch.tensor([ids]), memory=memory)
         traces.append(trace)
     wanted = traces[0].passages(memory, length=10, top=3, against=traces[1])
-    found = find_quotes(lm, PROMPT, memory, 3, 10, Quoting(neutral))
-    places = [(quote.document.number, quote.start, quote.stop) for quote in found]
-    assert places == sorted((one.document.number, one.start, one.stop) for one in wanted)
+    found = find_quotes(lm, PROMPT, memory, 3, 15, Quoting(neutral))
+    _are_around(found, wanted, 15)
     # A prompt has nothing beyond itself.
     assert find_quotes(lm, PROMPT, memory, 3, 10, Quoting(PROMPT)) == []
 
@@ -81,7 +112,7 @@ def test_rare_words_of_the_question_are_found_where_attention_sees_nothing(read:
 
 
 @pytest.mark.parametrize(
-    ("count", "length", "expected"), [(0, 10, 0), (9, 10, 4), (5, 47, 1), (2, 48, 0), (900, 1, 24)]
+    ("count", "length", "expected"), [(0, 10, 0), (9, 10, 6), (5, 47, 1), (2, 72, 0), (2, 71, 1), (900, 1, 24)]
 )
 def test_no_more_than_the_window_has_room_for(
     count: int, length: int, expected: int, read: tuple[MemoryLM, Memory]
@@ -144,7 +175,7 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         return "".join(text.split())
 
     # A window with room for two quotes.
-    config = replace(CONFIG, window=160)
+    config = replace(CONFIG, window=240)
     with attach_memory(load_backbone("tiny-random-llama"), config) as lm:
         text = "".join(f"The code of door {number} is {number * 37}. " for number in range(20))
         memory = lm.ingest(torch.tensor([ids_of(text)]), lm.new_memory())
@@ -152,7 +183,7 @@ def test_an_answer_is_that_of_generate_behind_the_quotes() -> None:
         def direct(prompt: list[int], quotes: int, neutral: str = f"{NEUTRAL}|", question: str = "Who?") -> str:
             quoting = quoting_of(tokenizer, ids_of(question), ids_of(neutral))
             behind = with_quotes(prompt, find_quotes(lm, prompt, memory, quotes, quoting=quoting), newline)
-            assert len(behind) == len(prompt) + 65 * quotes + (quotes > 0)
+            assert len(behind) == len(prompt) + (LENGTH + 1) * quotes + (quotes > 0)
             out = lm.generate(
                 torch.tensor([behind]), memory, max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_token_id
             )
