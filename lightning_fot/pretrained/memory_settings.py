@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_fot.pretrained.backbones import backbone_config, check_backbone, pretrained_file
 from lightning_fot.pretrained.delta import find_delta
@@ -12,9 +12,6 @@ from lightning_fot.pretrained.longllama import (
     memory_settings,
     read_settings_file,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def pretrained_settings(name: str, **given: Any) -> dict[str, Any]:
