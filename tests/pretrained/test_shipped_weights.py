@@ -18,11 +18,19 @@ from lightning_fot.pretrained.delta import SHIPPED
 NAME = "smollm2-135m-fot"
 
 
-def test_they_are_the_attention_of_ten_layers_and_small() -> None:
+def test_they_are_the_attention_of_ten_layers_and_factors_and_small() -> None:
     file = SHIPPED[NAME] / "delta.safetensors"
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
-    assert names == {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(12, 22) for part in "qkvo"}
+    attention = {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(12, 22) for part in "qkvo"}
+    maps = {
+        *(f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(8, 30) for part in "qkvo"),
+        *(f"model.layers.{i}.mlp.{part}_proj.weight" for i in range(8, 30) for part in ("gate", "up", "down")),
+    }
+    assert names == {
+        *(name + end for name in attention for end in ("", ".scale")),
+        *(name + end for name in maps - attention for end in (".lora_A", ".lora_B")),
+    }
     assert file.stat().st_size < 20e6
 
 
