@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lightning_fot.data.text.spelling import spelling
 from lightning_fot.errors import SettingError
 from lightning_fot.library.answer import Answer, AttendedPassage
 from lightning_fot.library.quotes import NEUTRAL, Quoting, find_quotes, with_quotes
-from lightning_fot.library.spelling import spelling
 from lightning_fot.library.words import Words
 from lightning_fot.memory.token_log import UNKNOWN_TOKEN
 from lightning_fot.memory.windows import AskedWords

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from lightning_fot.library.spelling import spelling
+from lightning_fot.data.text.spelling import spelling
 from lightning_fot.pretrained import load_tokenizer
 
 
