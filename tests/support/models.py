@@ -14,7 +14,7 @@ WINDOW = 16
 def tiny_llama(kv_heads: int = 2, seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     """4 layers, width 64, 4 query heads of 16; init std 0.2, so that attention is far from uniform."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**_sizes(kv_heads), **settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**_sizes(kv_heads), **settings})).eval()
 
 
 def tiny_qwen3(kv_heads: int = 2, seed: int = 0, **settings: Any) -> Qwen3ForCausalLM:

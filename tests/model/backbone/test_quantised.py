@@ -27,7 +27,8 @@ def bitsandbytes(folder: Path, **bits: bool) -> Any:
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    tiny_llama().save_pretrained(folder)
+    # Multiples of 64, as of real models: where the processor has AVX512-BF16, bitsandbytes cannot pack others.
+    tiny_llama(intermediate_size=128).save_pretrained(folder)
     config = BitsAndBytesConfig(**bits)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
 
@@ -39,6 +40,7 @@ def answer(lm: Any, memory: Any) -> list[int]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*an autograd kernel was not registered")
 @pytest.mark.parametrize("kind", ["torchao", "bitsandbytes"])
 def test_weights_of_few_bits_are_served_and_known_by_their_scales(kind: str, tmp_path: Path) -> None:
     model = torchao() if kind == "torchao" else bitsandbytes(tmp_path / "model", load_in_4bit=True)
