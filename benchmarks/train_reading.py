@@ -3,16 +3,17 @@
     python benchmarks/train_reading.py OUT --start DELTA_OR_NAME --books BOOKS/ --steps 400
     python benchmarks/train_reading.py OUT --start DELTA_OR_NAME --books BOOKS/ --steps 400   # again: goes on
 
-A question is asked behind the two passages that it attends to most (``lightning_fot.library.quotes``), so what decides
-an answer is how these are read. Each row is two passages of 64 tokens, of a note made from a template
-(``benchmarks/reading``), of facts between real text, or of two documents, and then all questions that they answer; a
-question sees the passages and itself, from the same position on, as when it is asked alone. The loss counts answers.
+A question is asked behind the two passages that it is about (``lightning_fot.library.quotes``), so what decides an
+answer is how these are read. Each row is two such passages, of notes made from templates (``benchmarks/reading``) or of
+facts between real text, and then questions that they answer; or one longer stretch that its questions see in the memory
+alone. In the memory layers questions also attend to what all rows tell, and some steps before (crossbatch, FoT section
+3.2). The loss counts answers.
 
-Trained are factors of low rank (LoRA, arXiv 2106.09685) beside the linear maps of the layers from ``--first`` on. Above
-the last memory layer they leave pairs of memories as they are: what was read before can be asked as before.
+Trained are factors of low rank (LoRA, arXiv 2106.09685) beside the linear maps of the layers from ``--first`` on. Those
+below the last memory layer change what a memory is made of: it has to be read again.
 
 Windows of plain text, of books and of code, are held to what the backbone alone says there (Kullback-Leibler
-divergence, times ``--held``), as in ``train_lookup.py``.
+divergence, times ``--held``), beside the memory of the batch or none, as in ``train_lookup.py``.
 """
 
 from __future__ import annotations
@@ -20,310 +21,29 @@ from __future__ import annotations
 import support.openmp  # isort: skip # noqa: F401
 
 import argparse
-import copy
 import random
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.notes import Note, Question, Template, parted, read_templates
+from support.low_rank import add_factors
+from support.notes import parted, read_templates
+from support.packed import KEPT, Crossbatch, Packed, packed
+from support.reading_rows import BACKBONE, Rows
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import rotate_half
 
 from lightning_fot import MemoryConfig
-from lightning_fot.data.mixture.facts import RealText, draw_facts
-from lightning_fot.data.text.tokens import TextEncoder
-from lightning_fot.library.quotes import LENGTH
-from lightning_fot.pretrained import load_backbone, load_tokenizer
+from lightning_fot.pretrained import load_backbone
 from lightning_fot.pretrained.delta import find_delta, write_delta
 from lightning_fot.pretrained.memory_settings import pretrained_settings
 from lightning_fot.system.digests import read_sealed
 from lightning_fot.system.files import writing
 
-BACKBONE = "smollm2-135m"
 TEMPLATES = Path(__file__).parent / "reading"
-ASKED = "Question: {}\nAnswer:"  # the chat template of the weights
-FACT_ROWS = 0.25  # so that look-ups stay what they are
-TWO_DOCUMENTS = 0.5  # how often the second passage is of another document
-PLAIN_TOKENS = 256
-MOST_QUESTIONS = 5
 SAVE_EVERY = 25
 MEMORY_LAYERS = (17, 18, 20, 21)
-NOTE_TOKENS = 160
-QUOTED_ROWS = 0.6
-KEPT = 2  # steps before, whose notes are more negatives
-
-
-class LowRank(nn.Module):
-    """A linear map with factors beside it: ``y = W x + B (A x)``.
-
-    Args:
-        linear: The map; it is not trained.
-        rank: Of the factors.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.a = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        y: Tensor = self.linear(x) + functional.linear(functional.linear(x, self.a), self.b)
-        return y
-
-
-def add_factors(model: nn.Module, first: int, rank: int) -> dict[str, LowRank]:
-    """Puts factors beside all linear maps of the layers from ``first`` on; returns them by the name of the weight."""
-    found = {}
-    layers: Any = model.get_submodule("model.layers")
-    for number in range(first, len(layers)):
-        for name, linear in list(layers[number].named_modules()):
-            if isinstance(linear, nn.Linear):
-                parent, _, own = name.rpartition(".")
-                found[f"model.layers.{number}.{name}.weight"] = LowRank(linear, rank)
-                setattr(layers[number].get_submodule(parent), own, found[f"model.layers.{number}.{name}.weight"])
-    return found
-
-
-@dataclass
-class Row:
-    """Ids of what is told, (ids, how many of them are the answer) of each question, and how these are asked.
-
-    Args:
-        told: Ids.
-        asked: Questions.
-        quoted: Whether questions see what is told in their window, too, and not in the memory alone.
-    """
-
-    told: list[int]
-    asked: list[tuple[list[int], int]]
-    quoted: bool = True
-
-
-class Rows:
-    """Rows by step: a function of the seed and its number."""
-
-    def __init__(self, templates: list[Template], books: list[str], seed: int) -> None:
-        self.templates = templates
-        self.seed = seed
-        self.tokenizer = load_tokenizer(BACKBONE)
-        encoder = TextEncoder(self.tokenizer)
-        self.books = RealText(books, encoder, "--books", 2000)
-        self.code = RealText(None, encoder, "code", 2000)
-        self.between = self.ids("\n")
-
-    def ids(self, text: str) -> list[int]:
-        """Ids of a text."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
-
-    def draw(self, step: int, count: int) -> tuple[list[Row], Tensor]:
-        """Rows, and a window of plain text (1, ``PLAIN_TOKENS``) int64."""
-        draw = random.Random(repr((self.seed, step)))
-        rows = []
-        for _ in range(count):
-            quoted = draw.random() < QUOTED_ROWS
-            if draw.random() < FACT_ROWS:
-                rows.append(self._facts(draw, quoted))
-            else:
-                rows.append(self.note(self.templates, draw, quoted))
-        text = self.books if step % 2 else self.code
-        return rows, torch.tensor([text.stretch(PLAIN_TOKENS, draw)])
-
-    def note(self, templates: list[Template], draw: random.Random, quoted: bool) -> Row:
-        """A note of these templates, or two passages of notes that are quoted, and the questions that they answer."""
-        while True:
-            first = draw.choice(templates).fill(draw)
-            if not quoted:
-                ids, asked = self._passage(first, draw, NOTE_TOKENS)
-                chosen = draw.sample(asked, min(MOST_QUESTIONS, len(asked)))
-                return Row(ids, [self._question(question) for question in chosen], quoted)
-            second = draw.choice(templates).fill(draw) if draw.random() < TWO_DOCUMENTS else first
-            passages, asked = [], []
-            for note in (first, second):
-                ids, questions = self._passage(note, draw, LENGTH)
-                passages.append(ids)
-                asked += questions
-            if asked:
-                break
-        if draw.random() < 0.5:
-            passages.reverse()
-        unique = {question.text: question for question in asked}
-        chosen = draw.sample(list(unique.values()), min(MOST_QUESTIONS, len(unique)))
-        return Row(
-            [*self.between, *passages[0], *self.between, *passages[1], *self.between],
-            [self._question(question) for question in chosen],
-        )
-
-    def _question(self, question: Question) -> tuple[list[int], int]:
-        answer = self.ids(f" {question.answer}\n")
-        return self.ids(ASKED.format(question.text)) + answer, len(answer)
-
-    def _passage(self, note: Note, draw: random.Random, length: int) -> tuple[list[int], list[Question]]:
-        """A passage around an answer, and the questions whose answers it holds."""
-        encoded = self.tokenizer(note.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, places = encoded["input_ids"], encoded["offset_mapping"]
-        wanted = draw.choice(note.questions)
-        at = next(number for number, (_, end) in enumerate(places) if end > wanted.start)
-        start = max(0, min(at - draw.randint(4, length - 8), len(ids) - length))
-        low, high = places[start][0], places[min(start + length, len(ids)) - 1][1]
-        # Some words on either side: an answer at the edge has nothing that says of what it is.
-        margin = 12
-        held = [
-            question
-            for question in note.questions
-            if (low == 0 or question.start - margin >= low) and (high >= len(note.text) - 1 or question.end + 2 <= high)
-        ]
-        return ids[start : start + length], held
-
-    def _facts(self, draw: random.Random, quoted: bool) -> Row:
-        text = self.books if draw.random() < 0.7 else self.code
-        facts = draw_facts(1, 4, draw.randint(1, 4), draw.getrandbits(48))[0]
-        ids: list[int] = []
-        asked = []
-        for fact in facts:
-            sentence = self.ids(f" {fact.told}{fact.value}{fact.after}")
-            if len(sentence) > 40:
-                continue
-            before = draw.randint(0, LENGTH - len(sentence))
-            passage = text.stretch(before, draw) + sentence
-            passage += text.stretch(LENGTH - len(passage), draw) if len(passage) < LENGTH else []
-            if len(ids) < 2 * LENGTH:
-                ids += [*self.between, *passage]
-                answer = self.ids(fact.value) + self.ids(fact.after)[:1]
-                framed = self.ids(fact.value + "\n")
-                for question in (fact.told, fact.asked):
-                    asked.append((self.ids(question) + answer, len(answer)))
-                    asked.append((self.ids(ASKED.format(question)) + framed, len(framed)))
-        return (
-            Row([*ids, *self.between], draw.sample(asked, min(MOST_QUESTIONS, len(asked))), quoted)
-            if asked
-            else self.note(self.templates, draw, quoted)
-        )
-
-
-@dataclass
-class Packed:
-    """Rows as one batch.
-
-    Args:
-        ids: (R, L) int64.
-        positions: (R, L) int64; questions that see the memory alone begin at 0, as they do when they are asked.
-        local: (R, 1, L, L) bool, what each token sees of its row.
-        told: (R, L) bool, whose pairs are the memory.
-        asks: (R, L) bool, which tokens attend to the memory.
-        answers: (R, L) bool.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    local: Tensor
-    told: Tensor
-    asks: Tensor
-    answers: Tensor
-
-
-def packed(rows: list[Row], plain: Tensor | None = None, beside: bool = False) -> Packed:
-    """Rows, and behind them windows of plain text, which are ``beside`` the memory or not."""
-    longest = max(len(row.told) + sum(len(ids) for ids, _ in row.asked) for row in rows)
-    count = len(rows) + (0 if plain is None else len(plain))
-    longest = max(longest, 0 if plain is None else plain.shape[1])
-    ids = torch.zeros(count, longest, dtype=torch.int64)
-    positions = torch.zeros_like(ids)
-    told, asks, answers = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(3))
-    local = torch.eye(longest, dtype=torch.bool).repeat(count, 1, 1)
-    for number, row in enumerate(rows):
-        begin = len(row.told)
-        ids[number, :begin] = torch.tensor(row.told)
-        positions[number, :begin] = torch.arange(begin)
-        local[number, :begin, :begin] = torch.ones(begin, begin, dtype=torch.bool).tril()
-        # The first token of a window draws attention whatever it says: it is not stored (``skip_window_start``).
-        told[number, 1:begin] = True
-        asks[number, :begin] = row.quoted
-        at, first = begin, begin if row.quoted else 0
-        for asked, length in row.asked:
-            end = at + len(asked)
-            ids[number, at:end] = torch.tensor(asked)
-            positions[number, at:end] = torch.arange(first, first + len(asked))
-            local[number, at:end, :begin] = row.quoted
-            local[number, at:end, at:end] = torch.ones(len(asked), len(asked), dtype=torch.bool).tril()
-            answers[number, end - length : end] = True
-            asks[number, at:end] = True
-            at = end
-    if plain is not None:
-        length = plain.shape[1]
-        ids[len(rows) :, :length] = plain
-        positions[len(rows) :, :length] = torch.arange(length)
-        local[len(rows) :, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
-        asks[len(rows) :, :length] = beside
-    return Packed(ids, positions, local[:, None], told, asks, answers)
-
-
-class Crossbatch:
-    """Memory layers in which tokens also attend to what all rows tell (FoT paper section 3.2), and some steps before.
-
-    Keys of a memory stand at position 0, as ``positions: first`` has it.
-    """
-
-    def __init__(self, model: nn.Module, layers: tuple[int, ...]) -> None:
-        self.batch: Packed | None = None
-        self.kept: deque[dict[int, tuple[Tensor, Tensor]]] = deque(maxlen=KEPT)
-        self.shown: list[dict[int, tuple[Tensor, Tensor]]] = []
-        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rotary: Any = model.get_submodule("model.rotary_emb")
-        ALL_ATTENTION_FUNCTIONS["crossbatch"] = self._attend
-        for layer in layers:
-            attention: Any = model.get_submodule(f"model.layers.{layer}.self_attn")
-            attention.config = copy.deepcopy(attention.config)
-            attention.config._attn_implementation = "crossbatch"
-
-    @contextmanager
-    def during(self, batch: Packed, shown: int = 0) -> Iterator[None]:
-        """Passes of this batch, beside the memory of so many steps before."""
-        self.batch, self._fresh = batch, {}
-        self.shown = list(self.kept)[len(self.kept) - min(shown, len(self.kept)) :]
-        yield
-        self.batch = None
-
-    def keep(self) -> None:
-        """Keeps the pairs of the last pass, for steps to come."""
-        self.kept.append(self._fresh)
-
-    def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
-    ) -> tuple[Tensor, None]:
-        batch = self.batch
-        if batch is not None and mask is not None:
-            cos, sin = (part[:, None].to(key.dtype) for part in self._rotary(key, batch.positions))
-            turned_back = key * cos - rotate_half(key) * sin
-            # (heads, pairs, size)
-            keys = turned_back.transpose(0, 1)[:, batch.told]
-            values = value.transpose(0, 1)[:, batch.told]
-            self._fresh[module.layer_idx] = keys.detach(), values.detach()
-            shown = [one[module.layer_idx] for one in self.shown]
-            keys = torch.cat([keys, *(one for one, _ in shown)], 1)
-            values = torch.cat([values, *(one for _, one in shown)], 1)
-            rows = len(query)
-            key = torch.cat([key, keys.expand(rows, -1, -1, -1)], 2)
-            value = torch.cat([value, values.expand(rows, -1, -1, -1)], 2)
-            beside = torch.zeros(batch.asks.shape, dtype=mask.dtype).masked_fill_(
-                ~batch.asks, torch.finfo(mask.dtype).min
-            )
-            mask = torch.cat([mask, beside[:, None, :, None].expand(-1, 1, -1, keys.shape[1])], -1)
-        out = functional.scaled_dot_product_attention(
-            query, key, value.to(query.dtype), None if mask is None else mask.to(query.dtype), is_causal=mask is None,
-            scale=given.get("scaling"), enable_gqa=True,
-        )  # fmt: skip
-        return out.transpose(1, 2).contiguous(), None
 
 
 class Training:

